@@ -1,0 +1,80 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.rows import batch_layout, fill_unpacked, unpacked_batch, weigh
+from tests.make_samples import random_samples
+
+SHAPES = st.tuples(st.integers(1, 40), st.integers(2, 40), st.integers(1, 8), st.sampled_from([50, 30522, 70000]))
+
+
+def slow_batch(samples):
+    """The batch format written down sample by sample."""
+    (rows, length), masks = samples.input_ids.shape, samples.mlm_positions.shape[1]
+    batch = {name: np.zeros(shape, dtype) for name, (shape, dtype) in batch_layout(rows, length, masks, 1).items()}
+    masked = sum(int(count) for count in samples.mlm_counts)
+    for row in range(rows):
+        for position in range(samples.lengths[row]):
+            batch["input_ids"][row, position] = samples.input_ids[row, position]
+            batch["token_type_ids"][row, position] = position >= samples.first_lengths[row]
+            batch["position_ids"][row, position] = position
+            batch["sample_ids"][row, position] = 1
+        for slot in range(samples.mlm_counts[row]):
+            batch["mlm_positions"][row, slot] = samples.mlm_positions[row, slot]
+            batch["mlm_labels"][row, slot] = samples.mlm_labels[row, slot]
+            batch["mlm_weights"][row, slot] = 1 / masked
+        batch["nsp_labels"][row, 0] = samples.nsp_labels[row]
+        batch["nsp_weights"][row, 0] = 1 / rows
+    return batch
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert found[name].dtype == expected[name].dtype
+        np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+
+
+@given(SHAPES, st.integers(0, 2 ** 32))
+@settings(deadline=None, max_examples=60)
+def test_a_batch_is_what_a_loop_over_samples_makes(shape, seed):
+    samples = random_samples(np.random.default_rng(seed), *shape)
+    assert_same(unpacked_batch(samples), slow_batch(samples))
+
+
+@given(SHAPES, st.integers(0, 2 ** 32), st.data())
+@settings(deadline=None, max_examples=40)
+def test_a_batch_filled_in_pieces_is_the_same(shape, seed, data):
+    samples = random_samples(np.random.default_rng(seed), *shape)
+    cut = data.draw(st.integers(0, len(samples)))
+    rows, length, masks = shape[:3]
+    batch = {name: np.full(shape, 77, dtype) for name, (shape, dtype) in batch_layout(rows, length, masks, 1).items()}
+    for piece in (slice(cut, rows), slice(0, cut)):
+        fill_unpacked({name: array[piece] for name, array in batch.items()}, samples.take(piece))
+    assert weigh(batch) == (int(samples.mlm_counts.sum()), rows)
+    assert_same(batch, unpacked_batch(samples))
+
+
+@given(SHAPES, st.integers(0, 2 ** 32))
+@settings(deadline=None, max_examples=40)
+def test_weights_sum_to_one(shape, seed):
+    samples = random_samples(np.random.default_rng(seed), *shape)
+    batch = unpacked_batch(samples)
+    masked = int(samples.mlm_counts.sum())
+    assert batch["mlm_weights"].sum(dtype=np.float64) == pytest.approx(min(1, masked), rel=1e-6)
+    assert batch["nsp_weights"].sum(dtype=np.float64) == pytest.approx(1, rel=1e-6)
+
+
+@given(SHAPES, st.integers(0, 2 ** 32))
+@settings(deadline=None, max_examples=40)
+def test_samples_come_back_from_their_rows(shape, seed):
+    samples = random_samples(np.random.default_rng(seed), *shape)
+    batch = unpacked_batch(samples)
+    np.testing.assert_array_equal(batch["input_ids"], samples.input_ids)
+    np.testing.assert_array_equal(batch["sample_ids"].sum(axis=1), samples.lengths)
+    np.testing.assert_array_equal((batch["sample_ids"] - batch["token_type_ids"]).sum(axis=1), samples.first_lengths)
+    np.testing.assert_array_equal((batch["mlm_weights"] > 0).sum(axis=1), samples.mlm_counts)
+    np.testing.assert_array_equal(batch["mlm_positions"], samples.mlm_positions)
+    np.testing.assert_array_equal(batch["mlm_labels"], samples.mlm_labels)
+    np.testing.assert_array_equal(batch["nsp_labels"][:, 0], samples.nsp_labels)
