@@ -1,0 +1,142 @@
+"""Global batches from shards: asynchronously and shuffled for training, plainly and in file order for evaluation.
+
+One process reads and assembles ahead of training, in threads, into a ring of slots in shared memory; the training thread takes
+a finished slot. A process, because Python's threads would get in the way of the training loop; one, started anew rather than
+forked, because it starts fast and takes nothing of the parent's with it.
+"""
+
+import json
+import mmap
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from typing import Dict, Iterator, Sequence
+
+import numpy as np
+
+from data.errors import InputError, LoaderDied
+from data.ring import ring_bytes, ring_slots, shared_file
+from data.rows import batch_layout, unpacked_batch
+from data.shards import Samples, check_samples, open_shards, read_samples
+
+__all__ = ["GlobalBatch", "Loader", "batches_in_order"]
+
+PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+@dataclass
+class GlobalBatch:
+    """The rows of one optimizer step: arrays as `data.rows` describes them, the samples and masked tokens they hold."""
+
+    arrays: Dict[str, np.ndarray]
+    samples: int
+    masked_tokens: int
+
+
+class Loader:
+    """Global batches of `batch_size` samples in the order of `data.order`, assembled ahead of their use; without end.
+
+    `files`: paths and globs of shards. `samples_seen`: where to go on, counted from the start of training. `workers`: threads
+    that read and assemble. `slots`: global batches in memory, the one in use among them; neither changes what is in a batch.
+
+    Raises InputError, before a process is started, for shards that cannot be used (see `open_shards`), a value out of range, and
+    too little memory. A context manager: leaving it, or the end of this process in whatever way, ends the loader's process.
+    """
+
+    def __init__(self, files: Sequence[str], batch_size: int, seed: int, sequence_length: int, mask_tokens: int, vocab_size: int,
+                 samples_seen: int = 0, workers: int = 2, slots: int = 3):
+        for name, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0), ("samples_seen", samples_seen, 0),
+                                   ("workers", workers, 1), ("slots", slots, 2)):
+            if value < least:
+                raise InputError("the loader's %s is %d, expected %d or more" % (name, value, least))
+        shards = open_shards(files, sequence_length, mask_tokens, vocab_size)
+        self.num_samples = sum(shard.num_samples for shard in shards)
+        layout = batch_layout(batch_size, sequence_length, mask_tokens, 1)
+        size = ring_bytes(layout, slots)
+        with shared_file(size) as memory:
+            self._slots = ring_slots(mmap.mmap(memory.fileno(), size), layout, slots)
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "data.loader_process"], cwd=PROJECT, pass_fds=[memory.fileno()],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            self._in_use = None
+            self._send({"shards": [asdict(shard) for shard in shards], "batch_size": batch_size, "seed": seed,
+                        "samples_seen": samples_seen, "workers": workers, "slots": slots, "memory": memory.fileno(),
+                        "folder": os.getcwd(), "parent": os.getpid()})
+        for slot in range(slots):
+            self._send(slot)
+
+    def next(self) -> GlobalBatch:
+        """The next global batch; waits for it only when the loader is behind.
+
+        Its arrays are views of a slot that the following call of `next` gives back: they are valid until then, copy what is
+        needed for longer. Raises InputError when a shard turns out bad, cut off or removed (the message names it), LoaderDied
+        when the loader's process ended (the message says how).
+        """
+        if self._process is None:
+            raise RuntimeError("the loader is closed")
+        if self._in_use is not None:
+            self._send(self._in_use)
+        line = self._process.stdout.readline()
+        message = json.loads(line) if line.endswith(b"\n") else self._obituary()
+        if "error" in message:
+            self.close()
+            raise (InputError if message["bad_input"] else LoaderDied)(message["error"])
+        self._in_use = message["slot"]
+        return GlobalBatch(self._slots[self._in_use], message["samples"], message["masked_tokens"])
+
+    def close(self) -> None:
+        """Ends the loader's process at once and gives its memory back; may be called again."""
+        if self._process is None:
+            return
+        process, self._process, self._slots = self._process, None, None
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        try:
+            process.stdin.close()
+        except BrokenPipeError:
+            pass
+
+    def __enter__(self) -> "Loader":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def _send(self, message) -> None:
+        try:
+            self._process.stdin.write(json.dumps(message).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it ended: why is what `next` reads
+
+    def _obituary(self) -> Dict:
+        code = self._process.wait()
+        how = "was killed by %s" % signal.Signals(-code).name if code < 0 else "ended with exit status %d" % code
+        hint = ": the machine may have run out of memory" if code == -signal.SIGKILL else ""
+        return {"error": "the loader's process %s%s. Start again from the last checkpoint" % (how, hint), "bad_input": False}
+
+
+def batches_in_order(files: Sequence[str], batch_size: int, sequence_length: int, mask_tokens: int,
+                     vocab_size: int) -> Iterator[GlobalBatch]:
+    """Every sample once, in file order, without processes; the last batch may be smaller. Weights sum to 1 over each batch.
+
+    Raises InputError as `Loader` does, about bad samples when their batch is reached.
+    """
+    if batch_size < 1:
+        raise InputError("batch_size is %d, expected 1 or more" % batch_size)
+    shards = open_shards(files, sequence_length, mask_tokens, vocab_size)
+    ends = np.cumsum([shard.num_samples for shard in shards]).tolist()
+    for first in range(0, ends[-1], batch_size):
+        parts = []
+        for shard, end in zip(shards, ends):
+            begin = end - shard.num_samples
+            start, stop = max(first, begin) - begin, min(first + batch_size, end) - begin
+            if start < stop:
+                parts.append(read_samples(shard.path, start, stop))
+                check_samples(parts[-1], shard.vocab_size, shard.path, start)
+        samples = Samples.concatenate(parts)
+        arrays = unpacked_batch(samples)
+        yield GlobalBatch(arrays, len(samples), int(samples.mlm_counts.sum()))

@@ -1,0 +1,334 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import h5py
+import numpy as np
+import pytest
+
+from data.errors import InputError
+from data.loader import PROJECT, Loader, batches_in_order
+from data.order import Order
+from data.rows import unpacked_batch
+from data.shards import Samples, open_shards, read_samples
+from data.windows import ShardFiles
+from tests.make_samples import write_random_shards
+
+SIZES = [700, 0, 300, 500, 1]
+TOTAL = sum(SIZES)
+RUN = dict(sequence_length=16, mask_tokens=4, vocab_size=100)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return write_random_shards(tmp_path_factory.mktemp("shards"), SIZES)
+
+
+@pytest.fixture
+def own_files(files, tmp_path):
+    return [shutil.copy(path, str(tmp_path)) for path in files]
+
+
+def reference_samples(files, seed, samples_seen, count):
+    """The next `count` samples, looked up one window at a time in all samples."""
+    shards = open_shards(files)
+    everything = [read_samples(shard.path, 0, shard.num_samples) for shard in shards]
+    parts, have = [], 0
+    for window in Order([len(part) for part in everything], seed, 16).windows(samples_seen):
+        blocks = [everything[shard].take(slice(start, stop)) for shard, start, stop in window.blocks.tolist()]
+        parts.append(Samples.concatenate(blocks).take(window.rows))
+        have += len(window.rows)
+        if have >= count:
+            return Samples.concatenate(parts).take(slice(0, count))
+
+
+def reference_batch(files, batch_size, seed, index, samples_seen=0):
+    return unpacked_batch(reference_samples(files, seed, samples_seen + index * batch_size, batch_size))
+
+
+def stream(files, batch_size, count, **options):
+    """`count` batches of a loader, copied."""
+    with Loader(files, batch_size, **{**RUN, "seed": 5, **options}) as loader:
+        batches = []
+        for _ in range(count):
+            batch = loader.next()
+            assert batch.samples == batch_size
+            assert batch.masked_tokens == np.count_nonzero(batch.arrays["mlm_weights"])
+            batches.append({name: array.copy() for name, array in batch.arrays.items()})
+        return batches
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert found[name].dtype == expected[name].dtype and found[name].tobytes() == expected[name].tobytes(), name
+
+
+def is_running(pid):
+    try:
+        with open("/proc/%d/stat" % pid) as file:
+            return file.read().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def assert_ends(pid, seconds=3):
+    deadline = time.monotonic() + seconds
+    while is_running(pid):
+        assert time.monotonic() < deadline, "process %d still runs" % pid
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("workers, slots", [(1, 2), (2, 3), (5, 6)])
+def test_batches_are_the_reference_bit_for_bit_with_any_workers_and_slots(files, workers, slots):
+    # 12 batches of 256 are two epochs and a bit: batches span their ends.
+    for index, batch in enumerate(stream(files, 256, 12, workers=workers, slots=slots)):
+        assert_same(batch, reference_batch(files, 256, 5, index))
+
+
+def test_windows_are_read_one_after_another(files, monkeypatch):
+    # Windows of 2**27 tokens are beyond a test: a loader process with small ones.
+    code = "import data.order, data.loader_process as p; data.order.WINDOW_TOKENS = 512 * 16; p.main()"
+    start = subprocess.Popen
+    with monkeypatch.context() as patched:
+        patched.setattr(subprocess, "Popen", lambda command, **options: start([sys.executable, "-c", code], **options))
+        found = stream(files, 200, 20)
+    monkeypatch.setattr("data.order.WINDOW_TOKENS", 512 * 16)
+    assert Order(SIZES, 5, 16).window_samples < TOTAL / 2
+    for index, batch in enumerate(found):
+        assert_same(batch, reference_batch(files, 200, 5, index))
+
+
+@pytest.mark.parametrize("samples_seen", [3 * 128, TOTAL - 1, 2 * TOTAL + 77])
+def test_going_on_from_any_sample_is_the_uninterrupted_stream(files, samples_seen):
+    for index, batch in enumerate(stream(files, 128, 4, samples_seen=samples_seen)):
+        assert_same(batch, reference_batch(files, 128, 5, index, samples_seen))
+
+
+def test_an_epoch_holds_every_sample_once_though_batches_span_its_end(files):
+    batches = stream(files, 7 * 79, 3)  # 3 * 553 = 1659 samples of 1501
+    found = np.concatenate([batch["input_ids"] for batch in batches])[:TOTAL]
+    expected = np.concatenate([read_samples(path, 0, size).input_ids for path, size in zip(files, SIZES)])
+    assert sorted(map(bytes, found)) == sorted(map(bytes, expected.astype(np.int32)))
+
+
+def test_a_batch_may_be_larger_than_the_data_set(files):
+    for index, batch in enumerate(stream(files, 4000, 2)):
+        assert_same(batch, reference_batch(files, 4000, 5, index))
+
+
+def test_the_loader_knows_the_size_of_the_data_set_and_works_from_any_folder(files, tmp_path, monkeypatch):
+    # A folder with packages of the same name, and shards named relative to it.
+    for name in ("data", "numpy"):
+        os.makedirs(str(tmp_path / name))
+        (tmp_path / name / "__init__.py").write_text("raise RuntimeError('not this one')")
+    for path in files:
+        shutil.copy(path, str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with Loader(["shard-*.hdf5"], 64, 5, **RUN) as loader:
+        assert loader.num_samples == TOTAL
+        assert_same(loader.next().arrays, reference_batch(files, 64, 5, 0))
+
+
+def test_arrays_stay_as_they_are_until_the_next_call(files):
+    with Loader(files, 64, 5, slots=2, **RUN) as loader:
+        loader.next()
+        batch = loader.next()
+        before = {name: array.copy() for name, array in batch.arrays.items()}
+        time.sleep(0.3)
+        assert_same(batch.arrays, before)
+        views = batch.arrays
+    assert_same(views, before)
+
+
+def test_closing_leaves_no_process_no_file_and_no_open_pipe(files):
+    shared = set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
+    before = set(os.listdir("/proc/self/fd"))
+    loader = Loader(files, 64, 5, **RUN)
+    pid = loader._process.pid
+    loader.next()
+    loader.close()
+    loader.close()
+    assert not is_running(pid)
+    assert not os.path.isdir("/dev/shm") or set(os.listdir("/dev/shm")) <= shared
+    assert set(os.listdir("/proc/self/fd")) <= before
+    with pytest.raises(RuntimeError, match="closed"):
+        loader.next()
+
+
+def drain(loader):
+    """The error that ends a loader, which must come within 2 seconds."""
+    deadline = time.monotonic() + 2
+    with pytest.raises((InputError, RuntimeError)) as error:
+        while True:
+            assert time.monotonic() < deadline, "no error came"
+            loader.next()
+    return error.value
+
+
+@pytest.mark.parametrize("after", [0, 3])
+def test_a_killed_loader_process_is_an_error_that_says_so(files, after):
+    with Loader(files, 64, 5, **RUN) as loader:
+        for _ in range(after):
+            loader.next()
+        process = loader._process
+        os.kill(process.pid, signal.SIGKILL)
+        assert "was killed by SIGKILL: the machine may have run out of memory" in str(drain(loader))
+        assert process.returncode == -signal.SIGKILL and not is_running(process.pid)
+
+
+def test_a_loader_process_that_cannot_start_is_an_error_that_says_so(files, monkeypatch):
+    monkeypatch.setattr("data.loader.PROJECT", os.path.dirname(PROJECT))
+    with Loader(files, 64, 5, **RUN) as loader:
+        assert "ended with exit status 1" in str(drain(loader))
+
+
+def test_an_unforeseen_error_comes_with_its_traceback(files):
+    with Loader(files, 64, 5, **RUN) as loader:
+        loader.next()
+        loader._send("not a slot")
+        error = drain(loader)
+        assert isinstance(error, RuntimeError) and "in serve" in str(error) and "TypeError" in str(error)
+
+
+def test_interrupts_are_the_parents_to_handle(files):
+    with Loader(files, 64, 5, **RUN) as loader:
+        loader.next()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(loader._process.pid, number)
+        for index in range(1, 6):
+            assert_same(loader.next().arrays, reference_batch(files, 64, 5, index))
+
+
+PARENT = """
+import json, os, sys, time
+sys.path.insert(0, %r)
+from data.loader import Loader
+loader = Loader(json.loads(sys.argv[1]), 64, 5, **json.loads(sys.argv[2]))
+loader.next()
+if sys.argv[3] == "forks" and os.fork() == 0:
+    time.sleep(60)
+print(loader._process.pid, flush=True)
+if sys.argv[3] != "ends":
+    time.sleep(60)
+""" % PROJECT
+
+
+@pytest.mark.parametrize("how", ["is killed", "forks", "ends"])
+def test_the_loader_process_ends_with_its_parent_however_that_ends(files, how):
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, json.dumps(files), json.dumps(RUN), how], stdout=subprocess.PIPE,
+                              start_new_session=True)
+    pid = int(parent.stdout.readline())
+    try:
+        if how != "ends":
+            parent.kill()
+        parent.wait(10)
+        assert_ends(pid)
+    finally:
+        if how == "forks":
+            os.killpg(parent.pid, signal.SIGKILL)
+        parent.stdout.close()
+
+
+def test_a_removed_file_is_named(own_files):
+    with Loader(own_files, 64, 5, **RUN) as loader:
+        loader.next()
+        os.remove(own_files[2])
+        error = drain(loader)
+        assert isinstance(error, InputError) and own_files[2] + ": was removed while in use" in str(error)
+
+
+def test_a_file_that_is_cut_off_is_named(own_files):
+    with Loader(own_files, 64, 5, **RUN) as loader:
+        loader.next()
+        os.truncate(own_files[2], 3000)
+        error = drain(loader)
+        assert isinstance(error, InputError) and str(error).startswith(own_files[2] + ": was c")
+
+
+def test_a_short_read_is_an_error_that_names_the_file(own_files):
+    shards = ShardFiles(open_shards(own_files))
+    os.truncate(own_files[3], 3000)
+    with pytest.raises(InputError, match="shard-0003.hdf5: was cut off while in use: samples 256 to 500"):
+        shards.read(3, 256, 500, Samples.empty(244, 16, 4, 100))
+
+
+LIMITED = """
+import json, resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (40, int(sys.argv[3])))
+from data.loader import Loader
+with Loader(json.loads(sys.argv[1]), 64, 5, **json.loads(sys.argv[2])) as loader:
+    print(loader.next().samples)
+"""
+
+
+@pytest.mark.parametrize("hard_limit, code, answer", [(1000, 0, "64"), (40, 1, "need 124 open files, 40 are allowed")])
+def test_more_shards_than_open_files_work_up_to_the_hard_limit(tmp_path, hard_limit, code, answer):
+    paths = write_random_shards(tmp_path, [5] * 60)
+    ended = subprocess.run([sys.executable, "-c", LIMITED, json.dumps(paths), json.dumps(RUN), str(hard_limit)], cwd=PROJECT,
+                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True)
+    assert ended.returncode == code and answer in ended.stdout
+
+
+@pytest.mark.parametrize("name, place, message", [
+    ("input_ids", (431, 0), r"sample 431: input_ids\[0\] is 60000, expected below the vocabulary's 100"),
+    ("mlm_positions", (7, 3), r"sample 7: mlm_positions\[3\] is 60000"),
+])
+def test_a_bad_sample_is_named_before_the_first_batch(own_files, name, place, message):
+    with h5py.File(own_files[3], "a") as file:
+        file[name][place] = 60000
+    with Loader(own_files, 64, 5, **RUN) as loader:
+        with pytest.raises(InputError, match="shard-0003.hdf5: " + message):
+            loader.next()
+    with pytest.raises(InputError, match="shard-0003.hdf5: " + message):
+        list(batches_in_order(own_files, 64, **RUN))
+
+
+@pytest.mark.parametrize("option, message", [
+    (dict(batch_size=0), "batch_size is 0, expected 1 or more"), (dict(seed=-1), "seed is -1"),
+    (dict(samples_seen=-1), "samples_seen is -1"), (dict(workers=0), "workers is 0"), (dict(slots=1), "slots is 1, expected 2"),
+    (dict(sequence_length=32), "data.sequence_length is 32"), (dict(files=["/no/such.hdf5"]), "/no/such.hdf5: no such file"),
+])
+def test_bad_options_and_shards_are_refused_before_a_process_starts(files, monkeypatch, option, message):
+    monkeypatch.setattr(subprocess, "Popen", None)
+    with pytest.raises(InputError, match=message):
+        Loader(**{"files": files, "batch_size": 64, "seed": 5, **RUN, **option})
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_too_large_a_batch_says_how_much_memory_it_needs(files, monkeypatch, in_memory):
+    if not in_memory:
+        monkeypatch.delattr(os, "memfd_create", raising=False)
+    with pytest.raises(InputError, match=r"need \d+\.\d MB in .*, \d+\.\d MB are available"):
+        Loader(files, 10 ** 12, 5, **RUN)
+
+
+def test_it_works_without_files_in_memory(files, monkeypatch):
+    monkeypatch.delattr(os, "memfd_create", raising=False)
+    assert_same(stream(files, 64, 1)[0], reference_batch(files, 64, 5, 0))
+
+
+@pytest.mark.parametrize("batch_size", [1, 64, 5000])
+def test_evaluation_sees_every_sample_once_in_file_order(files, batch_size):
+    expected = Samples.concatenate([read_samples(path, 0, size) for path, size in zip(files, SIZES)])
+    first = 0
+    for batch in batches_in_order(files, batch_size, **RUN):
+        samples = expected.take(slice(first, first + batch_size))
+        assert batch.samples == len(samples) and batch.masked_tokens == samples.mlm_counts.sum()
+        assert_same(batch.arrays, unpacked_batch(samples))
+        first += len(samples)
+    assert first == TOTAL
+
+
+def test_evaluation_refuses_an_empty_batch(files):
+    with pytest.raises(InputError, match="batch_size is 0"):
+        next(batches_in_order(files, 0, **RUN))
+
+
+def test_the_data_package_imports_without_torch():
+    code = "import sys, data.loader, data.loader_process; assert not {'torch', 'bert', 'ops'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=PROJECT, check=True)
