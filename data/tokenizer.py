@@ -1,0 +1,177 @@
+"""The WordPiece vocabulary and BERT's lower-case tokenizer: reading, training, writing, and encoding text fast.
+
+Shape letters: T tokens in all.
+"""
+
+import json
+import os
+from collections import Counter, defaultdict
+from itertools import islice
+from typing import Callable, Iterable, List, Sequence, Tuple
+
+import numpy as np
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from data.errors import InputError
+from data.shards import token_dtype
+
+__all__ = ["SPECIAL_WORDS", "TextEncoder", "make_tokenizer", "read_vocab", "train_vocab", "write_tokenizer_files"]
+
+SPECIAL_WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+MINIMUM_VOCAB_SIZE = 100
+MOST_LETTERS = 1000
+CACHE_BYTES = 256 << 20
+
+
+def read_vocab(path: str) -> List[str]:
+    """The words of a vocabulary file, one a line; a word's id is its place.
+
+    Raises InputError that names the file and what is wrong: missing, not UTF-8, empty, an empty line or a word twice (their
+    lines are named), one of the five special words missing, or no other words.
+    """
+    try:
+        with open(path, "rb") as file:
+            text = file.read().decode("utf-8")
+    except OSError as error:
+        raise InputError("%s: the vocabulary cannot be read (%s); expected a file with one word a line" % (path, error.strerror))
+    except UnicodeDecodeError as error:
+        raise InputError("%s: byte %d is not UTF-8; expected a vocabulary with one word a line" % (path, error.start))
+    lines = text.split("\n")
+    words = [line[:-1] if line.endswith("\r") else line for line in (lines if lines[-1] else lines[:-1])]
+    if not words:
+        raise InputError("%s: the vocabulary is empty; expected one word a line, such as bert-base-uncased's vocab.txt" % path)
+    first_line = {}
+    for number, word in enumerate(words, 1):
+        if not word:
+            raise InputError("%s: line %d is empty; expected one word a line, for a word's id is its line" % (path, number))
+        if first_line.setdefault(word, number) != number:
+            raise InputError("%s: line %d repeats %r of line %d; expected each word once. Use the vocabulary as it was "
+                             "published, or leave out --vocab to train one" % (path, number, word, first_line[word]))
+    missing = [word for word in SPECIAL_WORDS if word not in first_line]
+    if missing:
+        raise InputError("%s: the vocabulary of %d words has no %s; expected all of %s. Use a BERT vocabulary, or leave out "
+                         "--vocab to train one" % (path, len(words), ", ".join(missing), " ".join(SPECIAL_WORDS)))
+    if len(words) == len(SPECIAL_WORDS):
+        raise InputError("%s: the vocabulary has no words but the special ones; expected WordPieces, one a line" % path)
+    return words
+
+
+def make_tokenizer(words: Sequence[str]) -> Tokenizer:
+    """bert-base-uncased's tokenizer over these words: the same ids for the same text and vocabulary."""
+    ids = {word: number for number, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordPiece(vocab=ids, unk_token="[UNK]", max_input_chars_per_word=100))
+    tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in SPECIAL_WORDS])
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS]:0 $A:0 [SEP]:0", pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
+        special_tokens=[(word, ids[word]) for word in ("[CLS]", "[SEP]")])
+    tokenizer.decoder = decoders.WordPiece(prefix="##")
+    return tokenizer
+
+
+def write_tokenizer_files(folder: str, words: Sequence[str]) -> None:
+    """Writes vocab.txt, tokenizer.json and tokenizer_config.json, from which transformers' AutoTokenizer loads the folder."""
+    config = {
+        "tokenizer_class": "BertTokenizer", "do_lower_case": True, "strip_accents": None, "tokenize_chinese_chars": True,
+        "model_max_length": 512, "pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]",
+        "mask_token": "[MASK]",
+    }
+    contents = {
+        "vocab.txt": "".join(word + "\n" for word in words),
+        "tokenizer.json": make_tokenizer(words).to_str(pretty=True) + "\n",
+        "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
+    }
+    for name, text in contents.items():
+        temporary = os.path.join(folder, "%s.tmp-%d" % (name, os.getpid()))
+        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+        os.replace(temporary, os.path.join(folder, name))
+
+
+def train_vocab(read_texts: Callable[[], Iterable[List[str]]], vocab_size: int) -> List[str]:
+    """A WordPiece vocabulary of at most `vocab_size` words, the five special words first; the same for the same text.
+
+    `read_texts` begins a pass over the text, in lists of lines; it is called twice. Raises InputError for a size too small.
+    """
+    if vocab_size < MINIMUM_VOCAB_SIZE:
+        raise InputError("--vocab-size is %d, expected at least %d: the letters alone need as many" % (
+            vocab_size, MINIMUM_VOCAB_SIZE))
+    tokenizer = make_tokenizer(SPECIAL_WORDS)
+    letters, inner = find_letters(read_texts(), tokenizer, min(MOST_LETTERS, (vocab_size - len(SPECIAL_WORDS)) // 4))
+    # The trainer numbers letters in the order of a hash table that differs from run to run, and breaks ties between equally
+    # frequent pairs by those numbers. Letters that are given as special words are numbered first, in this order.
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size, min_frequency=2, show_progress=False, initial_alphabet=letters, limit_alphabet=len(letters),
+        special_tokens=list(SPECIAL_WORDS) + letters + inner)
+    tokenizer.train_from_iterator(read_texts(), trainer)
+    ids = tokenizer.get_vocab()
+    return sorted(ids, key=ids.get)
+
+
+def find_letters(texts: Iterable[List[str]], tokenizer: Tokenizer, most: int) -> Tuple[List[str], List[str]]:
+    """The most frequent characters after normalisation, sorted, and pieces ("##e") for those that a word can go on with."""
+    raw, letters = Counter(), Counter()
+    for lines in texts:
+        raw.update("".join(lines))
+    for character, count in raw.items():
+        for letter in tokenizer.normalizer.normalize_str(character).replace(" ", ""):
+            letters[letter] += count
+    kept = sorted(sorted(letters, key=lambda letter: (-letters[letter], letter))[:most])
+
+    def goes_on(letter):
+        return len(tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str("a%sa" % letter))) == 1
+
+    return kept, ["##" + letter for letter in kept if goes_on(letter)]
+
+
+class TextEncoder:
+    """Encodes lines of text as `make_tokenizer` does, several times faster: each distinct word is tokenized once.
+
+    That is exact because BERT's tokenizer never looks beyond a space. Special words in the text ("[MASK]") are plain text here:
+    a corpus must not be able to mask or end a sample.
+    """
+
+    def __init__(self, words: Sequence[str]):
+        self.tokenizer = make_tokenizer(words)
+        self.tokenizer.encode_special_tokens = True
+        self.dtype = token_dtype(len(words))
+        self.forget()
+
+    def forget(self) -> None:
+        """Empties the cache."""
+        self.known = defaultdict()
+        self.known.default_factory = self.known.__len__
+        self.cached_bytes = 0
+        self.pieces = np.empty(0, self.dtype)
+        self.piece_starts = np.zeros(1, np.int64)
+
+    def encode(self, lines: Sequence[str]) -> Tuple[np.ndarray, np.ndarray]:
+        """The token ids of all lines end to end, [T], and how many of them each line has, [len(lines)]."""
+        if not lines:
+            return np.empty(0, self.dtype), np.empty(0, np.int64)
+        if self.cached_bytes > CACHE_BYTES:
+            self.forget()
+        old = len(self.known)
+        text_words = " ".join(lines).split(" ")
+        word_numbers = np.fromiter(map(self.known.__getitem__, text_words), np.int64, len(text_words))
+        self.learn(list(islice(reversed(self.known), len(self.known) - old))[::-1])
+
+        word_counts = np.fromiter((line.count(" ") + 1 for line in lines), np.int64, len(lines))
+        starts = self.piece_starts[word_numbers]
+        counts = self.piece_starts[word_numbers + 1] - starts
+        ends = np.cumsum(counts)
+        ids = self.pieces[np.repeat(starts - ends + counts, counts) + np.arange(ends[-1])]
+        return ids, np.add.reduceat(counts, np.cumsum(word_counts) - word_counts)
+
+    def learn(self, new_words: List[str]) -> None:
+        if not new_words:
+            return
+        encodings = self.tokenizer.encode_batch_fast(new_words, add_special_tokens=False)
+        pieces = [encoding.ids for encoding in encodings]
+        counts = np.fromiter(map(len, pieces), np.int64, len(pieces))
+        flat = np.fromiter((number for word in pieces for number in word), self.dtype, int(counts.sum()))
+        self.piece_starts = np.concatenate([self.piece_starts, self.piece_starts[-1] + np.cumsum(counts)])
+        self.pieces = np.concatenate([self.pieces, flat])
+        self.cached_bytes += sum(map(len, new_words)) + 200 * len(new_words)

@@ -1,0 +1,103 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data import corpus
+from data.corpus import Document, corpus_bytes, documents, find_files
+from data.errors import InputError
+
+
+def write(path, content):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+    return str(path)
+
+
+def test_documents_end_at_blank_lines_and_at_the_end_of_a_file(tmp_path):
+    one = write(tmp_path / "1.txt", "\n\na b\r\n  c\t\n \n\nd")
+    two = write(tmp_path / "2.txt", "\ufeffe\n")
+    assert list(documents([one, two])) == [Document(0, ["a b", "c"]), Document(1, ["d"]), Document(2, ["e"])]
+
+
+def test_wikitext_documents_begin_at_titles_and_headings_lose_their_signs(tmp_path):
+    path = write(tmp_path / "wiki.txt", " \nbefore\n \n = One = \n \n a = b \n \n = = Part = = \n\n c = \n"
+                 " = E = mc² = \n = = = X = = = \n")
+    assert [document.lines for document in documents([path], "wikitext")] == [
+        ["before"], ["One", "a = b", "Part", "c ="], ["E = mc²", "X"]]
+
+
+def test_a_blank_line_does_not_end_a_wikitext_document_nor_a_title_a_document_of_lines(tmp_path):
+    path = write(tmp_path / "text.txt", "= T =\n\na\n")
+    assert [document.lines for document in documents([path], "wikitext")] == [["T", "a"]]
+    assert [document.lines for document in documents([path], "lines")] == [["= T ="], ["a"]]
+
+
+@given(st.lists(st.lists(st.text("ab é中", min_size=1).map(str.strip).filter(bool), min_size=1)), st.integers(1, 9))
+def test_reading_in_blocks_of_any_size_gives_every_line_of_every_document(tmp_path_factory, groups, block):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    write(path, "\n\n".join("\n".join(lines) for lines in groups))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus, "DOCUMENT_CHARACTERS", 8)
+        real, patch_bytes = corpus.read_lines, []
+        patch.setattr(corpus, "READ_BYTES", 1000 + block)
+        assert list(real(str(path), patch_bytes.append)) == "\n\n".join("\n".join(lines) for lines in groups).split("\n")[
+            :None if groups else 0]
+        found = {}
+        for number, lines in documents([str(path)]):
+            assert lines and sum(map(len, lines[:-1])) < 8
+            found.setdefault(number, []).extend(lines)
+    assert list(found.values()) == groups and list(found) == list(range(len(groups)))
+    assert sum(patch_bytes) == path.stat().st_size
+
+
+def test_a_line_longer_than_a_read_is_cut_at_spaces_and_nothing_is_lost(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "READ_BYTES", 16)
+    words = ["word%d" % number for number in range(100)]
+    lines = [line for document in documents([write(tmp_path / "long.txt", " ".join(words))]) for line in document.lines]
+    assert len(lines) > 10 and " ".join(lines).split() == words
+
+
+def test_short_lines_are_never_cut_whatever_the_reads(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "READ_BYTES", 16)
+    lines = ["ein Wort mehr %d" % number for number in range(50)]
+    path = write(tmp_path / "text.txt", "\n".join(lines))
+    assert [line for document in documents([path]) for line in document.lines] == lines
+
+
+@pytest.mark.parametrize("prefix", [b"", b"\xef\xbb\xbf"])
+def test_a_byte_that_is_not_utf8_is_named_with_file_offset_and_line(tmp_path, monkeypatch, prefix):
+    monkeypatch.setattr(corpus, "READ_BYTES", 8)
+    path = write(tmp_path / "latin.txt", prefix + b"one\ntwo three\nfour caf\xe9 five\n")
+    with pytest.raises(InputError, match=r"latin.txt: byte %d, in line 3, is 0xe9 .*expected UTF-8" % (len(prefix) + 22)):
+        list(documents([path]))
+
+
+def test_files_are_found_by_globs_once_and_sorted(tmp_path):
+    paths = [write(tmp_path / name, "x") for name in ("b.txt", "a.txt", "[c].txt")]
+    assert find_files([str(tmp_path / "*.txt"), paths[0], paths[2]]) == sorted(paths)
+    assert find_files(["python"]) == ["python"]
+
+
+def test_an_input_without_a_file_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"none\*.txt: no file matches"):
+        find_files([str(tmp_path / "none*.txt")])
+    with pytest.raises(InputError, match="is not a file"):
+        find_files([str(tmp_path)])
+    with pytest.raises(InputError, match="no input"):
+        find_files([])
+
+
+def test_the_python_corpus_is_prose_without_repeats_and_the_same_each_time():
+    read = []
+    first = list(documents(["python"], on_bytes=read.append))
+    lines = [line for document in first for line in document.lines]
+    assert first == list(documents(["python"]))
+    assert len(first) > 300 and sum(map(len, lines)) > 1000000
+    assert len(set(lines)) == len(lines)
+    assert not any("\n" in line or line.startswith(">>>") or "*****" in line for line in lines)
+    assert sum(read) == corpus_bytes(["python"])
+
+
+def test_a_module_that_does_not_parse_gives_no_prose(tmp_path):
+    assert corpus.docstring_prose(write(tmp_path / "bad.py", "def (:\n")) == []
+    good = write(tmp_path / "good.py", '"""One sentence of prose,\nin two lines.\n\n>>> code = 1 + 1 + 1\n"""\n')
+    assert corpus.docstring_prose(good) == ["One sentence of prose, in two lines."]
