@@ -1,0 +1,82 @@
+"""The MLM decoder and its cross-entropy: the plain form, and a serialized one that never holds all logits.
+
+Shape letters: T tokens (mask slots), H hidden, V vocabulary.
+"""
+
+from typing import Tuple
+
+import torch
+import torch.nn.functional as F
+
+from ops.ipu import is_lowering
+
+__all__ = ["mlm_loss", "mlm_loss_plain"]
+
+
+def mlm_loss(hidden, decoder, bias, labels, weights, factor: int) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Weighted cross-entropy of the tied decoder, in `factor` parts.
+
+    hidden [T, H], decoder [V, H] (the word embedding), bias [V], labels [T] integers, weights [T] float32.
+    Returns sum(weights * cross-entropy) and sum(weights * (argmax == label)), float32 scalars; the second has no gradient.
+
+    In training, each part's logits become its gradients at once and are dropped: one pass, T/factor x V logits at a time.
+    Under autocast the matrix products are in its type; the softmax and the sums are float32 always.
+    """
+    if is_lowering():
+        return mlm_loss_plain(hidden, decoder, bias, labels, weights)
+    if not (torch.is_grad_enabled() and hidden.requires_grad):
+        parts = [mlm_loss_plain(*part) for part in _parts(hidden, decoder, bias, labels, weights, factor)]
+        return sum(loss for loss, _ in parts), sum(correct for _, correct in parts)
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, decoder = hidden.to(dtype), decoder.to(dtype)
+    return _SerializedLoss.apply(hidden, decoder, bias, labels, weights, factor)
+
+
+def mlm_loss_plain(hidden, decoder, bias, labels, weights) -> Tuple[torch.Tensor, torch.Tensor]:
+    """The same with all logits at once: what the serialized form is held to."""
+    logits = F.linear(hidden, decoder, bias.to(decoder.dtype)).float()
+    loss = F.cross_entropy(logits, labels.long(), reduction="none")
+    correct = (logits.argmax(dim=-1) == labels).to(weights.dtype)
+    return (weights * loss).sum(), (weights * correct).sum()
+
+
+def _parts(hidden, decoder, bias, labels, weights, factor):
+    for part in zip(hidden.chunk(factor), labels.chunk(factor), weights.chunk(factor)):
+        yield part[0], decoder, bias, part[1], part[2]
+
+
+class _SerializedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, decoder, bias, labels, weights, factor):
+        loss, correct = torch.zeros((), device=hidden.device), torch.zeros((), device=hidden.device)
+        hidden_gradient = torch.empty_like(hidden)
+        decoder_gradient = torch.zeros_like(decoder, dtype=torch.float32)
+        bias_gradient = torch.zeros_like(bias, dtype=torch.float32)
+        gradient_parts = hidden_gradient.chunk(factor)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for i, (x, _, _, y, w) in enumerate(_parts(hidden, decoder, bias, labels, weights, factor)):
+                logits = F.linear(x, decoder, bias.to(decoder.dtype)).float()
+                y, rows = y.long(), torch.arange(len(y), device=y.device)
+                correct += torch.dot(w, (logits.argmax(dim=-1) == y).float())
+                label_logits = logits[rows, y]
+                normalizer = logits.logsumexp(dim=-1)
+                loss += torch.dot(w, normalizer - label_logits)
+                # d loss / d logits = w * (softmax - one_hot(label)), written over the logits.
+                gradient = logits.sub_(normalizer[:, None]).exp_().mul_(w[:, None])
+                gradient[rows, y] -= w
+                bias_gradient += gradient.sum(dim=0)
+                gradient = gradient.to(x.dtype)
+                torch.mm(gradient, decoder, out=gradient_parts[i])
+                if decoder.dtype == torch.float32:
+                    decoder_gradient.addmm_(gradient.t(), x)
+                else:
+                    decoder_gradient += gradient.t() @ x
+        ctx.save_for_backward(hidden_gradient, decoder_gradient.to(decoder.dtype), bias_gradient)
+        ctx.mark_non_differentiable(correct)
+        return loss, correct
+
+    @staticmethod
+    def backward(ctx, loss_gradient, _):
+        hidden, decoder, bias = ctx.saved_tensors
+        return hidden * loss_gradient, decoder * loss_gradient, bias * loss_gradient, None, None, None
