@@ -1,0 +1,323 @@
+"""The configuration of a run: dataclasses in, JSON files, dotted overrides on the command line."""
+
+import dataclasses
+import difflib
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, Literal, Optional, Sequence, Union
+
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+from data.errors import InputError
+
+__all__ = ["Config", "DataConfig", "IpuConfig", "ModelConfig", "OptimizerConfig", "TrainingConfig",
+           "learning_rate_at", "parse_command_line", "validate"]
+
+CONFIG_FOLDER = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs")
+
+
+@dataclass
+class ModelConfig:
+    """The BERT encoder, in the terms of a transformers config.json."""
+
+    vocab_size: int = 30522
+    """Words of the vocabulary."""
+    hidden_size: int = 768
+    """Size of a token's vector."""
+    num_hidden_layers: int = 12
+    """Encoder layers."""
+    num_attention_heads: int = 12
+    """Attention heads of a layer; they divide hidden_size."""
+    intermediate_size: int = 3072
+    """Size of the feed-forward layer."""
+    max_position_embeddings: int = 512
+    """The longest sequence that the position embedding has room for."""
+    type_vocab_size: int = 2
+    """Kinds of segments."""
+    hidden_dropout_prob: float = 0.1
+    """Dropout of embeddings, attention outputs and feed-forward outputs."""
+    attention_probs_dropout_prob: float = 0.1
+    """Dropout of attention weights."""
+    layer_norm_eps: float = 1e-12
+    """Added to the variance in every LayerNorm; the recipe uses 1e-3."""
+    initializer_range: float = 0.02
+    """Standard deviation of the initial weights, a normal cut off at two of them."""
+
+
+@dataclass
+class DataConfig:
+    """The data set: shards, or text to make them from."""
+
+    files: Union[str, List[str]] = field(default_factory=list)
+    """Training shards: a path or glob, or a list of them. `python -m data.prepare` makes them from text."""
+    held_out_files: Union[str, List[str]] = field(default_factory=list)
+    """Shards that the model is evaluated on at the end of the run; none: no evaluation."""
+    vocab: Optional[str] = None
+    """The vocabulary that the shards were made with (vocab.txt); by default the one beside the first shard."""
+    sequence_length: int = 128
+    """Tokens of a sample, at most."""
+    mask_tokens: int = 20
+    """Masked tokens of a sample, at most."""
+    workers: int = 2
+    """Threads of the loader's process."""
+    text: Union[str, List[str]] = field(default_factory=list)
+    """Where `files` are not there yet, make them from this text: paths or globs, or `python`, the prose that Python brings.
+    They go into the folder of `files`, which must be named train-*.h5."""
+    text_format: Literal["lines", "wikitext"] = "lines"
+    """How `text` separates documents: at blank lines, or at `= Title =` lines."""
+    duplicates: int = 1
+    """How often each document of `text` is cut and masked anew."""
+    held_out: float = 0.0
+    """Share of the documents of `text` that is kept apart as held_out-*.h5."""
+
+
+@dataclass
+class OptimizerConfig:
+    """LAMB without bias correction, and its schedule: linear warm-up to the peak, then linear decay."""
+
+    learning_rate: float = 0.006
+    """The peak."""
+    warmup_ratio: float = 0.28
+    """Share of all steps until the peak, rounded up to whole steps."""
+    betas: List[float] = field(default_factory=lambda: [0.9, 0.999])
+    """Decay of the first and of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.01
+    """Decay of matrices and embeddings; biases and LayerNorms have none."""
+
+
+@dataclass
+class TrainingConfig:
+    """The run."""
+
+    global_batch_size: int = 65536
+    """Samples of one optimizer step."""
+    max_steps: int = 10500
+    """Optimizer steps of the whole schedule."""
+    stop_at_step: Optional[int] = None
+    """Stop here, with a checkpoint, and leave the schedule as it is: for a time slot that is shorter than the run."""
+    micro_batch_size: Optional[int] = None
+    """Rows of one forward pass on CPU and CUDA; by default what suits the device. It changes speed and memory, not the gradient."""
+    seed: int = 42
+    """Of the initial weights, the order of samples, and dropout."""
+    start_from: Optional[str] = None
+    """Folder with the weights to start from: a checkpoint of this project, or any BERT of transformers saved as safetensors."""
+    output: Optional[str] = None
+    """The run's folder; by default runs/ and the config's name."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of matrix products on CPU and CUDA; auto: bfloat16 on a CUDA card that has it, else float32. Weights stay in float32."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of each encoder layer; auto: on CUDA where Triton is found, not on the CPU, where it gains nothing."""
+    log_every: int = 5
+    """Steps between two lines of metrics."""
+    save_every: int = 100
+    """Steps between two checkpoints."""
+    keep_checkpoints: int = 3
+    """How many of the newest checkpoints stay."""
+
+
+@dataclass
+class IpuConfig:
+    """The pipeline on IPUs: placement, static batch geometry, memory. Stages and serialization count on every device."""
+
+    layers_per_ipu: List[int] = field(default_factory=lambda: [0, 4, 4, 4])
+    """Encoder layers on each IPU of a replica; embeddings and heads are on IPU 0."""
+    replication_factor: int = 4
+    """Replicas: copies of the whole pipeline."""
+    micro_batch_size: int = 32
+    """Rows of one forward pass of one replica."""
+    gradient_accumulation_steps: int = 512
+    """Micro-batches of one replica in one optimizer step."""
+    device_iterations: int = 1
+    """Optimizer steps in one call of the executable."""
+    embedding_serialization_factor: int = 1
+    """In how many parts the MLM decoder and its loss are computed, so that full logits never exist at once."""
+    matmul_proportion: Union[float, List[float]] = 0.25
+    """Share of an IPU's memory that a matrix product may take for temporaries: one for all IPUs, or one each."""
+    loss_scaling: float = 16384.0
+    """Keeps float16 gradients from underflow."""
+    recompute_checkpoint_every_layer: bool = True
+    """Keep each layer's input for the backward pass and recompute what follows it."""
+    replicated_tensor_sharding: bool = True
+    """Split the optimizer's state over the replicas."""
+    optimizer_state_offchip: bool = False
+    """Keep the optimizer's state in the host's memory."""
+    enable_half_partials: bool = True
+    """Partial sums of matrix products in float16."""
+    enable_half_first_order_momentum: bool = True
+    """LAMB's first moment in float16."""
+    executable_cache_dir: str = "./exe_cache"
+    """Compiled executables are kept here."""
+
+
+@dataclass
+class Config:
+    """BERT pre-training: config -> shards -> global batches -> LAMB -> checkpoint that transformers loads."""
+
+    device: Literal["auto", "ipu", "cuda", "cpu"] = "auto"
+    """Where to train; auto: IPUs where PopTorch finds them, else CUDA, else the CPU."""
+    resume: Literal["never", "auto"] = "never"
+    """auto: continue the run in the output folder, where there is one, exactly where its newest checkpoint is."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    ipu: IpuConfig = field(default_factory=IpuConfig)
+
+
+SECTIONS = {"model": ModelConfig, "data": DataConfig, "optimizer": OptimizerConfig, "training": TrainingConfig, "ipu": IpuConfig}
+
+
+def parse_command_line(arguments: Sequence[str]) -> Config:
+    """`--config NAME_OR_PATH` and dotted overrides -> a valid Config. A bare name is looked for here, then in configs/.
+
+    Raises InputError that names the file or the command line, the key, what was found and what is expected.
+    """
+    parser = make_parser()
+    name = config_option(arguments)
+    if name is not None:
+        path = find_config(name)
+        try:
+            with open(path, encoding="utf-8") as file:
+                values = json.load(file)
+        except ValueError as error:
+            raise InputError("%s: is not JSON: %s" % (path, error))
+        check_keys(values, path)
+        try:
+            parser.parse_object(values)
+        except ArgumentError as error:
+            raise InputError("%s: %s" % (path, one_line(error)))
+        parser.set_defaults(flatten(values))
+    try:
+        found = parser.parse_args(list(arguments))
+    except ArgumentError as error:
+        raise InputError("command line: %s. `--help` lists every option" % one_line(error))
+    sections = {section: kind(**vars(getattr(found, section))) for section, kind in SECTIONS.items()}
+    config = Config(device=found.device, resume=found.resume, **sections)
+    config.data = dataclasses.replace(config.data, **{key: as_list(getattr(config.data, key))
+                                                     for key in ("files", "held_out_files", "text")})
+    if config.training.output is None:
+        stem = os.path.splitext(os.path.basename(name))[0] if name else "run"
+        config.training.output = os.path.join("runs", stem)
+    validate(config, find_config(name) if name else "command line")
+    return config
+
+
+def make_parser() -> ArgumentParser:
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        prog="run_pretraining.py", exit_on_error=False, parser_mode="json", allow_abbrev=False,
+        description="Pre-trains BERT: MLM and NSP with LAMB, on IPUs, CUDA GPUs or the CPU, from one config.",
+        epilog="Example: python run_pretraining.py --config pod16_phase1.json --data.files 'shards/train-*.h5' "
+               "--training.max_steps 20")
+    parser.add_argument("--config", type=str, help="The recipe: a JSON file, or the name of one in configs/, which has: %s" %
+                        ", ".join(sorted(os.listdir(CONFIG_FOLDER))))
+    parser.add_class_arguments(Config)
+    return parser
+
+
+def config_option(arguments: Sequence[str]) -> Optional[str]:
+    for i, argument in enumerate(arguments):
+        if argument == "--config" and i + 1 < len(arguments):
+            return arguments[i + 1]
+        if argument.startswith("--config="):
+            return argument[len("--config="):]
+    return None
+
+
+def find_config(name: str) -> str:
+    for path in (name, os.path.join(CONFIG_FOLDER, name), os.path.join(CONFIG_FOLDER, name + ".json")):
+        if os.path.isfile(path):
+            return os.path.relpath(path) if os.path.isabs(path) and not os.path.isabs(name) else path
+    raise InputError("%s: no such config, here or in configs/, which has: %s" % (name, ", ".join(sorted(os.listdir(CONFIG_FOLDER)))))
+
+
+def check_keys(values: Any, path: str, kind=Config, prefix: str = "") -> None:
+    if not isinstance(values, dict):
+        raise InputError("%s: %s is %s, expected an object of keys and values" % (path, prefix.rstrip(".") or "the file", json.dumps(values)))
+    known = [one.name for one in dataclasses.fields(kind)]
+    for key, value in values.items():
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            raise InputError("%s: unknown key %s%s; %sexpected one of %s" % (
+                path, prefix, key, "did you mean %s%s? " % (prefix, close[0]) if close else "", ", ".join(known)))
+        if kind is Config and key in SECTIONS:
+            check_keys(value, path, SECTIONS[key], key + ".")
+
+
+def flatten(values: Dict[str, Any]) -> Dict[str, Any]:
+    flat = {}
+    for key, value in values.items():
+        flat.update({"%s.%s" % (key, inner): v for inner, v in value.items()} if key in SECTIONS else {key: value})
+    return flat
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).replace("typing.", "").replace("<class 'int'>", "int").replace("<class 'float'>", "float").split())
+
+
+def as_list(value: Union[str, List[str]]) -> List[str]:
+    return [value] if isinstance(value, str) else list(value)
+
+
+def validate(config: Config, source: str = "config") -> None:
+    """Raises InputError that names `source`, the key, what was found and what is expected, for the first impossible value."""
+    model, data, optimizer, training, ipu = config.model, config.data, config.optimizer, config.training, config.ipu
+
+    def expect(good: bool, key: str, expected: str) -> None:
+        if not good:
+            section, name = key.split(".")
+            raise InputError("%s: %s is %s, expected %s" % (source, key, json.dumps(getattr(getattr(config, section), name)), expected))
+
+    positive = {"model": "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size max_position_embeddings "
+                         "type_vocab_size layer_norm_eps initializer_range",
+                "data": "sequence_length mask_tokens workers duplicates", "optimizer": "learning_rate eps",
+                "training": "global_batch_size max_steps log_every save_every keep_checkpoints",
+                "ipu": "replication_factor micro_batch_size gradient_accumulation_steps device_iterations "
+                       "embedding_serialization_factor loss_scaling"}
+    for section, names in positive.items():
+        for name in names.split():
+            value = getattr(getattr(config, section), name)
+            expect(value > 0 and math.isfinite(value), "%s.%s" % (section, name), "a number above 0")
+    expect(model.hidden_size % model.num_attention_heads == 0, "model.hidden_size",
+           "a multiple of model.num_attention_heads, %d" % model.num_attention_heads)
+    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+        expect(0 <= getattr(model, name) < 1, "model." + name, "a probability: at least 0, below 1")
+    expect(model.type_vocab_size >= 2, "model.type_vocab_size", "at least 2, one for each segment")
+    expect(data.sequence_length <= model.max_position_embeddings, "data.sequence_length",
+           "at most model.max_position_embeddings, %d" % model.max_position_embeddings)
+    expect(data.mask_tokens < data.sequence_length, "data.mask_tokens",
+           "fewer than data.sequence_length, %d" % data.sequence_length)
+    expect(0 <= data.held_out < 1, "data.held_out", "a share: at least 0, below 1")
+    expect(0 <= optimizer.warmup_ratio <= 1, "optimizer.warmup_ratio", "a share: 0 to 1")
+    expect(len(optimizer.betas) == 2 and all(0 <= beta < 1 for beta in optimizer.betas), "optimizer.betas",
+           "two numbers, each at least 0 and below 1")
+    expect(optimizer.weight_decay >= 0, "optimizer.weight_decay", "at least 0")
+    for name in ("micro_batch_size", "stop_at_step"):
+        value = getattr(training, name)
+        expect(value is None or value > 0, "training." + name, "a number above 0, or null")
+    expect(training.seed >= 0, "training.seed", "at least 0")
+    proportions = ipu.matmul_proportion if isinstance(ipu.matmul_proportion, list) else [ipu.matmul_proportion]
+    expect(all(0 < share <= 1 for share in proportions), "ipu.matmul_proportion", "shares above 0, at most 1")
+    if isinstance(ipu.matmul_proportion, list):
+        expect(len(proportions) == len(ipu.layers_per_ipu), "ipu.matmul_proportion",
+               "one number, or one for each of the %d IPUs of ipu.layers_per_ipu" % len(ipu.layers_per_ipu))
+    expect(all(count >= 0 for count in ipu.layers_per_ipu) and sum(ipu.layers_per_ipu) == model.num_hidden_layers,
+           "ipu.layers_per_ipu", "counts that add up to model.num_hidden_layers, %d" % model.num_hidden_layers)
+    if config.device == "ipu":
+        geometry = (ipu.micro_batch_size, ipu.gradient_accumulation_steps, ipu.replication_factor, ipu.device_iterations)
+        product = geometry[0] * geometry[1] * geometry[2] * geometry[3]
+        expect(product == training.global_batch_size, "training.global_batch_size",
+               "ipu.micro_batch_size x gradient_accumulation_steps x replication_factor x device_iterations = "
+               "%d x %d x %d x %d = %d" % (geometry + (product,)))
+
+
+def learning_rate_at(step: int, optimizer: OptimizerConfig, max_steps: int) -> float:
+    """The learning rate of step 1..max_steps: up to the peak at the last warm-up step, then down, to reach 0 after the last step."""
+    warmup = math.ceil(round(optimizer.warmup_ratio * max_steps, 6))  # 0.28 * 10500 is a little over 2940 in floating point
+    if step <= warmup:
+        return optimizer.learning_rate * step / warmup
+    return optimizer.learning_rate * (max_steps - step + 1) / (max_steps - warmup + (1 if warmup else 0))

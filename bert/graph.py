@@ -1,0 +1,207 @@
+"""The BERT graph, in the order in which data flows: embeddings, encoder layers, heads, losses.
+
+Parameter names are those of transformers' BertForPreTraining, so that `state_dict()` is a checkpoint.
+
+Shape letters: R rows, L token slots of a row, M mask slots of a row, S samples of a row, H hidden, A heads, D head size, V vocabulary.
+"""
+
+from typing import Dict, Sequence, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from bert.config import ModelConfig
+from bert.stages import Stage, placement
+from ops.attention import attention, same_sample_mask
+from ops.gather import gather_tokens
+from ops.ipu import block, recompute_from
+from ops.mlm_loss import mlm_loss
+
+__all__ = ["Bert", "BertForPretraining", "initialize"]
+
+
+class Embeddings(nn.Module):
+    """Sum of word, position and segment embeddings, normalised: three [R, L] of ids -> [R, L, H]."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, input_ids, token_type_ids, position_ids):
+        embedded = (self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids)
+                    + self.position_embeddings(position_ids))
+        return self.dropout(self.LayerNorm(embedded))
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention within samples: [R, L, H] -> [R, L, H]. Q, K and V are one product of three parameters."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.heads, self.dropout = config.num_attention_heads, config.attention_probs_dropout_prob
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size)
+        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden, mask):
+        rows, length, size = hidden.shape
+        weight = torch.cat([self.query.weight, self.key.weight, self.value.weight])
+        bias = torch.cat([self.query.bias, self.key.bias, self.value.bias])
+        # [R, L, 3H] -> three of [R, A, L, D]
+        qkv = F.linear(hidden, weight, bias).view(rows, length, 3, self.heads, size // self.heads).permute(2, 0, 3, 1, 4)
+        context = attention(qkv[0], qkv[1], qkv[2], mask, self.dropout if self.training else 0.0)
+        return context.transpose(1, 2).reshape(rows, length, size)
+
+
+class DenseAddNorm(nn.Module):
+    """Linear, dropout, residual, LayerNorm: the end of attention and of the feed-forward layer."""
+
+    def __init__(self, size: int, config: ModelConfig):
+        super().__init__()
+        self.dense = nn.Linear(size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden, residual):
+        return self.LayerNorm(self.dropout(self.dense(hidden)) + residual)
+
+
+class DenseGelu(nn.Module):
+    """Linear and GELU (the exact one): the beginning of the feed-forward layer."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+
+    def forward(self, hidden):
+        return F.gelu(self.dense(hidden))
+
+
+class EncoderLayer(nn.Module):
+    """[R, L, H] -> [R, L, H], post-norm as in the paper (arXiv 1810.04805). `mask` is same_sample_mask's."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.attention = nn.ModuleDict({"self": SelfAttention(config), "output": DenseAddNorm(config.hidden_size, config)})
+        self.intermediate = DenseGelu(config)
+        self.output = DenseAddNorm(config.intermediate_size, config)
+
+    def forward(self, hidden, mask):
+        hidden = self.attention["output"](self.attention["self"](hidden, mask), hidden)
+        return self.output(self.intermediate(hidden), hidden)
+
+
+class Bert(nn.Module):
+    """Embeddings and encoder, without heads: a batch of rows -> hidden [R, L, H]."""
+
+    def __init__(self, config: ModelConfig, stages: Sequence[Stage], recompute: bool = True):
+        super().__init__()
+        self.ipu_of, self.recompute = placement(stages), recompute
+        self.embeddings = Embeddings(config)
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))})
+
+    def forward(self, input_ids, token_type_ids, position_ids, sample_ids):
+        with block("embeddings", self.ipu_of["embeddings"]):
+            mask = same_sample_mask(sample_ids)
+            hidden = self.embeddings(input_ids, token_type_ids, position_ids)
+        for i, layer in enumerate(self.encoder["layer"]):
+            with block("layer%d" % i, self.ipu_of["layer%d" % i]):
+                hidden = layer(hidden, mask)
+                if self.recompute:
+                    hidden = recompute_from(hidden)
+        return hidden
+
+
+class Pooler(nn.Module):
+    """The [CLS] token of each sample through a linear layer and tanh: [R, S, H] -> [R, S, H]."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, cls_hidden):
+        return torch.tanh(self.dense(cls_hidden))
+
+
+class Transform(nn.Module):
+    """Linear, GELU, LayerNorm before the MLM decoder: [T, H] -> [T, H]."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, hidden):
+        return self.LayerNorm(F.gelu(self.dense(hidden)))
+
+
+class Predictions(nn.Module):
+    """The MLM head without its decoder, which is the word embedding's weight; `bias` is the decoder's."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.transform = Transform(config)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+
+class BertForPretraining(nn.Module):
+    """The graph that an engine trains: a batch of rows (data/rows.py) -> the weighted loss and its parts.
+
+    `serialization_factor` is the number of parts that the MLM decoder and its loss are computed in.
+    """
+
+    def __init__(self, config: ModelConfig, stages: Sequence[Stage], serialization_factor: int = 1, recompute: bool = True):
+        super().__init__()
+        self.serialization_factor = serialization_factor
+        self.bert = Bert(config, stages, recompute)
+        self.bert.pooler = Pooler(config)
+        self.cls = nn.ModuleDict({"predictions": Predictions(config), "seq_relationship": nn.Linear(config.hidden_size, 2)})
+
+    def forward(self, batch: Dict[str, torch.Tensor]) -> Tuple[torch.Tensor, Dict[str, torch.Tensor]]:
+        """Returns the loss (MLM + NSP, weighted sums) and, as scalars, mlm_loss, nsp_loss, mlm_accuracy and nsp_accuracy.
+
+        Summed over the micro-batches of a global batch these are its means: the weights see to that.
+        """
+        hidden = self.bert(batch["input_ids"], batch["token_type_ids"], batch["position_ids"], batch["sample_ids"])
+        with block("heads", self.bert.ipu_of["heads"]):
+            mlm, mlm_correct = mlm_loss(
+                self.mlm_hidden(hidden, batch["mlm_positions"]), self.bert.embeddings.word_embeddings.weight,
+                self.cls["predictions"].bias, batch["mlm_labels"].flatten(), batch["mlm_weights"].flatten(),
+                self.serialization_factor)
+            nsp_logits = self.nsp_logits(hidden, batch["cls_positions"]).float().flatten(0, 1)
+            nsp_labels, nsp_weights = batch["nsp_labels"].flatten(), batch["nsp_weights"].flatten()
+            nsp = (nsp_weights * F.cross_entropy(nsp_logits, nsp_labels.long(), reduction="none")).sum()
+            nsp_correct = (nsp_weights * (nsp_logits.argmax(dim=-1) == nsp_labels).float()).sum()
+        return mlm + nsp, {"mlm_loss": mlm.detach(), "nsp_loss": nsp.detach(),
+                           "mlm_accuracy": mlm_correct.detach(), "nsp_accuracy": nsp_correct.detach()}
+
+    def mlm_hidden(self, hidden, mlm_positions):
+        """hidden [R, L, H] at mlm_positions [R, M] -> what the decoder takes, [R * M, H]."""
+        return self.cls["predictions"].transform(gather_tokens(hidden, mlm_positions).flatten(0, 1))
+
+    def mlm_logits(self, hidden, mlm_positions):
+        """hidden [R, L, H] at mlm_positions [R, M] -> logits [R * M, V]; training never holds them, see ops/mlm_loss.py."""
+        return F.linear(self.mlm_hidden(hidden, mlm_positions), self.bert.embeddings.word_embeddings.weight,
+                        self.cls["predictions"].bias)
+
+    def nsp_logits(self, hidden, cls_positions):
+        """hidden [R, L, H] at cls_positions [R, S] -> [R, S, 2]; class 1: the second segment does not follow the first."""
+        return self.cls["seq_relationship"](self.bert.pooler(gather_tokens(hidden, cls_positions)))
+
+
+def initialize(graph: nn.Module, std: float, seed: int) -> None:
+    """The recipe's initial weights: matrices normal(0, std) cut off at 2 std, biases 0, LayerNorm weights 1."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        for name, parameter in graph.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif "LayerNorm" in name:
+                parameter.fill_(1.0)
+            else:
+                nn.init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std)
