@@ -1,0 +1,138 @@
+"""The engine for CUDA and CPU: a step is a loop over micro-batches."""
+
+import os
+import shutil
+from typing import Callable, Dict, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from bert.interrupts import protected
+from data.errors import InputError
+from ops.lamb import Lamb
+
+__all__ = ["TorchEngine"]
+
+class TorchEngine:
+    """Trains `graph` (batch of rows -> weighted loss, metrics) with LAMB on one device.
+
+    `groups` are LAMB's (ops.lamb.lamb_groups), each with its parameters' `names`. `micro_batch_size` is in rows. `layers` are
+    compiled one by one, where `compile` says so. Dropout draws from a generator state of its own: a function of (seed, step, first row of the
+    micro-batch), so that a run is repeatable whatever else draws random numbers. `steps_done` is the last step whose update is
+    in the weights.
+    """
+
+    def __init__(self, graph: nn.Module, groups, device: str, betas, eps: float, seed: int, micro_batch_size: int,
+                 precision: str = "auto", compile: str = "auto", layers: Sequence[nn.Module] = ()):
+        self.device, self.seed, self.micro_batch_size = torch.device(device), seed, micro_batch_size
+        self.graph = graph.to(self.device)
+        self.autocast = uses_bfloat16(device, precision)
+        self.optimizer = Lamb(groups, lr=0.0, betas=betas, eps=eps)
+        self.steps_done = 0
+        self.compiled, self.compile_line = wants_compile(compile, device)
+        if self.compiled:
+            for layer in layers:
+                layer.compile(dynamic=False)
+
+    def describe(self) -> str:
+        """One line for people: precision and compilation."""
+        return "%s, micro-batches of %d rows, %s" % (
+            "bfloat16 autocast" if self.autocast else "float32", self.micro_batch_size, self.compile_line)
+
+    def step(self, batch: Dict[str, np.ndarray], learning_rate: float, step: int,
+             progress: Callable[[int], None] = lambda rows: None) -> Dict[str, torch.Tensor]:
+        """One optimizer step on a global batch of rows; calls `progress(rows)` after each micro-batch.
+
+        Returns mlm_loss, nsp_loss, mlm_accuracy, nsp_accuracy: means over the global batch, scalars on the device. When it is
+        interrupted before the update, weights and optimizer state are as before the call.
+        """
+        self.graph.train()
+        for parameter in self.graph.parameters():
+            parameter.grad = None
+        totals = None
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            for first, part in self.micro_batches(batch):
+                key = np.random.SeedSequence([self.seed, step, first]).generate_state(1, np.uint64)[0]
+                torch.manual_seed(int(key >> np.uint64(1)))
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+                    loss, metrics = self.graph(part)
+                loss.backward()
+                totals = metrics if totals is None else {name: totals[name] + metrics[name] for name in totals}
+                progress(len(part["input_ids"]))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        with protected():
+            self.optimizer.step()
+            self.steps_done = step
+        return totals
+
+    @torch.no_grad()
+    def evaluate(self, batch: Dict[str, np.ndarray]) -> Dict[str, torch.Tensor]:
+        """The metrics of `step` on these rows, without dropout and without an update."""
+        self.graph.eval()
+        totals = None
+        for _, part in self.micro_batches(batch):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+                _, metrics = self.graph(part)
+            totals = metrics if totals is None else {name: totals[name] + metrics[name] for name in totals}
+        return totals
+
+    def micro_batches(self, batch):
+        for first in range(0, len(batch["input_ids"]), self.micro_batch_size):
+            rows = slice(first, first + self.micro_batch_size)
+            yield first, {name: torch.from_numpy(array[rows]).to(self.device) for name, array in batch.items()}
+
+    def weights(self) -> Dict[str, torch.Tensor]:
+        """Parameter name -> tensor, on the CPU, float32."""
+        return {name: tensor.detach().cpu() for name, tensor in self.graph.named_parameters()}
+
+    def load_weights(self, tensors: Dict[str, torch.Tensor]) -> None:
+        """Takes what `weights` gives; the names must be the graph's."""
+        own = dict(self.graph.named_parameters())
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                own[name].copy_(tensor)
+
+    def optimizer_state(self) -> Dict[str, torch.Tensor]:
+        """"<parameter name>.exp_avg" and ".exp_avg_sq" -> tensor, on the CPU; empty before the first step."""
+        return {"%s.%s" % (name, key): tensor.cpu() for name, parameter in self.named_in_groups()
+                for key, tensor in self.optimizer.state[parameter].items()}
+
+    def load_optimizer_state(self, tensors: Dict[str, torch.Tensor]) -> None:
+        """Takes what `optimizer_state` gives."""
+        for name, parameter in self.named_in_groups():
+            self.optimizer.state[parameter] = {key: tensors["%s.%s" % (name, key)].to(parameter.device, copy=True)
+                                               for key in ("exp_avg", "exp_avg_sq")}
+
+    def named_in_groups(self):
+        for group in self.optimizer.param_groups:
+            yield from zip(group["names"], group["params"])
+
+
+def uses_bfloat16(device: str, precision: str) -> bool:
+    if precision == "auto":
+        return device == "cuda" and torch.cuda.is_bf16_supported()
+    return precision == "bfloat16"
+
+
+def find_compiler(device: str) -> Optional[str]:
+    """What torch.compile generates code with on `device`: the C++ compiler or Triton; None where it is missing."""
+    if device == "cpu":
+        return shutil.which(os.environ.get("CXX", "g++"))
+    try:
+        import triton
+    except ImportError:
+        return None
+    return triton.__name__
+
+
+def wants_compile(setting: str, device: str) -> Tuple[bool, str]:
+    compiler = find_compiler(device)
+    missing = "no %s" % ("C++ compiler (g++, or CXX)" if device == "cpu" else "Triton")
+    if setting == "on" and compiler is None:
+        raise InputError("training.compile is \"on\", but there is %s. Install it, or set training.compile to \"auto\"" % missing)
+    # On the CPU a compiled layer is no faster than the library calls it replaces, and takes 15 s to compile.
+    if setting == "on" or (setting == "auto" and device == "cuda" and compiler):
+        return True, "encoder layers compiled"
+    return False, "not compiled (%s)" % missing if setting == "auto" and device == "cuda" else "not compiled"

@@ -1,0 +1,26 @@
+"""The command: config -> engine -> training loop. `python run_pretraining.py --help` explains every option."""
+
+import signal
+import sys
+
+from bert.config import parse_command_line
+from bert.errors import Diverged
+from data.errors import InputError, LoaderDied
+
+
+def main(arguments=None) -> int:
+    """Runs the command and returns its exit status: 2 for input that cannot be used, 1 for a run that failed, 130 for Ctrl-C."""
+    try:
+        config = parse_command_line(sys.argv[1:] if arguments is None else arguments)
+        from bert.training import train  # after the config: torch takes seconds to import, an error should not
+        train(config)
+    except (InputError, Diverged, LoaderDied) as error:
+        print("error: %s" % error, file=sys.stderr)
+        return 2 if isinstance(error, InputError) else 1
+    except KeyboardInterrupt as stop:
+        return 128 + getattr(stop, "signal_number", signal.SIGINT)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
