@@ -1,7 +1,7 @@
 """The process behind `data.loader.Loader`: reads, shuffles and assembles global batches into shared memory, ahead of training.
 
-It speaks JSON lines. In: the settings (a dict), then the number of each slot that may be filled. Out: {"slot", "samples",
-"masked_tokens"} for each finished batch, or {"error", "bad_input"} once, then it ends. It ends too when its parent does.
+It speaks JSON lines. In: the settings (a dict), then the number of each slot that may be filled. Out: {"slot", "rows",
+"samples", "masked_tokens"} for each finished batch, or {"error", "bad_input"} once, then it ends. It ends too when its parent does.
 It imports neither torch nor anything that starts slowly.
 """
 
@@ -15,14 +15,15 @@ import threading
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
-from typing import Callable, Dict
+from typing import Callable, Dict, Iterator, Tuple
 
 import numpy as np
 
 from data.errors import InputError
 from data.order import Order
+from data.packing import Packing, largest_prefix, one_a_row, pack
 from data.ring import ring_bytes, ring_slots
-from data.rows import batch_layout, fill_unpacked, weigh
+from data.rows import fill_packed, fill_unpacked, weigh
 from data.shards import Samples, ShardInfo
 from data.windows import ShardFiles, read_windows
 
@@ -72,39 +73,94 @@ def exit_with_parent(parent: int) -> None:
     os._exit(0)
 
 
+def read_layout(described: Dict) -> Dict[str, tuple]:
+    return {name: (tuple(shape), np.dtype(dtype)) for name, (shape, dtype) in described.items()}
+
+
 def serve(settings: Dict, free: "queue.Queue", say: Callable) -> None:
     """Fills slot after slot, as they get free, for ever. Raises InputError that names the file that cannot be used."""
     files = ShardFiles([ShardInfo(**shard) for shard in settings["shards"]])
-    info, batch_size, workers = files.shards[0], settings["batch_size"], settings["workers"]
+    info, workers, layout = files.shards[0], settings["workers"], read_layout(settings["layout"])
     order = Order([shard.num_samples for shard in files.shards], settings["seed"], info.sequence_length)
-    windows = read_windows(files, order, settings["samples_seen"], workers)
-    layout = batch_layout(batch_size, info.sequence_length, info.mask_tokens, 1)
+    stream = SampleStream(read_windows(files, order, settings["position"], workers))
     memory = mmap.mmap(settings["memory"], ring_bytes(layout, settings["slots"]))
     slots = ring_slots(memory, layout, settings["slots"])
-    rows = np.empty(0, np.int64)
-    with ThreadPoolExecutor(workers) as assemblers:
+    with ThreadPoolExecutor(workers) as threads:
         while True:
-            slot, filled = free.get(), 0
+            slot = free.get()
             files.check_unchanged()
-            while filled < batch_size:
-                if len(rows) == 0:
-                    samples, rows = next(windows)
-                now, rows = rows[:batch_size - filled], rows[batch_size - filled:]
-                assemble(assemblers, slots[slot], filled, samples, now)
-                filled += len(now)
-            masked_tokens, _ = weigh(slots[slot])
-            say(slot=slot, samples=batch_size, masked_tokens=masked_tokens)
+            samples, index, packing = choose(stream, settings, layout)
+            batch = {name: array[:packing.rows] for name, array in slots[slot].items()}
+            assemble(threads, batch, samples, index, packing)
+            rows = packing.rows
+            if settings["packing"] == "rows":  # static shapes: the rows that the last sample did not fit are empty ones
+                rows = settings["batch_size"]
+                for array in slots[slot].values():
+                    array[packing.rows:rows] = 0
+            masked_tokens, count = weigh(batch)
+            stream.advance(count)
+            say(slot=slot, rows=rows, samples=count, masked_tokens=masked_tokens)
 
 
-def assemble(threads: ThreadPoolExecutor, batch: Dict[str, np.ndarray], first: int, samples: Samples, rows: np.ndarray) -> None:
-    """Writes the samples at `rows` into the rows of `batch` from `first` on."""
+class SampleStream:
+    """The samples of one window after the other, to be looked at ahead and taken from the front."""
+
+    def __init__(self, windows: Iterator[Tuple[Samples, np.ndarray]]):
+        self._windows = windows
+        self._held = []  # samples of earlier windows that were not taken yet, in order: copies, for buffers are used again
+        self._window, self._rows = next(windows)
+
+    def peek(self, count: int) -> Tuple[Samples, np.ndarray]:
+        """The next `count` samples: (some samples, the places of the next ones among them). Valid until the following call."""
+        while sum(map(len, self._held)) + len(self._rows) < count:
+            self._held.append(self._window.take(self._rows))
+            self._window, self._rows = next(self._windows)
+        if not self._held:
+            return self._window, self._rows[:count]
+        more = count - sum(map(len, self._held))
+        samples = Samples.concatenate(self._held + [self._window.take(self._rows[:max(0, more)])])
+        return samples, np.arange(count)
+
+    def advance(self, count: int) -> None:
+        """Takes the next `count` samples away."""
+        while self._held and count:
+            taken = min(count, len(self._held[0]))
+            self._held[0] = self._held[0].take(slice(taken, None))
+            count -= taken
+            if len(self._held[0]) == 0:
+                del self._held[0]
+        self._rows = self._rows[count:]
+
+
+def choose(stream: SampleStream, settings: Dict, layout: Dict) -> Tuple[Samples, np.ndarray, Packing]:
+    """The samples of the next batch, as `peek` gives them, and their packing."""
+    batch_size, (_, mask_slots), (_, per_row) = settings["batch_size"], layout["mlm_labels"][0], layout["nsp_labels"][0]
+    samples, index = stream.peek(batch_size * per_row if settings["packing"] == "rows" else batch_size)
+    if settings["packing"] == "off":
+        return samples, index, one_a_row(batch_size)
+    place = largest_prefix if settings["packing"] == "rows" else pack
+    arguments = (batch_size,) if settings["packing"] == "rows" else ()
+    packing = place(samples.lengths[index], samples.mlm_counts[index], *arguments, samples.input_ids.shape[1], mask_slots, per_row)
+    return samples, index[:len(packing.row)], packing
+
+
+def assemble(threads: ThreadPoolExecutor, batch: Dict[str, np.ndarray], samples: Samples, index: np.ndarray, packing: Packing) -> None:
+    """Writes the samples at `index` into `batch`, where `packing` puts them."""
+    per_row = batch["nsp_weights"].shape[1]
+    order = np.argsort(packing.row * per_row + packing.place, kind="stable")
+    rows = packing.row[order]
     chunk = max(1, CHUNK_TOKENS // samples.input_ids.shape[1])
 
-    def fill(at: int) -> None:
-        chosen = samples.take(rows[at:at + chunk])
-        fill_unpacked({name: array[first + at:first + at + len(chosen)] for name, array in batch.items()}, chosen)
+    def fill(first: int) -> None:
+        part = {name: array[first:first + chunk] for name, array in batch.items()}
+        here = order[np.searchsorted(rows, first):np.searchsorted(rows, first + chunk)]
+        chosen = samples.take(index[here])
+        if per_row == 1:
+            fill_unpacked(part, chosen)
+        else:
+            fill_packed(part, chosen, packing.row[here] - first, packing.place[here], packing.start[here], packing.mask_start[here])
 
-    list(threads.map(fill, range(0, len(rows), chunk)))
+    list(threads.map(fill, range(0, packing.rows, chunk)))
 
 
 if __name__ == "__main__":
