@@ -65,6 +65,8 @@ class DataConfig:
     that many rows, static shapes, with as many samples as fit; off: one sample a row."""
     samples_per_row: int = 6
     """Samples of a packed row, at most."""
+    on_bad_shard: Literal["stop", "skip"] = "stop"
+    """What to do with a shard that is missing, cut off or holds a bad sample: stop the run, or leave it out and report it."""
     workers: int = 2
     """Threads of the loader's process; no more than the machine has cores."""
     text: Union[str, List[str]] = field(default_factory=list)

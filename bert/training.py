@@ -51,12 +51,12 @@ def train(config: Config) -> int:
         make_shards_from_text(config)
         shards, words = open_data(config)
         data_set = {"samples": [shard.num_samples for shard in shards], "vocab_sha256": shards[0].vocab_sha256}
-        state = read_state(checkpoint, data_set)
+        state = read_state(checkpoint, data_set, config.data.on_bad_shard == "skip")
         last = min(config.training.max_steps, config.training.stop_at_step or config.training.max_steps)
         if state["step"] >= last:
             say("%s: step %d of %d is done already, nothing to do" % (config.training.output, state["step"], last))
             return state["step"]
-        loader = closing.enter_context(open_loader(config, state["samples_seen"]))
+        loader = closing.enter_context(open_loader(config, state["position"]))
         engine = make_engine(config, device)
         if checkpoint:
             load_weights_into(engine, checkpoint, config, words, complete=True)
@@ -79,7 +79,7 @@ def run_steps(config: Config, engine, loader: Loader, batch: GlobalBatch, words:
     from torch.utils.tensorboard import SummaryWriter
 
     training, folder = config.training, config.training.output
-    samples_seen, saved = state["samples_seen"], engine.steps_done
+    samples_seen, position, saved, skipped = state["samples_seen"], state["position"], engine.steps_done, {}
     # Metrics of the steps since the last line; those of steps before a resume come from its checkpoint.
     recent = [{name: torch.tensor(value) for name, value in one.items()} for one in state["recent"]]
 
@@ -90,7 +90,7 @@ def run_steps(config: Config, engine, loader: Loader, batch: GlobalBatch, words:
         with protected():
             path = save_checkpoint(
                 os.path.join(folder, "checkpoints"), engine.steps_done, weights, engine.optimizer_state(), config.model, words,
-                {"step": engine.steps_done, "samples_seen": samples_seen, "data_set": data_set,
+                {"step": engine.steps_done, "samples_seen": samples_seen, "position": position, "data_set": data_set,
                  "recent": [{name: one[name].item() for name in METRICS} for one in recent], "config": dataclasses.asdict(config)},
                 training.keep_checkpoints)
         say("saved %s" % path)
@@ -107,7 +107,10 @@ def run_steps(config: Config, engine, loader: Loader, batch: GlobalBatch, words:
                 share = batch.samples / len(batch.arrays["input_ids"])
                 with protected():  # but for the engine's forward and backward passes, which may be cut short
                     recent.append(engine.step(batch.arrays, learning_rate, step, lambda rows: bar.update(rows * share)))
-                    samples_seen, samples = samples_seen + batch.samples, samples + batch.samples
+                    samples_seen, samples, position = samples_seen + batch.samples, samples + batch.samples, batch.position
+                for path in set(loader.skipped) - set(skipped):
+                    skipped[path] = loader.skipped[path]
+                    say("left out, %d by now: %s" % (len(skipped), skipped[path]))
                 if step % training.log_every == 0 or step == training.max_steps:
                     seconds = time.perf_counter() - since
                     line = summarize(recent, step, learning_rate, samples_seen, samples / seconds, waited / seconds)
@@ -181,7 +184,7 @@ def open_data(config: Config) -> Tuple[List[ShardInfo], List[str]]:
     """(the training shards, the vocabulary's words), checked against the config and each other, held-out samples one by one."""
     data = config.data
     expected = (data.sequence_length, data.mask_tokens, config.model.vocab_size)
-    shards = open_shards(data.files, *expected)
+    shards = open_shards(data.files, *expected, skipped={} if data.on_bad_shard == "skip" else None)
     path = data.vocab or os.path.join(os.path.dirname(shards[0].path), "vocab.txt")
     if not os.path.exists(path):
         raise InputError("%s: no such vocabulary. Name the one that the shards were made with: --data.vocab vocab.txt" % path)
@@ -205,21 +208,26 @@ def check_vocabulary(words: List[str], path: str, shard: ShardInfo) -> None:
             path, vocab_sha256(words)[:12], shard.path, shard.vocab_sha256[:12]))
 
 
-def open_loader(config: Config, samples_seen: int) -> Loader:
+def open_loader(config: Config, position: int) -> Loader:
     data, training = config.data, config.training
     return Loader(data.files, training.global_batch_size, training.seed, data.sequence_length, data.mask_tokens,
-                  config.model.vocab_size, packing=data.packing, samples_per_row=data.samples_per_row, samples_seen=samples_seen,
-                  workers=data.workers)
+                  config.model.vocab_size, packing=data.packing, samples_per_row=data.samples_per_row, position=position,
+                  skip_bad=data.on_bad_shard == "skip", workers=min(data.workers, os.cpu_count() or 1))
 
 
-def read_state(checkpoint: Optional[str], data_set: Dict) -> Dict:
-    """Where to begin: step, samples seen, and the metrics of steps that are not in metrics.jsonl yet."""
+def read_state(checkpoint: Optional[str], data_set: Dict, may_lack_shards: bool) -> Dict:
+    """Where to begin: step, samples seen, position in the data set, and the metrics of steps that are not in metrics.jsonl yet."""
     if checkpoint is None:
-        return {"step": 0, "samples_seen": 0, "recent": []}
+        return {"step": 0, "samples_seen": 0, "position": 0, "recent": []}
     state = read_json(os.path.join(checkpoint, "training_state.json"))
-    if state["data_set"] != data_set:
+    there = state["data_set"]
+    if there != data_set and may_lack_shards and there["vocab_sha256"] == data_set["vocab_sha256"]:
+        epoch = state["position"] // sum(there["samples"])
+        state["position"] = (epoch + 1) * sum(data_set["samples"])
+        say("the shards are not those of the checkpoint: continues with their next epoch, the %d." % (epoch + 2))
+    elif there != data_set:
         raise InputError("%s: was trained on another data set: %s there, found %s. Name the same shards with --data.files" % (
-            checkpoint, json.dumps(state["data_set"]), json.dumps(data_set)))
+            checkpoint, json.dumps(there), json.dumps(data_set)))
     return state
 
 
