@@ -36,7 +36,7 @@ def test_pod_configs_are_the_recipe(pod, replicas, accumulation, phase):
     assert training.output == "runs/%s_phase%d" % (pod, phase)
 
 
-@pytest.mark.parametrize("name", ["gpu_phase1", "gpu_phase2.json", "quickstart.json"])
+@pytest.mark.parametrize("name", ["gpu_phase1", "gpu_phase2.json", "cpu_small.json", "quickstart.json"])
 def test_other_configs_are_valid_and_found_by_bare_name(name):
     assert parse_command_line(["--config", name]).training.max_steps > 0
 
