@@ -17,7 +17,11 @@ def main(arguments=None) -> int:
     except (InputError, Diverged, LoaderDied) as error:
         print("error: %s" % error, file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
+    except OSError as error:  # a folder that cannot be written, a full disk: the message has its name
+        print("error: %s" % error, file=sys.stderr)
+        return 1
     except KeyboardInterrupt as stop:
+        print("interrupted", file=sys.stderr)
         return 128 + getattr(stop, "signal_number", signal.SIGINT)
     return 0
 

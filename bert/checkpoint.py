@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,7 +19,7 @@ from bert.config import ModelConfig
 from data.errors import InputError
 from data.tokenizer import write_tokenizer_files
 
-__all__ = ["list_checkpoints", "load_training_state", "load_weights", "save_checkpoint"]
+__all__ = ["list_checkpoints", "load_moments", "load_weights", "read_json", "save_checkpoint", "write_json"]
 
 # What a transformers config.json must say for its weights to mean the same here; absent keys have these values.
 FIXED_KEYS = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute"}
@@ -43,16 +43,15 @@ def save_checkpoint(folder: str, step: int, weights: Dict[str, torch.Tensor], op
               os.path.join(temporary, "optimizer.safetensors"))
     write_json(os.path.join(temporary, "config.json"), transformers_config(model))
     write_json(os.path.join(temporary, "training_state.json"), state)
-    write_tokenizer_files(temporary, words)
+    write_tokenizer_files(temporary, words, model.max_position_embeddings)
     for name in os.listdir(temporary):
         flush_to_disk(os.path.join(temporary, name))
     flush_to_disk(temporary)
-    if os.path.exists(path):
-        shutil.rmtree(path)
     os.rename(temporary, path)
     flush_to_disk(folder)
     for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        os.rename(old, os.path.join(folder, ".%s.incomplete" % os.path.basename(old)))  # so that no half of it is taken for whole
+    remove_incomplete(folder)
     return path
 
 
@@ -64,9 +63,12 @@ def list_checkpoints(folder: str) -> List[str]:
     return [os.path.join(folder, name) for name in sorted(names, key=lambda name: int(name[len("step_"):]))]
 
 
-def load_training_state(path: str) -> Tuple[Dict, Dict[str, torch.Tensor]]:
-    """(training_state.json, optimizer tensors) of one of our checkpoints. Raises InputError that names the file."""
-    return read_json(os.path.join(path, "training_state.json")), read_safetensors(os.path.join(path, "optimizer.safetensors"))
+def load_moments(path: str) -> Dict[str, torch.Tensor]:
+    """The optimizer's state in one of our checkpoints. Raises InputError that names the file."""
+    try:
+        return read_safetensors(os.path.join(path, "optimizer.safetensors"))
+    except InputError as error:
+        raise InputError("%s. Remove %s to continue from the checkpoint before it" % (error, path))
 
 
 def load_weights(path: str, expected: Dict[str, torch.Tensor], model: Optional[ModelConfig] = None) -> Dict[str, torch.Tensor]:
@@ -134,17 +136,23 @@ def flush_to_disk(path: str) -> None:
 
 
 def write_json(path: str, value: Dict) -> None:
-    with open(path, "w", encoding="utf-8") as file:
+    """Writes a JSON file that appears whole or not at all."""
+    with open(path + ".new", "w", encoding="utf-8") as file:
         json.dump(value, file, indent=2)
         file.write("\n")
+    os.replace(path + ".new", path)
 
 
 def read_json(path: str) -> Dict:
+    """The object in a JSON file. Raises InputError that names the file."""
     try:
         with open(path, encoding="utf-8") as file:
-            return json.load(file)
+            value = json.load(file)
     except (OSError, ValueError) as error:
         raise InputError("%s: cannot be read as JSON: %s" % (path, error))
+    if not isinstance(value, dict):
+        raise InputError("%s: holds %s, expected an object of keys and values" % (path, type(value).__name__))
+    return value
 
 
 def read_safetensors(path: str) -> Dict[str, torch.Tensor]:

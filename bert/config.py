@@ -60,8 +60,15 @@ class DataConfig:
     """Tokens of a sample, at most."""
     mask_tokens: int = 20
     """Masked tokens of a sample, at most."""
+    packing: Literal["samples", "rows", "off"] = "samples"
+    """How samples share rows. samples: a global batch is exactly global_batch_size samples, in as few rows as they fit; rows: it is
+    that many rows, static shapes, with as many samples as fit; off: one sample a row."""
+    samples_per_row: int = 6
+    """Samples of a packed row, at most."""
+    on_bad_shard: Literal["stop", "skip"] = "stop"
+    """What to do with a shard that is missing, cut off or holds a bad sample: stop the run, or leave it out and report it."""
     workers: int = 2
-    """Threads of the loader's process."""
+    """Threads of the loader's process; no more than the machine has cores."""
     text: Union[str, List[str]] = field(default_factory=list)
     """Where `files` are not there yet, make them from this text: paths or globs, or `python`, the prose that Python brings.
     They go into the folder of `files`, which must be named train-*.h5."""
@@ -121,7 +128,7 @@ class TrainingConfig:
 
 @dataclass
 class IpuConfig:
-    """The pipeline on IPUs: placement, static batch geometry, memory. Stages and serialization count on every device."""
+    """The pipeline on IPUs: placement, static batch geometry, memory. On CUDA and CPU only embedding_serialization_factor counts."""
 
     layers_per_ipu: List[int] = field(default_factory=lambda: [0, 4, 4, 4])
     """Encoder layers on each IPU of a replica; embeddings and heads are on IPU 0."""
@@ -194,7 +201,8 @@ def parse_command_line(arguments: Sequence[str]) -> Config:
     try:
         found = parser.parse_args(list(arguments))
     except ArgumentError as error:
-        raise InputError("command line: %s. `--help` lists every option" % one_line(error))
+        hint = "Quote a pattern, so that the shell leaves it as it is; `--help` lists every option"
+        raise InputError("command line: %s. %s" % (one_line(error), hint))
     sections = {section: kind(**vars(getattr(found, section))) for section, kind in SECTIONS.items()}
     config = Config(device=found.device, resume=found.resume, **sections)
     config.data = dataclasses.replace(config.data, **{key: as_list(getattr(config.data, key))
@@ -220,12 +228,11 @@ def make_parser() -> ArgumentParser:
 
 
 def config_option(arguments: Sequence[str]) -> Optional[str]:
-    for i, argument in enumerate(arguments):
-        if argument == "--config" and i + 1 < len(arguments):
-            return arguments[i + 1]
-        if argument.startswith("--config="):
-            return argument[len("--config="):]
-    return None
+    found = [value for flag, value in zip(arguments, arguments[1:]) if flag == "--config"]
+    found += [argument[len("--config="):] for argument in arguments if argument.startswith("--config=")]
+    if len(found) > 1:
+        raise InputError("command line: --config is given twice: %s. Name one; single options override it" % ", ".join(found))
+    return found[0] if found else None
 
 
 def find_config(name: str) -> str:
@@ -274,7 +281,7 @@ def validate(config: Config, source: str = "config") -> None:
 
     positive = {"model": "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size max_position_embeddings "
                          "type_vocab_size layer_norm_eps initializer_range",
-                "data": "sequence_length mask_tokens workers duplicates", "optimizer": "learning_rate eps",
+                "data": "sequence_length mask_tokens samples_per_row workers duplicates", "optimizer": "learning_rate eps",
                 "training": "global_batch_size max_steps log_every save_every keep_checkpoints",
                 "ipu": "replication_factor micro_batch_size gradient_accumulation_steps device_iterations "
                        "embedding_serialization_factor loss_scaling"}
@@ -289,24 +296,28 @@ def validate(config: Config, source: str = "config") -> None:
     expect(model.type_vocab_size >= 2, "model.type_vocab_size", "at least 2, one for each segment")
     expect(data.sequence_length <= model.max_position_embeddings, "data.sequence_length",
            "at most model.max_position_embeddings, %d" % model.max_position_embeddings)
-    expect(data.mask_tokens < data.sequence_length, "data.mask_tokens",
-           "fewer than data.sequence_length, %d" % data.sequence_length)
+    expect(data.mask_tokens <= data.sequence_length - 3, "data.mask_tokens",
+           "at most data.sequence_length less [CLS] and two [SEP], %d" % (data.sequence_length - 3))
     expect(0 <= data.held_out < 1, "data.held_out", "a share: at least 0, below 1")
+    if data.text:
+        expect((data.held_out > 0) == bool(data.held_out_files), "data.held_out",
+               "above 0 where data.held_out_files says where the held-out shards go, 0 where it is empty")
     expect(0 <= optimizer.warmup_ratio <= 1, "optimizer.warmup_ratio", "a share: 0 to 1")
     expect(len(optimizer.betas) == 2 and all(0 <= beta < 1 for beta in optimizer.betas), "optimizer.betas",
            "two numbers, each at least 0 and below 1")
-    expect(optimizer.weight_decay >= 0, "optimizer.weight_decay", "at least 0")
+    expect(0 <= optimizer.weight_decay < math.inf, "optimizer.weight_decay", "at least 0")
     for name in ("micro_batch_size", "stop_at_step"):
         value = getattr(training, name)
         expect(value is None or value > 0, "training." + name, "a number above 0, or null")
-    expect(training.seed >= 0, "training.seed", "at least 0")
+    expect(0 <= training.seed < 2 ** 63, "training.seed", "at least 0, below 2 to the 63rd")
     proportions = ipu.matmul_proportion if isinstance(ipu.matmul_proportion, list) else [ipu.matmul_proportion]
     expect(all(0 < share <= 1 for share in proportions), "ipu.matmul_proportion", "shares above 0, at most 1")
     if isinstance(ipu.matmul_proportion, list):
         expect(len(proportions) == len(ipu.layers_per_ipu), "ipu.matmul_proportion",
                "one number, or one for each of the %d IPUs of ipu.layers_per_ipu" % len(ipu.layers_per_ipu))
     expect(all(count >= 0 for count in ipu.layers_per_ipu) and sum(ipu.layers_per_ipu) == model.num_hidden_layers,
-           "ipu.layers_per_ipu", "counts that add up to model.num_hidden_layers, %d" % model.num_hidden_layers)
+           "ipu.layers_per_ipu", "counts that add up to model.num_hidden_layers, %d; on other devices any split will do, "
+           "such as --ipu.layers_per_ipu '[0, %d]'" % (model.num_hidden_layers, model.num_hidden_layers))
     if config.device == "ipu":
         geometry = (ipu.micro_batch_size, ipu.gradient_accumulation_steps, ipu.replication_factor, ipu.device_iterations)
         product = geometry[0] * geometry[1] * geometry[2] * geometry[3]

@@ -4,7 +4,7 @@ import contextlib
 import signal
 import threading
 
-__all__ = ["interruptible", "protected"]
+__all__ = ["cancellable", "interruptible", "protected"]
 
 _depth = 0
 _pending = None
@@ -42,13 +42,30 @@ def interruptible():
 
 @contextlib.contextmanager
 def protected():
-    """A signal that comes inside is raised at the end."""
-    global _depth, _pending
+    """A signal that comes inside is raised at the end, but for `cancellable` parts."""
+    global _depth
     _depth += 1
     try:
         yield
     finally:
         _depth -= 1
-        if _depth == 0 and _pending is not None:
-            number, _pending = _pending, None
-            raise Stop(number)
+    _raise_pending()
+
+
+@contextlib.contextmanager
+def cancellable():
+    """A part of a `protected` one that may be cut short: a signal is raised at once."""
+    global _depth
+    before, _depth = _depth, 0
+    try:
+        _raise_pending()
+        yield
+    finally:
+        _depth = before
+
+
+def _raise_pending():
+    global _pending
+    if _depth == 0 and _pending is not None:
+        number, _pending = _pending, None
+        raise Stop(number)

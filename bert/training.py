@@ -1,17 +1,19 @@
 """A run: shards -> loader -> engine -> metrics and checkpoints, from the first step or from where it stopped."""
 
+import contextlib
 import dataclasses
 import glob
 import json
 import math
 import os
+import sys
 import time
 from typing import Dict, List, Optional, Tuple
 
 import torch
 from tqdm import tqdm
 
-from bert.checkpoint import list_checkpoints, load_training_state, load_weights, save_checkpoint, write_json
+from bert.checkpoint import list_checkpoints, load_moments, load_weights, read_json, save_checkpoint, write_json
 from bert.config import Config, learning_rate_at
 from bert.curve import draw_curve, read_metrics
 from bert.engines import choose_device
@@ -19,9 +21,10 @@ from bert.engines.torch_engine import TorchEngine
 from bert.errors import Diverged
 from bert.graph import BertForPretraining, initialize
 from bert.interrupts import interruptible, protected
+from bert.run_folder import claim, find_checkpoint
 from bert.stages import make_stages
 from data.errors import InputError, LoaderDied
-from data.loader import Loader, batches_in_order
+from data.loader import GlobalBatch, Loader, batches_in_order
 from data.prepare import prepare
 from data.shards import ShardInfo, open_shards, vocab_sha256
 from data.tokenizer import read_vocab
@@ -42,84 +45,93 @@ def train(config: Config) -> int:
     number; KeyboardInterrupt for Ctrl-C and SIGTERM, InputError for shards that turn bad and LoaderDied, each after saving a
     checkpoint.
     """
-    with interruptible():
+    with interruptible(), contextlib.ExitStack() as closing:
         device, device_line = choose_device(config.device)
+        checkpoint = find_checkpoint(config)
         make_shards_from_text(config)
         shards, words = open_data(config)
         data_set = {"samples": [shard.num_samples for shard in shards], "vocab_sha256": shards[0].vocab_sha256}
-        resume_from = find_run(config, data_set)
+        state = read_state(checkpoint, data_set, config.data.on_bad_shard == "skip")
+        last = min(config.training.max_steps, config.training.stop_at_step or config.training.max_steps)
+        if state["step"] >= last:
+            say("%s: step %d of %d is done already, nothing to do" % (config.training.output, state["step"], last))
+            return state["step"]
+        loader = closing.enter_context(open_loader(config, state["position"]))
         engine = make_engine(config, device)
-        samples = sum(data_set["samples"])
-        say("device: %s, %s" % (device_line, engine.describe()))
-        say("data: %d samples in %d shards; %d steps of %d are %.2f epochs" % (
-            samples, len(shards), config.training.max_steps, config.training.global_batch_size,
-            config.training.max_steps * config.training.global_batch_size / samples))
-        if resume_from:
-            load_weights_into(engine, resume_from, config, complete=True)
-            state, moments = load_training_state(resume_from)
-            engine.load_optimizer_state(moments)
+        if checkpoint:
+            load_weights_into(engine, checkpoint, config, words, complete=True)
+            engine.load_optimizer_state(load_moments(checkpoint))
             engine.steps_done = state["step"]
-            say("continues from %s" % resume_from)
         elif config.training.start_from:
-            load_weights_into(engine, config.training.start_from, config, complete=False)
-        start_run_folder(config, engine.steps_done)
-        run_steps(config, engine, words, data_set)
+            load_weights_into(engine, config.training.start_from, config, words, complete=False)
+        first = loader.next()
+        say_what_runs(config, device_line, engine, shards, first, checkpoint)
+        closing.enter_context(claim(config, engine.steps_done))
+        run_steps(config, engine, loader, first, words, state, data_set, last)
         if engine.steps_done == config.training.max_steps:
             finish(config, engine)
     return engine.steps_done
 
 
-def run_steps(config: Config, engine, words: List[str], data_set: Dict) -> None:
-    """The training loop: from the engine's step to the last one, with metrics, checkpoints, and one more on Ctrl-C."""
+def run_steps(config: Config, engine, loader: Loader, batch: GlobalBatch, words: List[str], state: Dict, data_set: Dict,
+              last: int) -> None:
+    """The training loop: from the engine's step to the last one, with metrics, checkpoints, and one more when it is stopped."""
     from torch.utils.tensorboard import SummaryWriter
 
     training, folder = config.training, config.training.output
-    last = min(training.max_steps, training.stop_at_step or training.max_steps)
-    first = engine.steps_done
+    samples_seen, position, saved, skipped = state["samples_seen"], state["position"], engine.steps_done, {}
+    # Metrics of the steps since the last line; those of steps before a resume come from its checkpoint.
+    recent = [{name: torch.tensor(value) for name, value in one.items()} for one in state["recent"]]
 
     def save() -> None:
+        weights = engine.weights()
+        if not all(torch.isfinite(tensor).all() for tensor in weights.values()):
+            raise diverged(config, engine.steps_done, "weights are not finite")
         with protected():
             path = save_checkpoint(
-                os.path.join(folder, "checkpoints"), engine.steps_done, engine.weights(), engine.optimizer_state(), config.model, words,
-                {"step": engine.steps_done, "samples_seen": engine.steps_done * training.global_batch_size,
-                 "data_set": data_set, "config": dataclasses.asdict(config)}, training.keep_checkpoints)
+                os.path.join(folder, "checkpoints"), engine.steps_done, weights, engine.optimizer_state(), config.model, words,
+                {"step": engine.steps_done, "samples_seen": samples_seen, "position": position, "data_set": data_set,
+                 "recent": [{name: one[name].item() for name in METRICS} for one in recent], "config": dataclasses.asdict(config)},
+                training.keep_checkpoints)
         say("saved %s" % path)
 
-    if first >= last:
-        say("step %d of %d is done already: nothing to do" % (first, last))
-        return
-    loader = Loader(config.data.files, training.global_batch_size, training.seed, samples_seen=first * training.global_batch_size,
-                    sequence_length=config.data.sequence_length, mask_tokens=config.data.mask_tokens,
-                    vocab_size=config.model.vocab_size, workers=config.data.workers)
-    bar = tqdm(total=last * training.global_batch_size, initial=first * training.global_batch_size, unit="seq", disable=None,
-               dynamic_ncols=True, smoothing=0.05, desc="training")
-    saved = first
-    with loader, bar, SummaryWriter(os.path.join(folder, "tensorboard"), purge_step=first + 1) as board, \
+    bar = tqdm(total=last * training.global_batch_size, initial=engine.steps_done * training.global_batch_size, unit="seq",
+               disable=None, dynamic_ncols=True, smoothing=0.05, desc="training")
+    with bar, SummaryWriter(os.path.join(folder, "tensorboard"), purge_step=engine.steps_done + 1) as board, \
             open(os.path.join(folder, "metrics.jsonl"), "a", encoding="utf-8") as log:
         try:
-            since, waited, recent = time.perf_counter(), 0.0, []
+            since, waited, samples = time.perf_counter(), 0.0, 0
             while engine.steps_done < last:
                 step = engine.steps_done + 1
-                before = time.perf_counter()
-                batch = loader.next()
-                waited += time.perf_counter() - before
                 learning_rate = learning_rate_at(step, config.optimizer, training.max_steps)
-                recent.append(engine.step(batch.arrays, learning_rate, step, bar.update))
-                if step % training.log_every == 0 or step == last or step % training.save_every == 0:
-                    check_finite(recent[-1], step)
-                if step % training.log_every == 0 or step == last:
+                share = batch.samples / len(batch.arrays["input_ids"])
+                with protected():  # but for the engine's forward and backward passes, which may be cut short
+                    recent.append(engine.step(batch.arrays, learning_rate, step, lambda rows: bar.update(rows * share)))
+                    samples_seen, samples, position = samples_seen + batch.samples, samples + batch.samples, batch.position
+                for path in set(loader.skipped) - set(skipped):
+                    skipped[path] = loader.skipped[path]
+                    say("left out, %d by now: %s" % (len(skipped), skipped[path]))
+                if step % training.log_every == 0 or step == training.max_steps:
                     seconds = time.perf_counter() - since
-                    line = summarize(recent, step, learning_rate, training.global_batch_size, seconds, waited)
+                    line = summarize(recent, step, learning_rate, samples_seen, samples / seconds, waited / seconds)
+                    if not math.isfinite(line["loss"]):
+                        raise diverged(config, step, "the MLM loss is %f, the NSP loss is %f" % (line["mlm_loss"], line["nsp_loss"]))
                     log.write(json.dumps(line) + "\n")
                     log.flush()
                     for name in line:
                         if name not in ("step", "samples_seen"):
                             board.add_scalar(name, line[name], step)
-                    say(console_line(line, last, seconds / len(recent)))
-                    since, waited, recent = time.perf_counter(), 0.0, []
+                    say(console_line(line, last, (last - step) * training.global_batch_size * seconds / samples))
+                    since, waited, samples, recent = time.perf_counter(), 0.0, 0, []
                 if step % training.save_every == 0 or step == last:
+                    before = time.perf_counter()
                     save()
                     saved = step
+                    since += time.perf_counter() - before
+                if step < last:
+                    before = time.perf_counter()
+                    batch = loader.next()
+                    waited += time.perf_counter() - before
         except (KeyboardInterrupt, InputError, LoaderDied):
             if engine.steps_done > saved:
                 save()
@@ -143,116 +155,122 @@ def make_engine(config: Config, device: str) -> TorchEngine:
 def make_shards_from_text(config: Config) -> None:
     """Makes the shards from data.text where data.files match nothing yet."""
     data = config.data
-    if any(glob.glob(pattern) for pattern in data.files):
+    found = sum(len(glob.glob(pattern)) for pattern in data.files)
+    if found:
+        if data.text:
+            say("data.text is not read: data.files has %d shards already" % found)
         return
+    folder = os.path.dirname(data.files[0]) if data.files else ""
     if not data.text:
-        folder = os.path.dirname(data.files[0]) if data.files else "shards"
         raise InputError(
             "data.files: no file matches %s. Make the shards from text, one sentence or paragraph a line, a blank line between "
-            "documents:\n  python -m data.prepare --input 'corpus/*.txt' --vocab vocab.txt --sequence-length %d --mask-tokens %d "
-            "--output %s/\n(without --vocab it trains a vocabulary), or name shards with --data.files" % (
-                ", ".join(repr(pattern) for pattern in data.files) or "anything: it is empty",
-                data.sequence_length, data.mask_tokens, folder))
-    folder = os.path.dirname(data.files[0]) if data.files else ""
+            "documents; in the project's folder:\n  python -m data.prepare --input 'corpus/*.txt' --vocab vocab.txt --sequence-length %d "
+            "--mask-tokens %d --output %s/\n(without --vocab it trains one of --vocab-size %d), or name shards with --data.files" % (
+                ", ".join(repr(pattern) for pattern in data.files) or "anything: it is empty", data.sequence_length, data.mask_tokens,
+                folder if folder and not glob.has_magic(folder) else "shards", config.model.vocab_size))
     if not folder or os.path.basename(data.files[0]) != "train-*.h5" or len(data.files) != 1:
         raise InputError("data.files is %s, expected one pattern FOLDER/train-*.h5, which says where the shards made from data.text go" %
                          json.dumps(data.files))
-    summary = prepare(input=data.text, output=folder, format=data.text_format, vocab=data.vocab, vocab_size=config.model.vocab_size,
-                      sequence_length=data.sequence_length, mask_tokens=data.mask_tokens, duplicates=data.duplicates,
-                      held_out=data.held_out, seed=config.training.seed)
+    try:
+        summary = prepare(input=data.text, output=folder, format=data.text_format, vocab=data.vocab,
+                          vocab_size=config.model.vocab_size, sequence_length=data.sequence_length, mask_tokens=data.mask_tokens,
+                          duplicates=data.duplicates, held_out=data.held_out, seed=config.training.seed)
+    except InputError as error:
+        raise InputError("data.text: %s" % error)
     say(str(summary))
 
 
 def open_data(config: Config) -> Tuple[List[ShardInfo], List[str]]:
-    """(the training shards, the vocabulary's words), checked against the config and each other."""
+    """(the training shards, the vocabulary's words), checked against the config and each other, held-out samples one by one."""
     data = config.data
-    shards = open_shards(data.files, data.sequence_length, data.mask_tokens, config.model.vocab_size)
-    if data.held_out_files:
-        open_shards(data.held_out_files, data.sequence_length, data.mask_tokens, config.model.vocab_size)
+    expected = (data.sequence_length, data.mask_tokens, config.model.vocab_size)
+    shards = open_shards(data.files, *expected, skipped={} if data.on_bad_shard == "skip" else None)
     path = data.vocab or os.path.join(os.path.dirname(shards[0].path), "vocab.txt")
     if not os.path.exists(path):
         raise InputError("%s: no such vocabulary. Name the one that the shards were made with: --data.vocab vocab.txt" % path)
     words = read_vocab(path)
-    if vocab_sha256(words) != shards[0].vocab_sha256:
-        raise InputError("%s: its words have the hash %s, %s was made with %s. Name the vocabulary of the shards: --data.vocab" % (
-            path, vocab_sha256(words)[:12], shards[0].path, shards[0].vocab_sha256[:12]))
+    check_vocabulary(words, path, shards[0])
+    if data.held_out_files:
+        held_out = open_shards(data.held_out_files, *expected)
+        check_vocabulary(words, path, held_out[0])
+        both = {os.path.realpath(shard.path) for shard in shards} & {os.path.realpath(shard.path) for shard in held_out}
+        if both:
+            raise InputError("%s: is named by data.files and by data.held_out_files; expected different files: --data.files '.../train-*.h5' and "
+                             "--data.held_out_files '.../held_out-*.h5'" % sorted(both)[0])
+        for _ in batches_in_order(data.held_out_files, 4096, *expected):
+            pass
     return shards, words
 
 
-def find_run(config: Config, data_set: Dict) -> Optional[str]:
-    """The checkpoint to continue from, None to begin. Raises InputError where the output folder holds another run."""
-    folder = config.training.output
-    path = os.path.join(folder, "run.json")
-    if not os.path.exists(path):
-        if os.path.isdir(os.path.join(folder, "checkpoints")):
-            raise InputError("%s: has checkpoints but no run.json; expected an empty folder, or a run of this project. Choose another "
-                             "with --training.output" % folder)
-        return None
-    if config.resume == "never":
-        raise InputError("%s: holds a run already. Continue it with --resume auto, or choose another folder with --training.output" % folder)
-    with open(path, encoding="utf-8") as file:
-        other = json.load(file)
-    own = course(config)
-    for key in own:
-        if other.get(key) != own[key]:
-            raise InputError("%s: is another config's run: %s is %s there, expected %s. Choose another folder with --training.output" % (
-                path, key, json.dumps(other.get(key)), json.dumps(own[key])))
-    checkpoints = list_checkpoints(os.path.join(folder, "checkpoints"))
-    if not checkpoints:
-        return None
-    state, _ = load_training_state(checkpoints[-1])
-    if state["data_set"] != data_set:
+def check_vocabulary(words: List[str], path: str, shard: ShardInfo) -> None:
+    if vocab_sha256(words) != shard.vocab_sha256:
+        raise InputError("%s: its words have the hash %s, %s was made with %s. Name the vocabulary of the shards: --data.vocab" % (
+            path, vocab_sha256(words)[:12], shard.path, shard.vocab_sha256[:12]))
+
+
+def open_loader(config: Config, position: int) -> Loader:
+    data, training = config.data, config.training
+    return Loader(data.files, training.global_batch_size, training.seed, data.sequence_length, data.mask_tokens,
+                  config.model.vocab_size, packing=data.packing, samples_per_row=data.samples_per_row, position=position,
+                  skip_bad=data.on_bad_shard == "skip", workers=min(data.workers, os.cpu_count() or 1))
+
+
+def read_state(checkpoint: Optional[str], data_set: Dict, may_lack_shards: bool) -> Dict:
+    """Where to begin: step, samples seen, position in the data set, and the metrics of steps that are not in metrics.jsonl yet."""
+    if checkpoint is None:
+        return {"step": 0, "samples_seen": 0, "position": 0, "recent": []}
+    state = read_json(os.path.join(checkpoint, "training_state.json"))
+    there = state["data_set"]
+    if there != data_set and may_lack_shards and there["vocab_sha256"] == data_set["vocab_sha256"]:
+        epoch = state["position"] // sum(there["samples"])
+        state["position"] = (epoch + 1) * sum(data_set["samples"])
+        say("the shards are not those of the checkpoint: continues with their next epoch, the %d." % (epoch + 2))
+    elif there != data_set:
         raise InputError("%s: was trained on another data set: %s there, found %s. Name the same shards with --data.files" % (
-            checkpoints[-1], json.dumps(state["data_set"]), json.dumps(data_set)))
-    return checkpoints[-1]
+            checkpoint, json.dumps(there), json.dumps(data_set)))
+    return state
 
 
-def course(config: Config) -> Dict:
-    """The settings that decide where a run goes; the others (device, micro-batch, logging ...) may change when it continues."""
-    values = dataclasses.asdict(config)
-    keys = [("model", key) for key in values["model"]] + [("optimizer", key) for key in values["optimizer"]]
-    keys += [("training", key) for key in ("global_batch_size", "max_steps", "seed", "start_from")]
-    keys += [("data", key) for key in ("sequence_length", "mask_tokens")]
-    return {"%s.%s" % (section, key): values[section][key] for section, key in keys}
-
-
-def start_run_folder(config: Config, step: int) -> None:
-    """Writes run.json and cuts metrics.jsonl back to `step`: what came after will come again."""
-    folder = config.training.output
-    os.makedirs(folder, exist_ok=True)
-    write_json(os.path.join(folder, "run.json"), course(config))
-    path = os.path.join(folder, "metrics.jsonl")
-    if os.path.exists(path):
-        kept = [one for one in read_metrics(path) if one["step"] <= step]
-        with open(path + ".new", "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(one) + "\n" for one in kept)
-        os.replace(path + ".new", path)
-
-
-def load_weights_into(engine, path: str, config: Config, complete: bool) -> None:
-    expected = engine.weights()
+def load_weights_into(engine, path: str, config: Config, words: List[str], complete: bool) -> None:
+    expected = dict(engine.graph.named_parameters())
     weights = load_weights(path, expected, config.model)
     fresh = [name for name in expected if name not in weights]
     if complete and fresh:
-        raise InputError("%s: %s is missing, and %d more" % (path, fresh[0], len(fresh) - 1))
+        raise InputError("%s: %s is missing, and %d more. Remove that folder to continue from the checkpoint before it" % (
+            path, fresh[0], len(fresh) - 1))
+    vocabulary = os.path.join(path, "vocab.txt")
+    if os.path.exists(vocabulary) and read_vocab(vocabulary) != words:
+        raise InputError("%s: differs from the vocabulary of the shards, which has the hash %s. Make shards with it: "
+                         "python -m data.prepare --vocab %s ..." % (vocabulary, vocab_sha256(words)[:12], vocabulary))
     engine.load_weights(weights)
-    if not complete:
-        say("starts from %s%s" % (path, "; not in it, so newly initialised: %s" % ", ".join(fresh) if fresh else ""))
+    if not complete and fresh:
+        say("newly initialised, for %s does not have them: %s" % (path, ", ".join(fresh)))
 
 
-def summarize(recent: List[Dict], step: int, learning_rate: float, global_batch_size: int, seconds: float, waited: float) -> Dict:
+def say_what_runs(config: Config, device_line: str, engine, shards: List[ShardInfo], batch: GlobalBatch, checkpoint: Optional[str]) -> None:
+    """Lines for people: where it runs, on what, from where."""
+    training, samples = config.training, sum(shard.num_samples for shard in shards)
+    rows, length = batch.arrays["input_ids"].shape
+    say("device: %s, %s" % (device_line, engine.describe()))
+    say("global batch: %d samples in %d rows of %d, %.1f %% of the slots filled, %d micro-batches" % (
+        batch.samples, rows, length, 100 * (batch.arrays["sample_ids"] > 0).mean(), -(-rows // engine.micro_batch_size)))
+    say("data: %d samples in %d shards; %d steps are %.2f epochs" % (
+        samples, len(shards), training.max_steps, training.max_steps * batch.samples / samples))
+    if checkpoint or training.start_from:
+        say("%s %s" % ("continues from" if checkpoint else "starts from", checkpoint or training.start_from))
+
+
+def summarize(recent: List[Dict], step: int, learning_rate: float, samples_seen: int, rate: float, wait: float) -> Dict:
     """The line of metrics.jsonl for the steps in `recent`: plain means over them."""
-    means = {name: torch.stack([one[name] for one in recent]).double().mean().item() for name in METRICS}
+    means = {name: sum(one[name].item() for one in recent) / len(recent) for name in METRICS}
     return {"step": step, "loss": means["mlm_loss"] + means["nsp_loss"], **means, "learning_rate": learning_rate,
-            "sequences_per_second": len(recent) * global_batch_size / seconds, "data_wait_fraction": waited / seconds,
-            "samples_seen": step * global_batch_size}
+            "sequences_per_second": rate, "data_wait_fraction": wait, "samples_seen": samples_seen}
 
 
-def console_line(line: Dict, last: int, seconds_per_step: float) -> str:
-    left = (last - line["step"]) * seconds_per_step
+def console_line(line: Dict, last: int, seconds_left: float) -> str:
     return ("step %d/%d  loss %.3f  mlm %.3f (%.1f %%)  nsp %.3f (%.1f %%)  lr %.2e  %.1f seq/s  data wait %.1f %%  %s left" % (
         line["step"], last, line["loss"], line["mlm_loss"], 100 * line["mlm_accuracy"], line["nsp_loss"], 100 * line["nsp_accuracy"],
-        line["learning_rate"], line["sequences_per_second"], 100 * line["data_wait_fraction"], duration(left)))
+        line["learning_rate"], line["sequences_per_second"], 100 * line["data_wait_fraction"], duration(seconds_left)))
 
 
 def duration(seconds: float) -> str:
@@ -262,18 +280,16 @@ def duration(seconds: float) -> str:
     return "%d min" % minutes if minutes < 120 else "%d h %d min" % divmod(minutes, 60)
 
 
-def check_finite(metrics: Dict, step: int) -> None:
-    if not all(math.isfinite(metrics[name].item()) for name in ("mlm_loss", "nsp_loss")):
-        raise Diverged("step %d: the MLM loss is %f, the NSP loss is %f. Continue from the last checkpoint with a lower "
-                       "optimizer.learning_rate or a longer optimizer.warmup_ratio" % (
-                           step, metrics["mlm_loss"].item(), metrics["nsp_loss"].item()))
+def diverged(config: Config, step: int, what: str) -> Diverged:
+    checkpoints = list_checkpoints(os.path.join(config.training.output, "checkpoints"))
+    return Diverged("step %d: %s. Begin again with a lower optimizer.learning_rate or a longer optimizer.warmup_ratio, in another "
+                    "--training.output%s" % (step, what, ", from --training.start_from %s" % checkpoints[-1] if checkpoints else ""))
 
 
 def finish(config: Config, engine) -> None:
     """The picture, the held-out evaluation, and where the checkpoint is."""
     folder = config.training.output
-    metrics = read_metrics(os.path.join(folder, "metrics.jsonl"))
-    draw_curve(metrics, os.path.join(folder, "curve.png"), os.path.basename(folder))
+    draw_curve(read_metrics(os.path.join(folder, "metrics.jsonl")), os.path.join(folder, "curve.png"), os.path.basename(folder))
     if config.data.held_out_files:
         held_out = evaluate(config, engine)
         write_json(os.path.join(folder, "held_out.json"), held_out)
@@ -286,10 +302,9 @@ def finish(config: Config, engine) -> None:
 
 def evaluate(config: Config, engine) -> Dict:
     """The metrics over all held-out samples, without dropout."""
-    totals, masked, samples = dict.fromkeys(METRICS, 0.0), 0, 0
-    shards = open_shards(config.data.held_out_files)
+    data, totals, masked, samples = config.data, dict.fromkeys(METRICS, 0.0), 0, 0
+    shards = open_shards(data.held_out_files)
     with tqdm(total=sum(shard.num_samples for shard in shards), unit="seq", desc="evaluating", disable=None, leave=False) as bar:
-        data = config.data
         for batch in batches_in_order(data.held_out_files, 256, data.sequence_length, data.mask_tokens, config.model.vocab_size):
             found = engine.evaluate(batch.arrays)
             for name in METRICS:
@@ -302,3 +317,4 @@ def evaluate(config: Config, engine) -> Dict:
 
 def say(line: str) -> None:
     tqdm.write(line)
+    sys.stdout.flush()  # a log file should show where the run is

@@ -17,6 +17,7 @@ from typing import Dict, Iterator, Sequence
 import numpy as np
 
 from data.errors import InputError, LoaderDied
+from data.packing import mask_slots_of_row
 from data.ring import ring_bytes, ring_slots, shared_file
 from data.rows import batch_layout, unpacked_batch
 from data.shards import Samples, check_samples, open_shards, read_samples
@@ -28,32 +29,40 @@ PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 @dataclass
 class GlobalBatch:
-    """The rows of one optimizer step: arrays as `data.rows` describes them, the samples and masked tokens they hold."""
+    """The rows of one optimizer step: arrays as `data.rows` describes them, the samples and masked tokens they hold, and the
+    position in the run's order after them, from which another loader goes on."""
 
     arrays: Dict[str, np.ndarray]
     samples: int
     masked_tokens: int
+    position: int
 
 
 class Loader:
-    """Global batches of `batch_size` samples in the order of `data.order`, assembled ahead of their use; without end.
+    """Global batches in the order of `data.order`, assembled ahead of their use; without end.
 
-    `files`: paths and globs of shards. `samples_seen`: where to go on, counted from the start of training. `workers`: threads
-    that read and assemble. `slots`: global batches in memory, the one in use among them; neither changes what is in a batch.
+    `files`: paths and globs of shards. `packing`: "samples": a batch is `batch_size` samples, in as few rows as they fit, up to
+    `samples_per_row` in each; "rows": it is `batch_size` rows, static shapes, with as many samples as fit, and the next batch
+    goes on after them; "off": `batch_size` rows of one sample. `position`: where to go on (a batch's `position`; 0: at the
+    start). `skip_bad`: leave shards out that turn out bad, instead of raising; `skipped` says which, and why. `workers`: threads that read and assemble. `slots`: global batches in memory, the one in use among them; neither
+    changes what is in a batch.
 
     Raises InputError, before a process is started, for shards that cannot be used (see `open_shards`), a value out of range, and
     too little memory. A context manager: leaving it, or the end of this process in whatever way, ends the loader's process.
     """
 
     def __init__(self, files: Sequence[str], batch_size: int, seed: int, sequence_length: int, mask_tokens: int, vocab_size: int,
-                 samples_seen: int = 0, workers: int = 2, slots: int = 3):
-        for name, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0), ("samples_seen", samples_seen, 0),
-                                   ("workers", workers, 1), ("slots", slots, 2)):
+                 packing: str = "off", samples_per_row: int = 6, position: int = 0, skip_bad: bool = False, workers: int = 2,
+                 slots: int = 3):
+        for name, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0), ("position", position, 0),
+                                   ("samples_per_row", samples_per_row, 1), ("workers", workers, 1), ("slots", slots, 2)):
             if value < least:
                 raise InputError("the loader's %s is %d, expected %d or more" % (name, value, least))
-        shards = open_shards(files, sequence_length, mask_tokens, vocab_size)
+        self.skipped = {}  # type: Dict[str, str]
+        shards = open_shards(files, sequence_length, mask_tokens, vocab_size, self.skipped if skip_bad else None)
         self.num_samples = sum(shard.num_samples for shard in shards)
-        layout = batch_layout(batch_size, sequence_length, mask_tokens, 1)
+        per_row = 1 if packing == "off" else samples_per_row
+        layout = batch_layout(batch_size, sequence_length, mask_slots_of_row(mask_tokens, per_row), per_row)
         size = ring_bytes(layout, slots)
         with shared_file(size) as memory:
             self._slots = ring_slots(mmap.mmap(memory.fileno(), size), layout, slots)
@@ -61,8 +70,9 @@ class Loader:
                 [sys.executable, "-m", "data.loader_process"], cwd=PROJECT, pass_fds=[memory.fileno()],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE)
             self._in_use = None
-            self._send({"shards": [asdict(shard) for shard in shards], "batch_size": batch_size, "seed": seed,
-                        "samples_seen": samples_seen, "workers": workers, "slots": slots, "memory": memory.fileno(),
+            self._send({"shards": [asdict(shard) for shard in shards], "batch_size": batch_size, "packing": packing, "seed": seed,
+                        "layout": {name: (shape, np.dtype(dtype).str) for name, (shape, dtype) in layout.items()},
+                        "position": position, "skip_bad": skip_bad, "workers": workers, "slots": slots, "memory": memory.fileno(),
                         "folder": os.getcwd(), "parent": os.getpid()})
         for slot in range(slots):
             self._send(slot)
@@ -84,7 +94,9 @@ class Loader:
             self.close()
             raise (InputError if message["bad_input"] else LoaderDied)(message["error"])
         self._in_use = message["slot"]
-        return GlobalBatch(self._slots[self._in_use], message["samples"], message["masked_tokens"])
+        arrays = {name: array[:message["rows"]] for name, array in self._slots[self._in_use].items()}
+        self.skipped.update(message["skipped"])
+        return GlobalBatch(arrays, message["samples"], message["masked_tokens"], message["position"])
 
     def close(self) -> None:
         """Ends the loader's process at once and gives its memory back; may be called again."""
@@ -139,4 +151,4 @@ def batches_in_order(files: Sequence[str], batch_size: int, sequence_length: int
                 check_samples(parts[-1], shard.vocab_size, shard.path, start)
         samples = Samples.concatenate(parts)
         arrays = unpacked_batch(samples)
-        yield GlobalBatch(arrays, len(samples), int(samples.mlm_counts.sum()))
+        yield GlobalBatch(arrays, len(samples), int(samples.mlm_counts.sum()), first + len(samples))

@@ -1,7 +1,7 @@
 """The process behind `data.loader.Loader`: reads, shuffles and assembles global batches into shared memory, ahead of training.
 
-It speaks JSON lines. In: the settings (a dict), then the number of each slot that may be filled. Out: {"slot", "samples",
-"masked_tokens"} for each finished batch, or {"error", "bad_input"} once, then it ends. It ends too when its parent does.
+It speaks JSON lines. In: the settings (a dict), then the number of each slot that may be filled. Out: {"slot", "rows",
+"samples", "masked_tokens", "position", "skipped"} for each finished batch, or {"error", "bad_input"} once, then it ends. It ends too when its parent does.
 It imports neither torch nor anything that starts slowly.
 """
 
@@ -15,20 +15,21 @@ import threading
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
-from typing import Callable, Dict
+from typing import Callable, Dict, Iterator, Tuple
 
 import numpy as np
 
 from data.errors import InputError
 from data.order import Order
+from data.packing import Packing, largest_prefix, one_a_row, pack
 from data.ring import ring_bytes, ring_slots
-from data.rows import batch_layout, fill_unpacked, weigh
-from data.shards import Samples, ShardInfo
-from data.windows import ShardFiles, read_windows
+from data.rows import fill_packed, fill_unpacked, weigh
+from data.shards import ShardInfo
+from data.windows import ShardFiles, Upcoming, read_windows
 
 __all__ = ["main"]
 
-CHUNK_TOKENS = 2 ** 16  # tokens that a thread gathers at a time: they stay in its cache on their way to the slot
+CHUNK_TOKENS = 2 ** 18  # tokens that a thread assembles at a time: fewer would be all calls, more leave cores idle
 
 
 def main() -> None:
@@ -72,39 +73,103 @@ def exit_with_parent(parent: int) -> None:
     os._exit(0)
 
 
+def read_layout(described: Dict) -> Dict[str, tuple]:
+    return {name: (tuple(shape), np.dtype(dtype)) for name, (shape, dtype) in described.items()}
+
+
 def serve(settings: Dict, free: "queue.Queue", say: Callable) -> None:
     """Fills slot after slot, as they get free, for ever. Raises InputError that names the file that cannot be used."""
-    files = ShardFiles([ShardInfo(**shard) for shard in settings["shards"]])
-    info, batch_size, workers = files.shards[0], settings["batch_size"], settings["workers"]
+    files = ShardFiles([ShardInfo(**shard) for shard in settings["shards"]], settings["skip_bad"])
+    info, workers, layout = files.shards[0], settings["workers"], read_layout(settings["layout"])
     order = Order([shard.num_samples for shard in files.shards], settings["seed"], info.sequence_length)
-    windows = read_windows(files, order, settings["samples_seen"], workers)
-    layout = batch_layout(batch_size, info.sequence_length, info.mask_tokens, 1)
+    stream = SampleStream(read_windows(files, order, settings["position"], workers))
     memory = mmap.mmap(settings["memory"], ring_bytes(layout, settings["slots"]))
     slots = ring_slots(memory, layout, settings["slots"])
-    rows = np.empty(0, np.int64)
-    with ThreadPoolExecutor(workers) as assemblers:
+    with ThreadPoolExecutor(workers) as threads:
         while True:
-            slot, filled = free.get(), 0
+            slot = free.get()
             files.check_unchanged()
-            while filled < batch_size:
-                if len(rows) == 0:
-                    samples, rows = next(windows)
-                now, rows = rows[:batch_size - filled], rows[batch_size - filled:]
-                assemble(assemblers, slots[slot], filled, samples, now)
-                filled += len(now)
-            masked_tokens, _ = weigh(slots[slot])
-            say(slot=slot, samples=batch_size, masked_tokens=masked_tokens)
+            chosen, packing = choose(stream, settings, layout)
+            batch = {name: array[:packing.rows] for name, array in slots[slot].items()}
+            assemble(threads, batch, chosen, packing)
+            rows = packing.rows
+            if settings["packing"] == "rows":  # static shapes: the rows that the last sample did not fit are empty ones
+                rows = settings["batch_size"]
+                for array in slots[slot].values():
+                    array[packing.rows:rows] = 0
+            masked_tokens, count = weigh(batch)
+            stream.advance(count)
+            skipped = {files.shards[number].path: why for number, why in list(files.skipped.items())}
+            say(slot=slot, rows=rows, samples=count, masked_tokens=masked_tokens, position=int(chosen.ends[-1]), skipped=skipped)
 
 
-def assemble(threads: ThreadPoolExecutor, batch: Dict[str, np.ndarray], first: int, samples: Samples, rows: np.ndarray) -> None:
-    """Writes the samples at `rows` into the rows of `batch` from `first` on."""
-    chunk = max(1, CHUNK_TOKENS // samples.input_ids.shape[1])
+class SampleStream:
+    """The samples of one window after the other, to be looked at ahead and taken from the front."""
 
-    def fill(at: int) -> None:
-        chosen = samples.take(rows[at:at + chunk])
-        fill_unpacked({name: array[first + at:first + at + len(chosen)] for name, array in batch.items()}, chosen)
+    def __init__(self, windows: Iterator[Upcoming]):
+        self._windows = windows
+        self._held = []  # of earlier windows, not taken yet: copies, for the windows' buffers are used again
+        self._window = next(windows)
 
-    list(threads.map(fill, range(0, len(rows), chunk)))
+    def peek(self, count: int) -> Upcoming:
+        """The next `count` samples, valid until the following call."""
+        while sum(len(part.index) for part in self._held) + len(self._window.index) < count:
+            self._held.append(self._window.copy())
+            self._window = next(self._windows)
+        if not self._held:
+            return self._window.first(count)
+        return Upcoming.concatenate(self._held + [self._window.first(count)]).first(count)
+
+    def advance(self, count: int) -> None:
+        """Takes the next `count` samples away."""
+        while self._held and count:
+            taken = min(count, len(self._held[0].index))
+            self._held[0] = self._held[0].after(taken)
+            count -= taken
+            if len(self._held[0].index) == 0:
+                del self._held[0]
+        self._window = self._window.after(count)
+
+
+def choose(stream: SampleStream, settings: Dict, layout: Dict) -> Tuple[Upcoming, Packing]:
+    """The samples of the next batch and their packing."""
+    batch_size, (_, mask_slots), (_, per_row) = settings["batch_size"], layout["mlm_labels"][0], layout["nsp_labels"][0]
+    next_ones = stream.peek(batch_size)
+    if settings["packing"] == "off":
+        return next_ones, one_a_row(batch_size)
+    length = next_ones.samples.input_ids.shape[1]
+    limits = (length, mask_slots, per_row)
+    if settings["packing"] == "rows":
+        # More samples, until there are enough tokens to fill the rows.
+        count = batch_size
+        while count < batch_size * per_row and next_ones.samples.lengths[next_ones.index].sum(dtype=np.int64) < batch_size * length:
+            count = min(count + count // 4 + 1, batch_size * per_row)
+            next_ones = stream.peek(count)
+    lengths, counts = next_ones.samples.lengths[next_ones.index], next_ones.samples.mlm_counts[next_ones.index]
+    if settings["packing"] == "rows":
+        packing = largest_prefix(lengths, counts, batch_size, *limits)
+    else:
+        packing = pack(lengths, counts, *limits)
+    return next_ones.first(len(packing.row)), packing
+
+
+def assemble(threads: ThreadPoolExecutor, batch: Dict[str, np.ndarray], chosen: Upcoming, packing: Packing) -> None:
+    """Writes the chosen samples into `batch`, where `packing` puts them."""
+    per_row = batch["nsp_weights"].shape[1]
+    order = np.argsort(packing.row * per_row + packing.place, kind="stable")
+    rows = packing.row[order]
+    chunk = max(1, CHUNK_TOKENS // batch["input_ids"].shape[1])
+
+    def fill(first: int) -> None:
+        part = {name: array[first:first + chunk] for name, array in batch.items()}
+        here = order[np.searchsorted(rows, first):np.searchsorted(rows, first + chunk)]
+        samples = chosen.samples.take(chosen.index[here])
+        if per_row == 1:
+            fill_unpacked(part, samples)
+        else:
+            fill_packed(part, samples, packing.row[here] - first, packing.place[here], packing.start[here], packing.mask_start[here])
+
+    list(threads.map(fill, range(0, packing.rows, chunk)))
 
 
 if __name__ == "__main__":

@@ -14,10 +14,11 @@ from functools import lru_cache
 from typing import Dict, Tuple
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from data.shards import Samples
 
-__all__ = ["batch_layout", "fill_unpacked", "unpacked_batch", "weigh"]
+__all__ = ["batch_layout", "fill_packed", "fill_unpacked", "unpacked_batch", "weigh"]
 
 
 def batch_layout(rows: int, sequence_length: int, mask_slots: int, samples_per_row: int) -> Dict[str, tuple]:
@@ -49,6 +50,38 @@ def fill_unpacked(batch: Dict[str, np.ndarray], samples: Samples) -> None:
     batch["cls_positions"][:] = 0
     batch["nsp_labels"][:] = samples.nsp_labels[:, None]
     batch["nsp_weights"][:] = 1
+
+
+def fill_packed(batch: Dict[str, np.ndarray], samples: Samples, row: np.ndarray, place: np.ndarray, start: np.ndarray,
+                mask_start: np.ndarray) -> None:
+    """Writes N samples that were checked where `data.packing` put them, into the arrays of `batch`, R rows each of which gets some.
+
+    `row`, `place`, `start`, `mask_start` [N] are the packing's, with rows counted from the first of `batch`; the samples come row
+    after row, in the order of their places. Weights become 0 and 1 as in `fill_unpacked`.
+    """
+    length, slots = samples.input_ids.shape[1], samples.mlm_positions.shape[1]
+    filled, used = filled_slots(length), filled_slots(slots)[samples.mlm_counts]
+    inside, tokens = filled[samples.lengths], row * length + start
+    lay_out(batch["input_ids"], samples.input_ids, tokens)
+    lay_out(batch["token_type_ids"], inside - filled[samples.first_lengths], tokens)
+    lay_out(batch["position_ids"], slot_positions(length)[samples.lengths], tokens)
+    lay_out(batch["sample_ids"], inside * (place + 1).astype(np.int32)[:, None], tokens)
+    masks = row * batch["mlm_weights"].shape[1] + mask_start
+    lay_out(batch["mlm_positions"], (samples.mlm_positions + start.astype(np.int32)[:, None]) * used, masks)
+    lay_out(batch["mlm_labels"], samples.mlm_labels, masks)
+    lay_out(batch["mlm_weights"], used, masks)
+    for name, value in (("cls_positions", start), ("nsp_labels", samples.nsp_labels), ("nsp_weights", 1)):
+        batch[name][:] = 0
+        batch[name][row, place] = value
+
+
+def lay_out(out: np.ndarray, values: np.ndarray, at: np.ndarray) -> None:
+    # Each sample is written in its whole width, zeros after its end included, in the order of `at`: what the zeros run over is
+    # written next. So a ragged copy is as fast as a plain one. Beside `out`, where the last sample may run over its end.
+    width = values.shape[1]
+    flat = np.zeros(out.size + width, out.dtype)
+    sliding_window_view(flat, width, writeable=True)[at] = values
+    out[:] = flat[:out.size].reshape(out.shape)
 
 
 def weigh(batch: Dict[str, np.ndarray]) -> Tuple[int, int]:

@@ -124,16 +124,25 @@ def expand(patterns: Sequence[str]) -> List[str]:
 
 
 def open_shards(patterns: Sequence[str], sequence_length: Optional[int] = None, mask_tokens: Optional[int] = None,
-                vocab_size: Optional[int] = None) -> List[ShardInfo]:
+                vocab_size: Optional[int] = None, skipped: Optional[Dict[str, str]] = None) -> List[ShardInfo]:
     """Opens every shard that `patterns` (paths and globs) name and checks that it is whole and fits the run.
+
+    With `skipped`, files that are not whole are left out and noted there (path -> why), unless all are.
 
     Raises InputError that names the file and what is wrong: missing, not HDF5 or truncated, a data set missing, compressed or
     of the wrong shape, another sequence length or number of masked tokens than the run's, a larger vocabulary, or shards that
     differ.
     """
-    shards = [inspect(path) for path in expand(patterns)]
+    shards = []
+    for path in expand(patterns):
+        try:
+            shards.append(inspect(path))
+        except InputError as error:
+            if skipped is None:
+                raise
+            skipped[path] = str(error)
     if not shards:
-        raise InputError("no shards are named: data.files is empty")
+        raise InputError("no shards are named: data.files is empty" if not skipped else "every shard is bad: %s" % "; ".join(skipped.values()))
     if sum(shard.num_samples for shard in shards) == 0:
         raise InputError("%s: holds no samples" % ", ".join(shard.path for shard in shards))
     for shard in shards:

@@ -71,11 +71,14 @@ def make_tokenizer(words: Sequence[str]) -> Tokenizer:
     return tokenizer
 
 
-def write_tokenizer_files(folder: str, words: Sequence[str]) -> None:
-    """Writes vocab.txt, tokenizer.json and tokenizer_config.json, from which transformers' AutoTokenizer loads the folder."""
+def write_tokenizer_files(folder: str, words: Sequence[str], longest: int = 512) -> None:
+    """Writes vocab.txt, tokenizer.json and tokenizer_config.json, from which transformers' AutoTokenizer loads the folder.
+
+    `longest`: tokens that the model has positions for; the tokenizer cuts longer text off there when it is told to.
+    """
     config = {
         "tokenizer_class": "BertTokenizer", "do_lower_case": True, "strip_accents": None, "tokenize_chinese_chars": True,
-        "model_max_length": 512, "pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]",
+        "model_max_length": longest, "pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]",
         "mask_token": "[MASK]",
     }
     contents = {

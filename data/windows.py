@@ -4,11 +4,12 @@ Plain reads at a data set's place in the file, not h5py (its lock would serializ
 that is cut off while it is mapped kills the process without a word).
 """
 
+import contextlib
 import os
 import resource
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import Iterator, List, Sequence, Tuple
+from typing import Dict, Iterator, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 
@@ -16,20 +17,35 @@ from data.errors import InputError
 from data.order import Order
 from data.shards import FIELDS, Samples, ShardInfo, check_samples, find_bad_sample
 
-__all__ = ["ShardFiles", "read_windows"]
+__all__ = ["ShardFiles", "Upcoming", "read_windows"]
 
 GROUP = 16  # blocks that one thread reads and checks at a time
 CHECK_SECONDS = 0.5
 
 
 class ShardFiles:
-    """Shards that `open_shards` found whole, held open. Raises InputError that names the file when one cannot be opened."""
+    """Shards that `open_shards` found whole, held open. Raises InputError that names the file when one cannot be opened.
 
-    def __init__(self, shards: Sequence[ShardInfo]):
-        self.shards = shards
+    With `skip_bad`, a shard that turns out bad is kept in `skipped` (number -> why) and read no more, unless all are.
+    """
+
+    def __init__(self, shards: Sequence[ShardInfo], skip_bad: bool = False):
+        self.shards, self.skipped = shards, {}  # type: Tuple[Sequence[ShardInfo], Dict[int, str]]
+        self._skip_bad, self._checked = skip_bad, 0.0
         allow_open_files(len(shards) + 64)
         self._descriptors = [open_file(shard.path) for shard in shards]
-        self._checked = 0.0
+
+    @contextlib.contextmanager
+    def tolerate(self, shard: int):
+        """An InputError inside is raised, or where bad shards are skipped, noted: this one is read no more."""
+        try:
+            yield
+        except InputError as error:
+            if not self._skip_bad:
+                raise
+            self.skipped[shard] = str(error)
+            if all(number in self.skipped or info.num_samples == 0 for number, info in enumerate(self.shards)):
+                raise InputError("every shard is bad; the last one: %s" % error)
 
     def read(self, shard: int, start: int, stop: int, into: Samples) -> None:
         """Reads samples [start, stop) of one shard. Raises InputError that names the file when they are not all there."""
@@ -54,19 +70,42 @@ class ShardFiles:
         """
         if time.monotonic() - self._checked < CHECK_SECONDS:
             return
-        for shard in self.shards:
-            try:
-                size = os.stat(shard.path).st_size
-            except OSError as error:
-                raise InputError("%s: was removed while in use (%s). Put it back" % (shard.path, error.strerror))
-            if size != shard.file_size:
-                raise InputError("%s: was changed while in use: it has %d bytes, had %d. Make it again" % (
-                    shard.path, size, shard.file_size))
+        for number, shard in enumerate(self.shards):
+            if number not in self.skipped:
+                with self.tolerate(number):
+                    check_unchanged(shard)
         self._checked = time.monotonic()
 
 
-def read_windows(files: ShardFiles, order: Order, samples_seen: int, workers: int) -> Iterator[Tuple[Samples, np.ndarray]]:
-    """Yields (a window's samples as they are on disk, the rows of them in the order in which they come next), without end.
+class Upcoming(NamedTuple):
+    """The next N samples, in order."""
+
+    samples: Samples  # what holds them, among others
+    index: np.ndarray  # [N] int64: which of `samples` each is
+    ends: np.ndarray  # [N] int64: the position in the run's order after each, where a run goes on
+    numbers: np.ndarray  # [N] int64: which sample of the data set each is, through the shards in turn
+    epochs: np.ndarray  # [N] int64
+
+    def first(self, count: int) -> "Upcoming":
+        return Upcoming(self.samples, *(field[:count] for field in self[1:]))
+
+    def after(self, count: int) -> "Upcoming":
+        return Upcoming(self.samples, *(field[count:] for field in self[1:]))
+
+    def copy(self) -> "Upcoming":
+        """The same in memory of its own."""
+        return Upcoming(self.samples.take(self.index), np.arange(len(self.index)), *self[2:])
+
+    @staticmethod
+    def concatenate(parts: Sequence["Upcoming"]) -> "Upcoming":
+        copies = [part.copy() for part in parts]
+        samples = Samples.concatenate([part.samples for part in copies])
+        return Upcoming(samples, np.arange(len(samples)), *(np.concatenate(fields) for fields in list(zip(*copies))[2:]))
+
+
+def read_windows(files: ShardFiles, order: Order, position: int, workers: int) -> Iterator[Upcoming]:
+    """Yields what is left of the window at `position`, then one window after the other, without end; samples of shards that are
+    skipped are left out.
 
     The samples are in a buffer that is used again after the next window was taken. Raises InputError that names the file and the
     sample when one cannot be read or is not as it must be.
@@ -74,20 +113,30 @@ def read_windows(files: ShardFiles, order: Order, samples_seen: int, workers: in
     info = files.shards[0]
     capacity = min(order.window_samples, order.num_samples)
     buffers = [Samples.empty(capacity, info.sequence_length, info.mask_tokens, info.vocab_size) for _ in range(2)]
-    windows = order.windows(samples_seen)
+    windows = order.windows(position)
+    before = np.cumsum([0] + [shard.num_samples for shard in files.shards])
     with ThreadPoolExecutor(workers) as readers, ThreadPoolExecutor(1) as ahead:
-        def read_next(buffer: Samples) -> Tuple[Samples, np.ndarray]:
+        def read_next(buffer: Samples, position: int) -> Tuple[Upcoming, int]:
             window = next(windows)
-            ends = np.cumsum(window.blocks[:, 2] - window.blocks[:, 1])
-            groups = [(window.blocks[at:at + GROUP].tolist(), ends[at:at + GROUP].tolist()) for at in range(0, len(ends), GROUP)]
+            sizes = window.blocks[:, 2] - window.blocks[:, 1]
+            block_ends = np.cumsum(sizes)
+            groups = [(window.blocks[at:at + GROUP].tolist(), block_ends[at:at + GROUP].tolist())
+                      for at in range(0, len(block_ends), GROUP)]
             list(readers.map(lambda group: read_group(files, buffer, *group), groups))
-            return buffer.take(slice(0, int(ends[-1]))), window.rows
+            block_of = np.repeat(np.arange(len(sizes)), sizes)[window.rows]
+            numbers = (before[window.blocks[:, 0]] + window.blocks[:, 1] - block_ends + sizes)[block_of] + window.rows
+            ends = position + 1 + np.arange(len(window.rows))
+            fields = (window.rows, ends, numbers, np.full(len(numbers), position // order.num_samples))
+            if files.skipped:
+                kept = ~np.isin(window.blocks[block_of, 0], list(files.skipped))
+                fields = tuple(field[kept] for field in fields)
+            return Upcoming(buffer.take(slice(0, int(block_ends[-1]))), *fields), int(ends[-1])
 
-        pending = ahead.submit(read_next, buffers[0])
+        pending = ahead.submit(read_next, buffers[0], position)
         while True:
-            current = pending.result()
+            current, position = pending.result()
             buffers.reverse()
-            pending = ahead.submit(read_next, buffers[0])
+            pending = ahead.submit(read_next, buffers[0], position)
             yield current
 
 
@@ -95,12 +144,25 @@ def read_group(files: ShardFiles, buffer: Samples, blocks: List[List[int]], ends
     parts = []
     for (shard, start, stop), end in zip(blocks, ends):
         parts.append(buffer.take(slice(end - (stop - start), end)))
-        files.read(shard, start, stop, parts[-1])
+        with files.tolerate(shard):
+            if shard not in files.skipped:
+                files.read(shard, start, stop, parts[-1])
     begin = ends[0] - len(parts[0])
     vocab_size = files.shards[0].vocab_size
     if find_bad_sample(buffer.take(slice(begin, ends[-1])), vocab_size) is not None:
         for (shard, start, _), part in zip(blocks, parts):
-            check_samples(part, vocab_size, files.shards[shard].path, start)
+            with files.tolerate(shard):
+                if shard not in files.skipped:
+                    check_samples(part, vocab_size, files.shards[shard].path, start)
+
+
+def check_unchanged(shard: ShardInfo) -> None:
+    try:
+        size = os.stat(shard.path).st_size
+    except OSError as error:
+        raise InputError("%s: was removed while in use (%s). Put it back" % (shard.path, error.strerror))
+    if size != shard.file_size:
+        raise InputError("%s: was changed while in use: it has %d bytes, had %d. Make it again" % (shard.path, size, shard.file_size))
 
 
 def allow_open_files(count: int) -> None:

@@ -35,7 +35,7 @@ def test_transformers_loads_a_checkpoint_whole(tmp_path):
     assert isinstance(AutoModel.from_pretrained(path), BertModel)
     tokenizer = AutoTokenizer.from_pretrained(path)
     assert tokenizer.convert_ids_to_tokens(tokenizer("Hello worlds!")["input_ids"]) == ["[CLS]", "hello", "world", "##s", "!", "[SEP]"]
-    assert (tokenizer.pad_token_id, tokenizer.mask_token) == (0, "[MASK]")
+    assert (tokenizer.pad_token_id, tokenizer.mask_token, tokenizer.model_max_length) == (0, "[MASK]", config.max_position_embeddings)
 
 
 def test_weights_come_from_any_bert_of_transformers(tmp_path):
@@ -79,16 +79,12 @@ def test_a_real_checkpoint_gives_transformers_hidden_states():
     assert (hidden - expected)[inside].abs().max() < 1e-5
 
 
-def test_checkpoints_are_replaced_whole_and_the_oldest_go(tmp_path):
+def test_the_oldest_checkpoints_go(tmp_path):
     config = small_config(layers=1)
     graph = make_graph(config)
     for step in (9, 10, 100, 11):
         save(tmp_path, graph, config, step, keep=3)
     assert [os.path.basename(path) for path in list_checkpoints(str(tmp_path))] == ["step_00000010", "step_00000011", "step_00000100"]
-    with torch.no_grad():
-        graph.cls["predictions"].bias.fill_(7.0)
-    path = save(tmp_path, graph, config, 100)
-    assert load_weights(path, dict(graph.named_parameters()))["cls.predictions.bias"].eq(7).all()
 
 
 def broken_folders():

@@ -32,6 +32,7 @@ def test_pod_configs_are_the_recipe(pod, replicas, accumulation, phase):
     assert (model.vocab_size, model.hidden_size, model.num_hidden_layers, model.num_attention_heads, model.intermediate_size,
             model.max_position_embeddings, model.layer_norm_eps, model.initializer_range, model.hidden_dropout_prob,
             model.attention_probs_dropout_prob) == (30522, 768, 12, 12, 3072, 512, 1e-3, 0.02, 0.1, 0.1)
+    assert config.data.workers == {1: 64, 2: 128}[phase]
     assert training.output == "runs/%s_phase%d" % (pod, phase)
 
 
@@ -71,7 +72,7 @@ BAD = [
     ({"ipu": {"matmul_proportion": [0.1, 0.2]}}, ["own.json", "ipu.matmul_proportion", "each of the 4 IPUs"]),
     ({"ipu": {"matmul_proportion": 1.5}}, ["own.json", "ipu.matmul_proportion is 1.5"]),
     ({"device": "ipu", "training": {"global_batch_size": 64}}, ["own.json", "training.global_batch_size is 64", "32 x 512 x 4 x 1 = 65536"]),
-    ({"data": {"mask_tokens": 128}}, ["own.json", "data.mask_tokens is 128", "fewer than data.sequence_length, 128"]),
+    ({"data": {"mask_tokens": 128}}, ["own.json", "data.mask_tokens is 128", "at most", "125"]),
     ({"data": {"sequence_length": 1024}}, ["own.json", "data.sequence_length is 1024", "max_position_embeddings, 512"]),
     ({"optimizer": {"learning_rate": -1.0}}, ["own.json", "optimizer.learning_rate is -1.0", "above 0"]),
     ({"optimizer": {"betas": [0.9]}}, ["own.json", "optimizer.betas is [0.9]", "two numbers"]),

@@ -17,6 +17,7 @@ from data.rows import unpacked_batch
 from data.shards import Samples, open_shards, read_samples
 from data.windows import ShardFiles
 from tests.make_samples import write_random_shards
+from tests.test_packing import samples_of
 
 SIZES = [700, 0, 300, 500, 1]
 TOTAL = sum(SIZES)
@@ -105,7 +106,7 @@ def test_windows_are_read_one_after_another(files, monkeypatch):
 
 @pytest.mark.parametrize("samples_seen", [3 * 128, TOTAL - 1, 2 * TOTAL + 77])
 def test_going_on_from_any_sample_is_the_uninterrupted_stream(files, samples_seen):
-    for index, batch in enumerate(stream(files, 128, 4, samples_seen=samples_seen)):
+    for index, batch in enumerate(stream(files, 128, 4, position=samples_seen)):
         assert_same(batch, reference_batch(files, 128, 5, index, samples_seen))
 
 
@@ -290,7 +291,7 @@ def test_a_bad_sample_is_named_before_the_first_batch(own_files, name, place, me
 
 @pytest.mark.parametrize("option, message", [
     (dict(batch_size=0), "batch_size is 0, expected 1 or more"), (dict(seed=-1), "seed is -1"),
-    (dict(samples_seen=-1), "samples_seen is -1"), (dict(workers=0), "workers is 0"), (dict(slots=1), "slots is 1, expected 2"),
+    (dict(position=-1), "position is -1"), (dict(workers=0), "workers is 0"), (dict(slots=1), "slots is 1, expected 2"),
     (dict(sequence_length=32), "data.sequence_length is 32"), (dict(files=["/no/such.hdf5"]), "/no/such.hdf5: no such file"),
 ])
 def test_bad_options_and_shards_are_refused_before_a_process_starts(files, monkeypatch, option, message):
@@ -332,3 +333,71 @@ def test_evaluation_refuses_an_empty_batch(files):
 def test_the_data_package_imports_without_torch():
     code = "import sys, data.loader, data.loader_process; assert not {'torch', 'bert', 'ops'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=PROJECT, check=True)
+
+
+def packed_stream(files, batch_size, count, **options):
+    found = []
+    with Loader(files, batch_size, **{**RUN, "seed": 5, **options}) as loader:
+        for _ in range(count):
+            batch = loader.next()
+            found.append(({name: array.copy() for name, array in batch.arrays.items()}, batch.samples, batch.position))
+    return found
+
+
+@pytest.mark.parametrize("per_row", [1, 3])
+def test_a_packed_batch_holds_the_samples_of_the_unpacked_one_in_fewer_rows(files, per_row):
+    plain = stream(files, 256, 12)
+    for (found, samples, position), expected, index in zip(packed_stream(files, 256, 12, packing="samples", samples_per_row=per_row),
+                                                           plain, range(12)):
+        assert (samples, position) == (256, 256 * (index + 1))
+        assert samples_of(found) == samples_of(expected)
+        assert len(found["input_ids"]) == 256 if per_row == 1 else len(found["input_ids"]) < 200
+        for name in ("mlm_weights", "nsp_weights"):
+            assert found[name].sum() == pytest.approx(1, abs=1e-5)
+
+
+def test_fixed_rows_lose_no_sample_and_go_on_from_any_batch(files):
+    batches = packed_stream(files, 150, 12, packing="rows", samples_per_row=3)
+    position = 0
+    for found, samples, end in batches:
+        assert len(found["input_ids"]) == 150 and end == position + samples and samples > 150
+        expected = unpacked_batch(reference_samples(files, 5, position, samples))
+        assert samples_of(found) == samples_of(expected)
+        position = end
+    assert position > TOTAL
+    again = packed_stream(files, 150, 3, packing="rows", samples_per_row=3, position=batches[6][2], workers=1)
+    for (found, _, _), (expected, _, _) in zip(again, batches[7:]):
+        assert_same(found, expected)
+
+
+def test_bad_shards_are_left_out_where_that_is_asked_for(own_files):
+    os.truncate(own_files[3], 1000)
+    with h5py.File(own_files[2], "a") as file:
+        file["input_ids"][7, 1] = 60000
+    with pytest.raises(InputError, match="shard-0003"):
+        packed_stream(own_files, 50, 1)
+    good = [own_files[0], own_files[4]]
+    with Loader(own_files, 701, **RUN, seed=5, skip_bad=True) as loader:
+        for _ in range(2):
+            batch = loader.next()
+            expected = unpacked_batch(Samples.concatenate([read_samples(path, 0, size) for path, size in zip(good, (700, 1))]))
+            assert samples_of(batch.arrays) == samples_of(expected)
+        assert sorted(loader.skipped) == sorted(own_files[2:4]) and "sample 7" in loader.skipped[own_files[2]]
+    os.remove(own_files[0])
+    with h5py.File(own_files[4], "a") as file:
+        file["lengths"][0] = 99
+    with pytest.raises(InputError, match="every shard is bad"):
+        with Loader(own_files, 10, **RUN, seed=5, skip_bad=True) as loader:
+            loader.next()
+
+
+def test_a_shard_that_is_cut_off_while_in_use_is_left_out_where_that_is_asked_for(own_files, monkeypatch):
+    with Loader(own_files, 100, **RUN, seed=5, skip_bad=True, slots=2) as loader:
+        loader.next()
+        os.truncate(own_files[3], 1000)
+        deadline = time.monotonic() + 10
+        while not loader.skipped and time.monotonic() < deadline:
+            loader.next()
+        assert list(loader.skipped) == [own_files[3]]
+        for _ in range(40):
+            assert loader.next().samples == 100

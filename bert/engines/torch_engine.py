@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from bert.interrupts import protected
+from bert.interrupts import cancellable, protected
 from data.errors import InputError
 from ops.lamb import Lamb
 
@@ -50,16 +50,14 @@ class TorchEngine:
         self.graph.train()
         for parameter in self.graph.parameters():
             parameter.grad = None
-        totals = None
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+        totals = {}
+        with cancellable(), torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             for first, part in self.micro_batches(batch):
                 key = np.random.SeedSequence([self.seed, step, first]).generate_state(1, np.uint64)[0]
                 torch.manual_seed(int(key >> np.uint64(1)))
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-                    loss, metrics = self.graph(part)
+                loss = self.forward(part, totals)
                 loss.backward()
-                totals = metrics if totals is None else {name: totals[name] + metrics[name] for name in totals}
-                progress(len(part["input_ids"]))
+                progress(min(self.micro_batch_size, len(batch["input_ids"]) - first))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         with protected():
@@ -71,17 +69,33 @@ class TorchEngine:
     def evaluate(self, batch: Dict[str, np.ndarray]) -> Dict[str, torch.Tensor]:
         """The metrics of `step` on these rows, without dropout and without an update."""
         self.graph.eval()
-        totals = None
+        totals = {}
         for _, part in self.micro_batches(batch):
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-                _, metrics = self.graph(part)
-            totals = metrics if totals is None else {name: totals[name] + metrics[name] for name in totals}
+            self.forward(part, totals)
         return totals
+
+    def forward(self, part: Dict[str, torch.Tensor], totals: Dict[str, torch.Tensor]) -> torch.Tensor:
+        """The loss of one micro-batch; adds its metrics to `totals`."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            loss, metrics = self.graph(part)
+        for name, value in metrics.items():
+            totals[name] = totals[name] + value if name in totals else value
+        return loss
 
     def micro_batches(self, batch):
         for first in range(0, len(batch["input_ids"]), self.micro_batch_size):
             rows = slice(first, first + self.micro_batch_size)
-            yield first, {name: torch.from_numpy(array[rows]).to(self.device) for name, array in batch.items()}
+            part = {name: torch.from_numpy(array[rows]) for name, array in batch.items()}
+            missing = self.micro_batch_size - len(part["input_ids"])
+            if missing and self.compiled:  # one shape, or each step would compile its last micro-batch anew: fill up with empty rows
+                part = {name: torch.cat([tensor, tensor.new_zeros(missing, tensor.shape[1])]) for name, tensor in part.items()}
+            yield first, {name: self.to_device(tensor) for name, tensor in part.items()}
+
+    def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.device.type == "cpu":
+            return tensor
+        # From pinned memory the copy runs while the device computes the micro-batch before.
+        return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def weights(self) -> Dict[str, torch.Tensor]:
         """Parameter name -> tensor, on the CPU, float32."""

@@ -1,0 +1,172 @@
+"""Samples/s and GB/s of the loader, and in the same run of what others use: torch's DataLoader over h5py, and NVIDIA BERT's way.
+
+    python benchmarks/loader.py                              # on a synthetic data set, made in a temporary folder
+    python benchmarks/loader.py --files 'shards/train-*.h5'  # on real shards
+
+GB/s count a sample as it is on disk. "cold" drops the files from the page cache first.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+
+import h5py
+import numpy as np
+import torch
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from benchmarks.report import median, print_table, write_json  # noqa: E402
+from data.loader import Loader  # noqa: E402
+from data.shards import FIELDS, Samples, expand, layout, open_shards, write_shard  # noqa: E402
+
+
+class H5pyDataset(torch.utils.data.Dataset):
+    """A sample at a time out of HDF5, as most pre-training scripts do it."""
+
+    def __init__(self, shards):
+        self.shards, self.files = shards, None
+        self.ends = np.cumsum([shard.num_samples for shard in shards])
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def __getitem__(self, index):
+        if self.files is None:  # opened in the worker
+            self.files = [h5py.File(shard.path, "r") for shard in self.shards]
+        number = int(np.searchsorted(self.ends, index, side="right"))
+        file, row = self.files[number], index - int(self.ends[number]) + self.shards[number].num_samples
+        return sample_tensors(*(file[name][row] for name in FIELDS))
+
+
+class WholeShardDataset(torch.utils.data.Dataset):
+    """NVIDIA BERT's way: a shard is read whole, then handed out a sample at a time."""
+
+    def __init__(self, path):
+        with h5py.File(path, "r") as file:
+            self.arrays = [np.asarray(file[name][:]) for name in FIELDS]
+
+    def __len__(self):
+        return len(self.arrays[0])
+
+    def __getitem__(self, index):
+        return sample_tensors(*(array[index] for array in self.arrays))
+
+
+def sample_tensors(ids, length, first, positions, labels, count, nsp):
+    """input ids, segment ids, input mask, masked LM labels (-1 where not masked), next sentence label: what a model is given."""
+    slots = np.arange(len(ids))
+    dense = np.full(len(ids), -1, np.int64)
+    dense[positions[:count]] = labels[:count]
+    inside = slots < length
+    return (torch.from_numpy(ids.astype(np.int64)), torch.from_numpy(((slots >= first) & inside).astype(np.int64)),
+            torch.from_numpy(inside.astype(np.int64)), torch.from_numpy(dense), torch.tensor(int(nsp)))
+
+
+def measure_loader(arguments, shards, packing, seconds):
+    info, batch_size = shards[0], arguments.batch_size
+    with Loader(arguments.files, batch_size, 0, info.sequence_length, info.mask_tokens, info.vocab_size, packing=packing,
+                workers=arguments.workers) as loader:
+        for _ in range(4):  # the first batches wait for a window, and were made ahead
+            loader.next()
+        began, count = time.perf_counter(), 0
+        while time.perf_counter() - began < seconds:
+            count += loader.next().samples
+        return count / (time.perf_counter() - began)
+
+
+def measure_cold(arguments, shards):
+    """Samples/s from the start of the loader through one epoch (at most 32 batches) that is not in the page cache."""
+    for shard in shards:
+        with open(shard.path, "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    info, total = shards[0], sum(shard.num_samples for shard in shards)
+    began, count = time.perf_counter(), 0
+    with Loader(arguments.files, arguments.batch_size, 0, info.sequence_length, info.mask_tokens, info.vocab_size, packing="samples",
+                workers=arguments.workers) as loader:
+        for _ in range(max(1, min(32, total // arguments.batch_size))):
+            count += loader.next().samples
+    return count / (time.perf_counter() - began)
+
+
+def measure_data_loader(dataset, batch_size, workers, seconds):
+    batches = iter(torch.utils.data.DataLoader(dataset, batch_size, shuffle=True, num_workers=workers, drop_last=False))
+    next(batches)
+    began, count = time.perf_counter(), 0
+    for batch in batches:
+        count += len(batch[0])
+        if time.perf_counter() - began > seconds:
+            break
+    rate = count / (time.perf_counter() - began)
+    del batches
+    return rate
+
+
+def make_data_set(folder, samples, sequence_length, mask_tokens):
+    """Shards of random samples: nine tenths full, the others of any length, 15 % masked."""
+    rng, vocab_size, per_shard = np.random.default_rng(0), 30522, 262144
+    for number, first in enumerate(range(0, samples, per_shard)):
+        count = min(per_shard, samples - first)
+        lengths = np.where(rng.random(count) < 0.9, sequence_length, rng.integers(8, sequence_length + 1, count)).astype(np.uint16)
+        counts = np.clip(np.round(0.15 * lengths), 1, mask_tokens).astype(np.uint16)
+        used, inside = np.arange(mask_tokens) < counts[:, None], np.arange(sequence_length) < lengths[:, None]
+        positions = np.arange(mask_tokens) * (lengths // (counts + 1))[:, None] + 1
+        write_shard(os.path.join(folder, "train-%05d.h5" % number), Samples(
+            (rng.integers(1000, vocab_size, (count, sequence_length)) * inside).astype(np.uint16), lengths,
+            (lengths // 2).astype(np.uint16), (positions * used).astype(np.uint16),
+            (rng.integers(1000, vocab_size, (count, mask_tokens)) * used).astype(np.uint16), counts,
+            rng.integers(0, 2, count).astype(np.uint8)), vocab_size, "0" * 64, {"random": 0})
+
+
+def run(arguments):
+    shards = open_shards(arguments.files)
+    info = shards[0]
+    size = sum(int(np.prod(shape, dtype=int)) * dtype.itemsize
+               for shape, dtype in layout(info.sequence_length, info.mask_tokens, info.vocab_size).values())
+    ways = {
+        "loader, packed": lambda: measure_loader(arguments, shards, "samples", arguments.seconds),
+        "loader, packed, fixed rows": lambda: measure_loader(arguments, shards, "rows", arguments.seconds),
+        "loader, one sample a row": lambda: measure_loader(arguments, shards, "off", arguments.seconds),
+        "loader, packed, cold": lambda: measure_cold(arguments, shards),
+        "DataLoader over h5py, 0 workers": lambda: measure_data_loader(H5pyDataset(shards), 256, 0, arguments.seconds),
+        "DataLoader over h5py, 2 workers": lambda: measure_data_loader(H5pyDataset(shards), 256, 2, arguments.seconds),
+        "NVIDIA BERT's way": lambda: measure_data_loader(WholeShardDataset(shards[0].path), 256, 0, arguments.seconds),
+    }
+    found = {name: [] for name in ways}
+    for _ in range(arguments.rounds):
+        for name, measure in ways.items():
+            found[name].append(measure())
+    rates = {name: median(values) for name, values in found.items()}
+    print("%d samples of length %d, %d bytes each; global batch %d; medians of %d rounds" % (
+        sum(shard.num_samples for shard in shards), info.sequence_length, size, arguments.batch_size, arguments.rounds))
+    print_table(["", "samples/s", "GB/s", "loader is faster by"],
+                [[name, "%.0f" % rate, "%.3f" % (rate * size / 1e9), "%.1f" % (rates["loader, packed"] / rate)] for name, rate in rates.items()])
+    write_json(arguments.json, {"bytes_per_sample": size, "batch_size": arguments.batch_size, "sequence_length": info.sequence_length,
+                                "samples_per_second": rates, "rounds": found},
+               torch=torch.__version__, h5py=h5py.__version__, numpy=np.__version__)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--files", nargs="+", help="shards: paths or globs; by default a synthetic data set")
+    parser.add_argument("--samples", type=int, default=1048576, help="size of the synthetic data set (default: %(default)s)")
+    parser.add_argument("--sequence-length", type=int, default=128, help="of the synthetic data set (default: %(default)s)")
+    parser.add_argument("--mask-tokens", type=int, default=20, help="of the synthetic data set (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=65536, help="global batch, in samples (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="threads of the loader (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="the ways alternate this many times (default: %(default)s)")
+    parser.add_argument("--json", help="write the figures here")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.files is None:
+            make_data_set(folder, arguments.samples, arguments.sequence_length, arguments.mask_tokens)
+            arguments.files = [os.path.join(folder, "train-*.h5")]
+        arguments.files = expand(arguments.files)
+        run(arguments)
+
+
+if __name__ == "__main__":
+    main()

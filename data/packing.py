@@ -1,0 +1,133 @@
+"""Packing: which samples share a row.
+
+Best fit on the histogram of lengths (Krell et al., arXiv 2107.02027, with best fit in place of shortest pack first): samples of one
+length are alike, so it is lengths that are placed, not samples, longest first, each in the open row with the least room for it.
+
+Shape letters: N samples, L token slots of a row, M mask slots of a row, S samples of a row at most.
+"""
+
+from typing import List, NamedTuple, Tuple
+
+import numpy as np
+
+__all__ = ["Packing", "largest_prefix", "mask_slots_of_row", "one_a_row", "pack"]
+
+
+class Packing(NamedTuple):
+    """Where each of N samples is. Rows are numbered by the first sample in them, places in a row by its length, longest first."""
+
+    rows: int  # how many
+    row: np.ndarray  # [N] int64: the row of each sample
+    place: np.ndarray  # [N] int64: which of the row's samples it is, 0 to S-1
+    start: np.ndarray  # [N] int64: the token slot at which it begins
+    mask_start: np.ndarray  # [N] int64: the mask slot at which its masked tokens begin
+
+
+def mask_slots_of_row(mask_tokens: int, samples_per_row: int) -> int:
+    """Mask slots of a packed row: `mask_tokens`, and one for each further sample, for the rounding of 15 % of short ones."""
+    return mask_tokens + samples_per_row - 1
+
+
+def pack(lengths: np.ndarray, mask_counts: np.ndarray, sequence_length: int, mask_slots: int, samples_per_row: int) -> Packing:
+    """Packs N samples of `lengths` [N] with `mask_counts` [N] masked tokens into rows of L, M and S slots.
+
+    A sample that fits no row alone is the caller's error: lengths are 1 to L, counts 0 to M.
+    """
+    # Stable, longest first: samples of one length are neighbours, in their own order.
+    order = np.argsort(-lengths.astype(np.int32), kind="stable")
+    histogram = np.bincount(lengths, minlength=sequence_length + 1)
+    first_of_length = np.cumsum(histogram[::-1])[::-1] - histogram  # in `order`
+    row_of, place_of = np.empty(len(lengths), np.int64), np.empty(len(lengths), np.int64)
+    rows = 0
+    for shape, count in row_shapes(histogram, samples_per_row):
+        for place, length in enumerate(shape):
+            members = slice(first_of_length[length], first_of_length[length] + count)
+            row_of[members] = np.arange(rows, rows + count)
+            place_of[members] = place
+            first_of_length[length] += count
+        rows += count
+    row, place = np.empty_like(row_of), np.empty_like(place_of)
+    row[order], place[order] = row_of, place_of
+    return settle(lengths, mask_counts, row, place, mask_slots, samples_per_row)
+
+
+def one_a_row(count: int) -> Packing:
+    """No packing: each of `count` samples in a row of its own."""
+    zeros = np.zeros(count, np.int64)
+    return Packing(count, np.arange(count), zeros, zeros, zeros)
+
+
+def row_shapes(histogram: np.ndarray, samples_per_row: int) -> List[Tuple[Tuple[int, ...], int]]:
+    """The lengths in a row, longest first, and how many rows are so, for all samples of a histogram of lengths."""
+    longest = len(histogram) - 1
+    # open_rows[room]: shapes of rows with that much room that may take another sample, and how many rows have each.
+    open_rows = [{} for _ in range(longest + 1)]
+    full = []
+    for length in range(longest, 0, -1):
+        left = int(histogram[length])
+        if not left:
+            continue
+        taken = []
+        for room in range(length, longest + 1):
+            shapes = open_rows[room]
+            while shapes and left:
+                shape, available = shapes.popitem()
+                count = min(left, available)
+                if available > count:
+                    shapes[shape] = available - count
+                taken.append((shape + (length,), room - length, count))
+                left -= count
+            if not left:
+                break
+        while left:
+            # New rows hold as many of this length as fit.
+            each = min(max(1, longest // length), samples_per_row, left)
+            count = left // each
+            taken.append(((length,) * each, longest - each * length, count))
+            left -= each * count
+        for shape, room, count in taken:
+            if room == 0 or len(shape) == samples_per_row:
+                full.append((shape, count))
+            else:
+                open_rows[room][shape] = open_rows[room].get(shape, 0) + count
+    return full + [item for shapes in open_rows for item in shapes.items()]
+
+
+def settle(lengths, mask_counts, row, place, mask_slots: int, samples_per_row: int) -> Packing:
+    """Starts, with rows numbered by their first sample; a row with too many masked tokens gives its last samples rows of their own."""
+    rows = int(row.max()) + 1 if len(row) else 0
+    grid = np.full((rows, samples_per_row), -1)
+    grid[row, place] = np.arange(len(row))
+    filled = grid >= 0
+    masked_before = np.cumsum(np.where(filled, mask_counts[grid], 0), axis=1, dtype=np.int64)
+    over = filled & (masked_before > mask_slots)
+    if over.any():
+        moved = grid[over]
+        grid[over] = -1
+        alone = np.full((len(moved), samples_per_row), -1)
+        alone[:, 0] = moved
+        grid = np.concatenate([grid, alone])
+        filled = grid >= 0
+    grid = grid[np.argsort(np.where(filled, grid, len(row)).min(axis=1), kind="stable")]
+    filled = grid >= 0
+    starts = np.cumsum(np.where(filled, lengths[grid], 0), axis=1, dtype=np.int64)
+    mask_starts = np.cumsum(np.where(filled, mask_counts[grid], 0), axis=1, dtype=np.int64)
+    at_row, at_place = np.nonzero(filled)
+    samples = grid[filled]
+    packing = Packing(len(grid), *(np.empty(len(row), np.int64) for _ in range(4)))
+    packing.row[samples], packing.place[samples] = at_row, at_place
+    packing.start[samples] = starts[filled] - lengths[samples]
+    packing.mask_start[samples] = mask_starts[filled] - mask_counts[samples]
+    return packing
+
+
+def largest_prefix(lengths: np.ndarray, mask_counts: np.ndarray, rows: int, sequence_length: int, mask_slots: int,
+                   samples_per_row: int) -> Packing:
+    """Packs about as many of the first samples as fit `rows` rows: for static shapes. What follows them is the next batch's."""
+    tokens = np.cumsum(lengths[:rows * samples_per_row], dtype=np.int64)
+    count = int(np.searchsorted(tokens, rows * sequence_length, side="right"))
+    while True:
+        packing = pack(lengths[:count], mask_counts[:count], sequence_length, mask_slots, samples_per_row)
+        if packing.rows <= rows:
+            return packing
+        count -= max(1, (packing.rows - rows) * count // packing.rows)
