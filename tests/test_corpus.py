@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data import corpus
+from data import corpus, text_file
 from data.corpus import Document, corpus_bytes, documents, find_files
 from data.errors import InputError
 
@@ -37,8 +37,8 @@ def test_reading_in_blocks_of_any_size_gives_every_line_of_every_document(tmp_pa
     write(path, "\n\n".join("\n".join(lines) for lines in groups))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(corpus, "DOCUMENT_CHARACTERS", 8)
-        real, patch_bytes = corpus.read_lines, []
-        patch.setattr(corpus, "READ_BYTES", 1000 + block)
+        real, patch_bytes = text_file.read_lines, []
+        patch.setattr(text_file, "READ_BYTES", 1000 + block)
         assert list(real(str(path), patch_bytes.append)) == "\n\n".join("\n".join(lines) for lines in groups).split("\n")[
             :None if groups else 0]
         found = {}
@@ -50,14 +50,14 @@ def test_reading_in_blocks_of_any_size_gives_every_line_of_every_document(tmp_pa
 
 
 def test_a_line_longer_than_a_read_is_cut_at_spaces_and_nothing_is_lost(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "READ_BYTES", 16)
+    monkeypatch.setattr(text_file, "READ_BYTES", 16)
     words = ["word%d" % number for number in range(100)]
     lines = [line for document in documents([write(tmp_path / "long.txt", " ".join(words))]) for line in document.lines]
     assert len(lines) > 10 and " ".join(lines).split() == words
 
 
 def test_short_lines_are_never_cut_whatever_the_reads(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "READ_BYTES", 16)
+    monkeypatch.setattr(text_file, "READ_BYTES", 16)
     lines = ["ein Wort mehr %d" % number for number in range(50)]
     path = write(tmp_path / "text.txt", "\n".join(lines))
     assert [line for document in documents([path]) for line in document.lines] == lines
@@ -65,7 +65,7 @@ def test_short_lines_are_never_cut_whatever_the_reads(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("prefix", [b"", b"\xef\xbb\xbf"])
 def test_a_byte_that_is_not_utf8_is_named_with_file_offset_and_line(tmp_path, monkeypatch, prefix):
-    monkeypatch.setattr(corpus, "READ_BYTES", 8)
+    monkeypatch.setattr(text_file, "READ_BYTES", 8)
     path = write(tmp_path / "latin.txt", prefix + b"one\ntwo three\nfour caf\xe9 five\n")
     with pytest.raises(InputError, match=r"latin.txt: byte %d, in line 3, is 0xe9 .*expected UTF-8" % (len(prefix) + 22)):
         list(documents([path]))
