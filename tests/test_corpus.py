@@ -1,4 +1,8 @@
+import gzip
+import json
+
 import pytest
+import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -101,3 +105,67 @@ def test_a_module_that_does_not_parse_gives_no_prose(tmp_path):
     assert corpus.docstring_prose(write(tmp_path / "bad.py", "def (:\n")) == []
     good = write(tmp_path / "good.py", '"""One sentence of prose,\nin two lines.\n\n>>> code = 1 + 1 + 1\n"""\n')
     assert corpus.docstring_prose(good) == ["One sentence of prose, in two lines."]
+
+
+WIKI = """<doc id="12" url="https://en.wikipedia.org/wiki?curid=12" title="Anarchism">
+Anarchism
+
+Anarchism is a philosophy.
+It < has > signs.
+
+</doc>
+<doc id="25" url="u" title="Autism">
+Autism
+</doc>
+"""
+
+
+def test_wikiextractor_documents_are_its_elements_and_their_blank_lines_end_none(tmp_path):
+    path = write(tmp_path / "wiki_00", WIKI)
+    assert [document.lines for document in documents([path], "wikiextractor")] == [
+        ["Anarchism", "Anarchism is a philosophy.", "It < has > signs."], ["Autism"]]
+
+
+def test_json_lines_are_documents_however_long(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_file, "READ_BYTES", 64)
+    texts = ["one\n\n two \nthree", "", "word " * 100, "half a pair: \ud800"]
+    path = write(tmp_path / "a.jsonl", "\n\n".join(json.dumps({"id": 1, "text": text}) for text in texts))
+    assert [document.lines for document in documents([path], "jsonl")] == [
+        ["one", "two", "three"], [("word " * 100).strip()], ["half a pair: ?"]]
+
+
+@pytest.mark.parametrize("line, message", [
+    ('{"text": "cut o', "a.jsonl: line 3 is not JSON"),
+    ('{"title": "a", "body": "b"}', r"a.jsonl: line 3 has no \"text\" field with a string; found the fields \['body', 'title'\]"),
+    ('["text"]', "a.jsonl: line 3 has no .* found a JSON list"),
+    ('{"text": 5}', "a.jsonl: line 3 has no .* found a text that is 5"),
+])
+def test_a_line_of_json_that_is_no_document_is_named(tmp_path, line, message):
+    path = write(tmp_path / "a.jsonl", '{"text": "good"}\n\n%s\n' % line)
+    with pytest.raises(InputError, match=message):
+        list(documents([path], "jsonl"))
+
+
+def packed(name, content):
+    """In two pieces, as tools that append write them."""
+    half = len(content) // 2
+    compress = gzip.compress if name.endswith(".gz") else zstandard.ZstdCompressor(write_checksum=True).compress
+    return compress(content[:half]) + compress(content[half:])
+
+
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.txt.zst"])
+def test_packed_files_give_the_same_documents_and_count_packed_bytes(tmp_path, name):
+    content = "\n\n".join("line %d é\nmore" % number for number in range(5000)).encode("utf-8")
+    plain, read = write(tmp_path / "a.txt", content), []
+    path = write(tmp_path / name, packed(name, content))
+    assert list(documents([path], on_bytes=read.append)) == list(documents([plain]))
+    assert sum(read) == corpus_bytes([path]) < len(content) / 2
+
+
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.txt.zst"])
+@pytest.mark.parametrize("damage", [lambda data: data[:-9], lambda data: data[:40] + b"????????" + data[48:], lambda data: b"text"])
+def test_a_packed_file_that_is_damaged_or_cut_off_is_named(tmp_path, name, damage):
+    content = "\n".join("line %d" % (number * 7919 % 5003) for number in range(5000)).encode("utf-8")
+    path = write(tmp_path / name, damage(packed(name, content)))
+    with pytest.raises(InputError, match=name + ": cannot be unpacked as"):
+        list(documents([path]))
