@@ -8,6 +8,7 @@ from a feature's name to a list of int64 or float. https://www.tensorflow.org/tu
 
 import os
 import struct
+from functools import lru_cache
 from typing import Dict, Iterator, List, Sequence, Tuple
 
 import numpy as np
@@ -186,6 +187,7 @@ def record_checksums(records: Sequence[bytes]) -> np.ndarray:
     return ((state >> np.uint32(15)) | (state << np.uint32(17))) + np.uint32(0xA282EAD8)
 
 
+@lru_cache(maxsize=None)
 def pair_remainders() -> np.ndarray:
     state = np.arange(1 << 16, dtype=np.uint32)
     for _ in range(16):
