@@ -25,7 +25,7 @@ __all__ = ["Inspection", "inspect", "main", "readable", "restored_ids"]
 
 BLOCK = 4096  # samples read at a time
 PACKED_SAMPLES = 65536  # that are packed together to see what packing saves: a global batch of the recipe's phase 1
-PACKED_PER_ROW = 3
+PACKED_PER_ROW = 6  # as the configs have it
 BARS, BAR_WIDTH = 16, 40
 
 
