@@ -5,15 +5,19 @@ Formats of a text file (UTF-8):
     lines      documents end at blank lines, as in BERT's own data
     wikitext   documents begin at `= Title =` lines, as in WikiText. Headings of all levels stay as lines of their own, without
                their `=` signs; text before the first title is a document of its own
+    wikiextractor   a document is what is between `<doc ...>` and `</doc>`, as WikiExtractor writes it; its title is its first line
+    jsonl      a JSON object a line, its field `text` a document, as of WikiExtractor's --json. Blank lines in it end no document
+
+A file may be packed: `.gz`, `.zst`.
 
 The name `python` stands for a corpus that needs no file: the English prose that every Python brings, which is its manual's
 topics and the standard library's docstrings, each topic and each module a document and each paragraph a line.
 """
 
 import ast
-import codecs
 import functools
 import glob
+import json
 import os
 import re
 import sysconfig
@@ -21,13 +25,13 @@ import warnings
 from typing import Callable, Iterable, Iterator, List, NamedTuple, Sequence, Tuple
 
 from data.errors import InputError
+from data.text_file import read_lines
 
 __all__ = ["FORMATS", "PYTHON", "Document", "corpus_bytes", "documents", "find_files"]
 
-FORMATS = ("lines", "wikitext")
+FORMATS = ("lines", "wikitext", "wikiextractor", "jsonl")
 PYTHON = "python"
 
-READ_BYTES = 1 << 20
 # A longer document is handed on in parts, so that memory stays bounded for a book or a file without a blank line.
 DOCUMENT_CHARACTERS = 1 << 20
 
@@ -76,17 +80,26 @@ def documents(files: Sequence[str], text_format: str = "lines",
     """The documents of `files` (from `find_files`), in order, numbered from 0. Lines are stripped and never empty.
 
     A document of more than a million characters comes in parts, each cut at a line's end. `on_bytes` is told the bytes as
-    they are read. Raises InputError that names the file and the place of a byte that is not UTF-8.
+    they are read, of a packed file the packed ones. Raises InputError that names the file and the place in it of what is not
+    UTF-8, not JSON, without the field `text`, or not to be unpacked.
     """
     number = -1
     for path in files:
         if path == PYTHON:
             parts = split(python_lines(on_bytes), "lines")
         else:
-            parts = split(read_lines(path, on_bytes), text_format)
+            parts = split(lines_of(path, text_format, on_bytes), text_format)
         for begins, lines in parts:
             number += begins
             yield Document(number, lines)
+
+
+def lines_of(path: str, text_format: str, on_bytes: Callable[[int], object]) -> Iterator[str]:
+    """The stripped lines of a file in any format, those that are no text taken out."""
+    if text_format == "jsonl":
+        return jsonl_lines(path, read_lines(path, on_bytes, cut_long=False))
+    lines = read_lines(path, on_bytes)
+    return wikiextractor_lines(lines) if text_format == "wikiextractor" else lines
 
 
 def split(lines: Iterable[str], text_format: str) -> Iterator[Tuple[bool, List[str]]]:
@@ -121,34 +134,36 @@ def heading_text(line: str) -> str:
     return line.strip("= ")
 
 
-def read_lines(path: str, on_bytes: Callable[[int], object]) -> Iterator[str]:
-    """The stripped lines of a file, blank ones as "". A line beyond a megabyte is cut at a space, to bound memory."""
-    line_number = 1
-    with open(path, "rb") as file:
-        rest = file.read(len(codecs.BOM_UTF8))
-        offset = len(rest) if rest == codecs.BOM_UTF8 else 0
-        on_bytes(len(rest))
-        rest = rest[offset:]
-        while True:
-            block = file.read(READ_BYTES)
-            on_bytes(len(block))
-            data = rest + block
-            end = len(data) if not block else data.rfind(b"\n") + 1
-            if not end and len(data) > READ_BYTES:
-                end = data.rfind(b" ") + 1
-            try:
-                text = data[:end].decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise InputError("%s: byte %d, in line %d, is 0x%02x (%s), expected UTF-8 text. Convert the file, for instance "
-                                 "with `iconv -f LATIN1 -t UTF-8`" % (
-                                     path, offset + error.start, line_number + data.count(b"\n", 0, error.start),
-                                     data[error.start], error.reason))
-            if text:
-                lines = text.split("\n")
-                yield from map(str.strip, lines if lines[-1] else lines[:-1])
-            if not block:
-                return
-            offset, line_number, rest = offset + end, line_number + data.count(b"\n", 0, end), data[end:]
+def wikiextractor_lines(lines: Iterable[str]) -> Iterator[str]:
+    """The lines of WikiExtractor's `<doc ...>` elements; "" stands only between documents."""
+    for line in lines:
+        if line == "</doc>" or (line.startswith("<doc ") and line.endswith(">")):
+            yield ""
+        elif line:
+            yield line
+
+
+def jsonl_lines(path: str, lines: Iterable[str]) -> Iterator[str]:
+    """The lines of each object's `text`; "" ends a document."""
+    for number, line in enumerate(lines, 1):
+        if line:
+            yield from filter(None, map(str.strip, text_field(path, number, line).split("\n")))
+            yield ""
+
+
+def text_field(path: str, number: int, line: str) -> str:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise InputError("%s: line %d is not JSON (%s); expected an object with a \"text\" field on each line" % (
+            path, number, error))
+    if not isinstance(value, dict) or not isinstance(value.get("text"), str):
+        found = "the fields %s" % sorted(value) if isinstance(value, dict) else "a JSON %s" % type(value).__name__
+        if isinstance(value, dict) and "text" in value:
+            found = "a text that is %s" % json.dumps(value["text"])[:40]
+        raise InputError("%s: line %d has no \"text\" field with a string; found %s" % (path, number, found))
+    # Half of a surrogate pair can be written in JSON, but is no text.
+    return value["text"].encode("utf-8", "replace").decode("utf-8")
 
 
 def python_lines(on_bytes: Callable[[int], object]) -> Iterator[str]:

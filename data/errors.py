@@ -1,6 +1,6 @@
-"""Errors that a command prints in one line: bad input (exit status 2), and a loader that died (1)."""
+"""Errors that a command prints in one line: bad input (exit status 2), a loader that died or a preparation that stopped (1)."""
 
-__all__ = ["InputError", "LoaderDied"]
+__all__ = ["InputError", "LoaderDied", "PrepareStopped"]
 
 
 class InputError(ValueError):
@@ -9,3 +9,7 @@ class InputError(ValueError):
 
 class LoaderDied(RuntimeError):
     """The loader's process ended or failed; the message says how."""
+
+
+class PrepareStopped(RuntimeError):
+    """Preparing a data set ended before it was whole; what is done is kept, and the same command goes on. The message says why."""

@@ -1,9 +1,11 @@
 """Makes a data set from text: `python -m data.prepare --help` tells how.
 
-    text files -> documents -> token ids -> chunks of documents -> samples -> shards
+    text files -> documents -> chunks of documents -> token ids -> samples -> parts -> shards
 
-Text is streamed and memory is bounded whatever the corpus's size. The same text, vocabulary, options and seed give the same
-files, byte for byte. The data set is built beside the output folder and moved there when it is whole.
+Text is streamed. Chunk after chunk of it goes to a process, which tokenizes it and leaves its samples as a part on disk
+(`data.chunks`); the parts of a group of chunks, about a gigabyte of text, are then dealt over shards. So memory is bounded
+whatever the corpus's size, and every shard draws from all of its group's text. The same text, vocabulary, options and seed give
+the same files, byte for byte, on any number of processes and however often the run was killed on the way (`data.staging`).
 """
 
 import argparse
@@ -12,28 +14,32 @@ import glob
 import math
 import os
 import random
-import shutil
 import sys
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import asdict, dataclass
+from itertools import chain, islice
 from typing import Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
-import numpy as np
 from tqdm import tqdm
 
-from data.corpus import FORMATS, Document, corpus_bytes, documents, find_files
-from data.errors import InputError
-from data.samples import Chunk, make_samples
-from data.shards import Samples, vocab_sha256, write_shard
-from data.tokenizer import TextEncoder, read_vocab, train_vocab, write_tokenizer_files
+from data.chunks import HELD_OUT, TRAIN, Recipe, read_part_counts
+from data.corpus import FORMATS, PYTHON, Document, corpus_bytes, documents, find_files
+from data.errors import InputError, PrepareStopped
+from data.prepare_workers import InlineWorker, Workers
+from data.shards import layout, vocab_sha256
+from data.staging import Staging, moving, open_staging
+from data.tokenizer import read_vocab, train_vocab, write_tokenizer_files
 
 __all__ = ["Summary", "main", "prepare"]
 
-TRAIN, HELD_OUT = 0, 1
 SHARD_NAMES = ("train-%05d.h5", "held_out-%05d.h5")
 TOKENIZER_FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json")
+MASKINGS = ("static", "dynamic")
 
-BATCH_CHARACTERS = 1 << 21
-CHUNK_TOKENS = 1 << 22
+CHUNK_CHARACTERS = 1 << 22
+GROUP_CHUNKS = 256
+# All the shards that are made at once: each is in memory once.
+SHARDS_BYTES = 1 << 30
 # A vocabulary does not get better beyond this much text: of a larger corpus every k-th document is taken.
 VOCAB_TEXT_BYTES = 1 << 30
 
@@ -86,17 +92,23 @@ def thousands(count: int) -> str:
 
 
 def prepare(input: Sequence[str], output: str, format: str = "lines", vocab: Optional[str] = None, vocab_size: int = 30522,
-            sequence_length: int = 128, mask_tokens: int = 20, mask_share: float = 0.15, short_share: float = 0.1,
-            duplicates: int = 1, held_out: float = 0.0, samples_per_shard: int = 262144, seed: int = 42,
-            progress: bool = True) -> Summary:
+            sequence_length: int = 128, mask_tokens: int = 20, mask_share: float = 0.15, masking: str = "static",
+            whole_word_masking: bool = False, short_share: float = 0.1, duplicates: int = 1, held_out: float = 0.0,
+            samples_per_shard: int = 262144, seed: int = 42, workers: Optional[int] = None, progress: bool = True) -> Summary:
     """Makes the data set `output`: train-*.h5, held_out-*.h5 if asked for, vocab.txt, tokenizer.json, tokenizer_config.json.
 
-    The arguments are the command's options. Raises InputError for anything that cannot be used: an option, a file that is
-    missing or not UTF-8, a text without samples, a vocabulary, an output folder that holds a data set. Nothing is written then.
+    The arguments are the command's options; `workers` None stands for all cores. A run that was stopped is gone on with. Raises
+    InputError for anything that cannot be used: an option, a file that is missing or not as its format says, a text without
+    samples, a vocabulary, an output folder that holds a data set, or another run's work on it. Nothing is left behind then.
+    Raises PrepareStopped when a process dies or the disk is full; what was done stays.
     """
-    check_options(format, sequence_length, mask_tokens, mask_share, short_share, duplicates, held_out, samples_per_shard, seed)
+    workers = len(os.sched_getaffinity(0)) if workers is None else workers
+    check_options(format, sequence_length, mask_tokens, mask_share, masking, short_share, duplicates, held_out, samples_per_shard,
+                  seed, workers)
     files = find_files(input)
-    check_output(output, vocab)
+    check_names(files, format)
+    if not moving(output):
+        check_output(output, vocab)
     words = None if vocab is None else read_vocab(vocab)
     total = corpus_bytes(files)
 
@@ -104,52 +116,156 @@ def prepare(input: Sequence[str], output: str, format: str = "lines", vocab: Opt
         with tqdm(total=total, unit="B", unit_scale=True, desc=purpose, disable=not progress) as bar:
             yield from documents(files, format, bar.update)
 
-    with staged(output) as folder:
+    made_by = {"command": "data.prepare", "input": [os.path.basename(path) for path in files], "format": format,
+               "mask_share": mask_share, "short_share": short_share, "duplicates": duplicates, "held_out": held_out, "seed": seed,
+               "masking": masking, "whole_word_masking": whole_word_masking}
+    recipe = Recipe(sequence_length, mask_tokens, mask_share, short_share, duplicates, masking, whole_word_masking, seed, made_by)
+    options = dict(made_by, **asdict(recipe))
+    del options["made_by"], options["input"]  # which hold the same in other words
+    options.update({
+        "files": [file_state(path) for path in files], "vocab": words and vocab_sha256(words),
+        "vocab_size": None if words else vocab_size, "samples_per_shard": samples_per_shard, "output": os.path.realpath(output),
+        "chunk characters": CHUNK_CHARACTERS, "chunks of a group": GROUP_CHUNKS})
+
+    with open_staging(output, options) as staging:
+        words = words or begun_vocab(staging)
         if words is None:
             stride = -(-total // VOCAB_TEXT_BYTES) or 1
             words = train_vocab(
                 lambda: (document.lines for document in read("vocabulary") if document.number % stride == 0), vocab_size)
-        write_tokenizer_files(folder, words)
-        made_by = {"command": "data.prepare", "input": [os.path.basename(path) for path in files], "format": format,
-                   "mask_share": mask_share, "short_share": short_share, "duplicates": duplicates, "held_out": held_out,
-                   "seed": seed}
-        writers = [ShardWriter(os.path.join(folder, name), samples_per_shard, words, made_by, [seed, split])
-                   for split, name in enumerate(SHARD_NAMES)]
-        summary = Summary(output, vocab_size=len(words))
-        for number, (split, chunk) in enumerate(encoded_chunks(read("samples"), TextEncoder(words), held_out, seed, summary)):
-            # Evaluation needs each held-out text once.
-            for duplicate in range(duplicates if split == TRAIN else 1):
-                rng = np.random.default_rng([seed, number, duplicate])
-                blocks, dropped = make_samples(chunk, words, sequence_length, mask_tokens, mask_share, short_share, rng)
-                summary.dropped_tokens += dropped if duplicate == 0 else 0
-                for samples in blocks:
-                    writers[split].add(samples)
-                    summary.not_next_samples += int(samples.nsp_labels.sum())
-                    summary.sample_tokens += int(samples.lengths.sum(dtype=np.int64))
-                    summary.slots += samples.input_ids.size
-        for writer in writers:
-            writer.close()
-        summary.train_samples, summary.held_out_samples = [writer.written for writer in writers]
-        summary.train_shards, summary.held_out_shards = [writer.shards for writer in writers]
+        write_tokenizer_files(staging.data, words)
+        chunks = text_chunks(read("samples"), held_out, seed)
+        first = list(islice(chunks, 2))
+        pool = (InlineWorker(words, recipe) if len(first) < 2 or workers == 1
+                else Workers(words, recipe, workers, staging.lock))
+        with contextlib.closing(pool):
+            make_shards(chain(first, chunks), staging, pool, workers, recipe, samples_per_shard, len(words))
+        summary = summarize(output, len(words), sequence_length, staging.groups())
         check_samples_made(summary, files, held_out)
+        staging.publish()
     return summary
 
 
-def check_options(format, sequence_length, mask_tokens, mask_share, short_share, duplicates, held_out, samples_per_shard,
-                  seed) -> None:
+def file_state(path: str) -> List:
+    """What tells whether a file is still the one that a stopped run has read."""
+    if path == PYTHON:
+        return [path, sys.version]
+    state = os.stat(path)
+    return [os.path.realpath(path), state.st_size, state.st_mtime_ns]
+
+
+def begun_vocab(staging: Staging) -> Optional[List[str]]:
+    """The vocabulary that a stopped run has trained."""
+    path = os.path.join(staging.data, TOKENIZER_FILES[0])
+    return read_vocab(path) if os.path.exists(path) else None
+
+
+def make_shards(chunks: Iterable[Tuple[int, List[Document]]], staging: Staging, pool, workers: int, recipe: Recipe,
+                samples_per_shard: int, vocab_size: int) -> None:
+    """Makes what is still missing of the parts of each group, then of its shards."""
+    done, number = staging.groups(), -1
+    parts = Queue(pool, workers + 2)
+    bytes_of_sample = sum(math.prod(shape) * dtype.itemsize
+                          for shape, dtype in layout(recipe.sequence_length, recipe.mask_tokens, vocab_size).values())
+    shards = Queue(pool, max(1, min(workers, SHARDS_BYTES // (samples_per_shard * bytes_of_sample))))
+
+    def end_group():
+        parts.wait()
+        group, counts = len(done), number % GROUP_CHUNKS + 1
+        done.append(deal(staging, group, counts, done, samples_per_shard, shards, recipe.seed))
+
+    for number, (split, texts) in enumerate(chunks):
+        group, place = divmod(number, GROUP_CHUNKS)
+        if group >= len(done) and not os.path.exists(staging.part(number)):
+            parts.add({"do": "make_part", "path": staging.part(number), "number": number, "split": split, "documents": texts})
+        if group >= len(done) and place == GROUP_CHUNKS - 1:
+            end_group()
+    if number >= 0 and number // GROUP_CHUNKS >= len(done):
+        end_group()
+
+
+class Queue:
+    """At most `most` tasks under way at a time."""
+
+    def __init__(self, pool, most: int):
+        self.pool, self.most, self.pending = pool, most, deque()
+
+    def add(self, task: Dict) -> None:
+        if len(self.pending) >= self.most:
+            self.pending.popleft().result()
+        self.pending.append(self.pool.submit(task))
+
+    def wait(self) -> None:
+        while self.pending:
+            self.pending.popleft().result()
+
+
+def deal(staging: Staging, group: int, chunks: int, done: Sequence[Dict], samples_per_shard: int, queue: Queue,
+         seed: int) -> Dict:
+    """Deals the samples of a group's parts over shards of about equal size; gives the group's record.
+
+    Each part is in random order, so that its k-th stretch is a random share of it.
+    """
+    paths = [staging.part(group * GROUP_CHUNKS + place) for place in range(chunks)]
+    record = {"parts": [read_part_counts(path) for path in paths], "shards": [0, 0]}
+    for split, name in enumerate(SHARD_NAMES):
+        own = [(path, counts["samples"]) for path, counts in zip(paths, record["parts"]) if counts["split"] == split]
+        shards = -(-sum(samples for _, samples in own) // samples_per_shard)
+        before = sum(earlier["shards"][split] for earlier in done)
+        for shard in range(shards):
+            path = os.path.join(staging.data, name % (before + shard))
+            if not os.path.exists(path):
+                pieces = [(part, shard * samples // shards, (shard + 1) * samples // shards) for part, samples in own]
+                queue.add({"do": "make_shard", "path": path, "pieces": pieces, "seed": [seed, split, before + shard]})
+        record["shards"][split] = shards
+    queue.wait()
+    staging.end_group(group, record, paths)
+    return record
+
+
+def summarize(output: str, vocab_size: int, sequence_length: int, groups: Sequence[Dict]) -> Summary:
+    summary, last = Summary(output, vocab_size=vocab_size), [None, None]
+    for part in chain.from_iterable(group["parts"] for group in groups):
+        split = part["split"]
+        # A long document may go on in the next chunk of its split.
+        begun = part["documents"] - (part["first"] is not None and part["first"] == last[split])
+        last[split] = last[split] if part["last"] is None else part["last"]
+        summary.documents += begun
+        summary.held_out_documents += begun if split == HELD_OUT else 0
+        for name in ("lines", "empty_lines", "tokens", "unknown_tokens", "dropped_tokens", "not_next_samples", "sample_tokens"):
+            setattr(summary, name, getattr(summary, name) + part[name])
+        summary.train_samples += part["samples"] if split == TRAIN else 0
+        summary.held_out_samples += part["samples"] if split == HELD_OUT else 0
+    summary.slots = (summary.train_samples + summary.held_out_samples) * sequence_length
+    summary.train_shards, summary.held_out_shards = [sum(group["shards"][split] for group in groups) for split in (0, 1)]
+    return summary
+
+
+def check_options(format, sequence_length, mask_tokens, mask_share, masking, short_share, duplicates, held_out, samples_per_shard,
+                  seed, workers) -> None:
     for name, value, good, expected in [
             ("--format", format, format in FORMATS, " or ".join(FORMATS)),
             ("--sequence-length", sequence_length, 8 <= sequence_length <= 65535, "8 to 65535 tokens"),
             ("--mask-tokens", mask_tokens, 1 <= mask_tokens <= sequence_length - 3,
              "1 to %d: the sequence length less [CLS] and two [SEP]" % (sequence_length - 3)),
             ("--mask-share", mask_share, 0 < mask_share < 1, "a share between 0 and 1, such as 0.15"),
+            ("--masking", masking, masking in MASKINGS, " or ".join(MASKINGS)),
             ("--short-share", short_share, 0 <= short_share <= 1, "a share from 0 to 1"),
             ("--duplicates", duplicates, duplicates >= 1, "1 or more"),
             ("--held-out", held_out, 0 <= held_out < 1, "a share of the documents from 0 to less than 1, such as 0.05"),
             ("--samples-per-shard", samples_per_shard, samples_per_shard >= 1, "1 or more"),
-            ("--seed", seed, seed >= 0, "0 or more")]:
+            ("--seed", seed, seed >= 0, "0 or more"),
+            ("--workers", workers, workers >= 1, "1 or more processes")]:
         if not good:
             raise InputError("%s is %s, expected %s" % (name, value, expected))
+
+
+def check_names(files: Sequence[str], format: str) -> None:
+    """Refuses what would be read as text though its name says that it is JSON."""
+    for path in files:
+        name = path[:-len(".gz")] if path.endswith(".gz") else path[:-len(".zst")] if path.endswith(".zst") else path
+        if name.endswith((".jsonl", ".ndjson")) and format != "jsonl":
+            raise InputError("%s: is named as JSON lines, --format is %s. Give --format jsonl, or name it otherwise" % (path, format))
 
 
 def check_output(output: str, vocab: Optional[str]) -> None:
@@ -178,74 +294,20 @@ def check_samples_made(summary: Summary, files: Sequence[str], held_out: float) 
             held_out, found))
 
 
-@contextlib.contextmanager
-def staged(output: str) -> Iterator[str]:
-    """A folder to fill, whose files are moved into `output` at the end, or removed without a trace if an exception ends it."""
-    target = os.path.realpath(output)
-    existed = os.path.isdir(target)
-    parent = target
-    while not os.path.isdir(parent):
-        parent = os.path.dirname(parent)
-    folder = os.path.join(parent, ".%s.unfinished-%d" % (os.path.basename(target), os.getpid()))
-    try:
-        os.mkdir(folder)
-    except OSError as error:
-        raise InputError("%s: cannot be written (%s); give another --output" % (output, error.strerror))
-    try:
-        yield folder
-        if existed:
-            for name in sorted(os.listdir(folder)):
-                os.replace(os.path.join(folder, name), os.path.join(target, name))
-        else:
-            os.makedirs(os.path.dirname(target), exist_ok=True)
-            os.replace(folder, target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def encoded_chunks(texts: Iterable[Document], encoder: TextEncoder, held_out: float, seed: int,
-                   summary: Summary) -> Iterator[Tuple[int, Chunk]]:
-    """Chunks of documents, each with its split; counts documents, lines and tokens into `summary`."""
+def text_chunks(texts: Iterable[Document], held_out: float, seed: int) -> Iterator[Tuple[int, List[Document]]]:
+    """Documents of one split, of about CHUNK_CHARACTERS together, each time with the split."""
     splits = HeldOut(held_out, seed)
-    builders = [ChunkBuilder(), ChunkBuilder()]
-    unknown = encoder.tokenizer.token_to_id("[UNK]")
-    latest = -1
-    for batch in text_batches(texts):
-        ids, counts = encoder.encode([line for document in batch for line in document.lines])
-        summary.lines += len(counts)
-        summary.empty_lines += int((counts == 0).sum())
-        summary.tokens += len(ids)
-        summary.unknown_tokens += int((ids == unknown).sum())
-        line, token = 0, 0
-        for document in batch:
-            units = counts[line:line + len(document.lines)]
-            size = int(units.sum())
-            if size:
-                split = splits.of(document.number)
-                if document.number != latest:
-                    summary.documents += 1
-                    summary.held_out_documents += split == HELD_OUT
-                    latest = document.number
-                builders[split].add(ids[token:token + size], units[units > 0])
-                if builders[split].size >= CHUNK_TOKENS:
-                    yield split, builders[split].chunk()
-                    builders[split] = ChunkBuilder()
-            line, token = line + len(document.lines), token + size
-    for split, builder in enumerate(builders):
-        if builder.size:
-            yield split, builder.chunk()
-
-
-def text_batches(texts: Iterable[Document]) -> Iterator[List[Document]]:
-    batch, characters = [], 0
+    chunks, characters = [[], []], [0, 0]
     for document in texts:
-        batch.append(document)
-        characters += sum(map(len, document.lines))
-        if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+        split = splits.of(document.number)
+        chunks[split].append(document)
+        characters[split] += sum(map(len, document.lines))
+        if characters[split] >= CHUNK_CHARACTERS:
+            yield split, chunks[split]
+            chunks[split], characters[split] = [], 0
+    for split, chunk in enumerate(chunks):
+        if chunk:
+            yield split, chunk
 
 
 class HeldOut:
@@ -267,50 +329,6 @@ class HeldOut:
         return HELD_OUT if number == self.chosen else TRAIN
 
 
-class ChunkBuilder:
-    """Collects documents until there are enough of them for a chunk."""
-
-    def __init__(self):
-        self.tokens, self.unit_counts, self.sizes, self.size = [], [], [], 0
-
-    def add(self, tokens: np.ndarray, unit_counts: np.ndarray) -> None:
-        # Copies, so that a slice does not keep its whole batch in memory.
-        self.tokens.append(tokens.copy())
-        self.unit_counts.append(unit_counts)
-        self.sizes.append(len(tokens))
-        self.size += len(tokens)
-
-    def chunk(self) -> Chunk:
-        units = np.concatenate(self.unit_counts)
-        return Chunk(np.concatenate(self.tokens), np.cumsum(units) - units, np.cumsum([0] + self.sizes))
-
-
-class ShardWriter:
-    """Writes samples to numbered shards, each shuffled, of `limit` samples but for the last."""
-
-    def __init__(self, path: str, limit: int, words: Sequence[str], made_by: Dict, seed: List[int]):
-        self.path, self.limit, self.made_by, self.seed = path, limit, made_by, seed
-        self.vocab_size, self.vocab_hash = len(words), vocab_sha256(words)
-        self.parts, self.held, self.written, self.shards = [], 0, 0, 0
-
-    def add(self, samples: Samples) -> None:
-        self.parts.append(samples)
-        self.held += len(samples)
-        while self.held >= self.limit:
-            self.write(self.limit)
-
-    def close(self) -> None:
-        if self.held:
-            self.write(self.held)
-
-    def write(self, count: int) -> None:
-        held = Samples.concatenate(self.parts)
-        self.parts = [held.take(np.arange(count, self.held))]
-        order = np.random.default_rng(self.seed + [self.shards]).permutation(count)
-        write_shard(self.path % self.shards, held.take(order), self.vocab_size, self.vocab_hash, self.made_by)
-        self.held, self.written, self.shards = self.held - count, self.written + count, self.shards + 1
-
-
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m data.prepare", formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -323,43 +341,58 @@ def make_parser() -> argparse.ArgumentParser:
   python -m data.prepare --input 'corpus/*.txt' --vocab vocab.txt --sequence-length 512 --mask-tokens 76 --held-out 0.05 \\
       --output shards512/
 
+  # WikiExtractor's output, five times over and masked anew by the loader in each epoch; if killed, the same command goes on
+  python -m data.prepare --input 'extracted/*/wiki_*.zst' --format wikiextractor --vocab vocab.txt --duplicates 5 \\
+      --masking dynamic --output shards128/
+
   # no text at hand: the manual and the docstrings of this Python, with a vocabulary trained on them
   python -m data.prepare --input python --vocab-size 8192 --output shards/
 
 The output folder gets train-00000.h5 and so on, held_out-00000.h5 and so on, vocab.txt, tokenizer.json and
-tokenizer_config.json. The same text, options and seed give the same files.""")
+tokenizer_config.json; data/FORMAT.md describes the shards. The same text, options and seed give the same files, on any number of
+processes. Until they are whole they are in .NAME.unfinished beside the output folder; what a stopped run has done there is used
+when the same command is given again (the text is read again up to there, but not tokenized). Remove that folder to begin anew.""")
     option = parser.add_argument
     option("--input", nargs="+", required=True, metavar="TEXT",
-           help="UTF-8 text files, or globs in quotes; or the word `python` for the English prose that every Python brings")
+           help="UTF-8 text files, plain, .gz or .zst, or globs in quotes; or the word `python` for the English prose that every "
+                "Python brings")
     option("--output", required=True, metavar="FOLDER", help="the folder to make; one that holds a data set is refused")
     option("--format", default="lines", choices=FORMATS,
            help="lines (default): one sentence or paragraph a line, a blank line ends a document. "
-                "wikitext: a `= Title =` line begins a document")
+                "wikitext: a `= Title =` line begins a document. wikiextractor: what is between <doc ...> and </doc> is a document, as "
+                "WikiExtractor writes it. jsonl: a JSON object a line, its field `text` a document")
     option("--vocab", metavar="FILE", help="the WordPiece vocabulary, one word a line; without it one is trained on the text")
     option("--vocab-size", type=int, default=30522, help="words of a vocabulary that is trained, at most (default 30522)")
     option("--sequence-length", type=int, default=128, help="tokens of a sample, with [CLS] and [SEP] (default 128)")
     option("--mask-tokens", type=int, default=20, help="masked tokens of a sample, at most (default 20; 76 at length 512)")
     option("--mask-share", type=float, default=0.15, help="share of a sample's tokens to mask (default 0.15)")
+    option("--masking", default="static", choices=MASKINGS,
+           help="static (default): samples are masked here, once. dynamic: the loader masks them, differently in each epoch")
+    option("--whole-word-masking", action="store_true", help="mask all pieces of a word together, or none")
     option("--short-share", type=float, default=0.1, help="share of the samples that are cut shorter at random (default 0.1)")
     option("--duplicates", type=int, default=1, metavar="N",
            help="go over the training text N times, each time cut and masked anew (default 1)")
     option("--held-out", type=float, default=0.0, metavar="SHARE",
            help="share of the documents that go to held_out-*.h5 instead, for evaluation (default 0)")
-    option("--samples-per-shard", type=int, default=262144, help="samples of a shard (default 262144; one is held in memory)")
+    option("--samples-per-shard", type=int, default=262144, help="samples of a shard, at most (default 262144)")
     option("--seed", type=int, default=42, help="of every random choice (default 42)")
+    option("--workers", type=int, metavar="N", help="processes that make samples (default: one for every core)")
     return parser
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
-    """The command. Gives its exit status: 0, 2 for input that cannot be used (one line on stderr), 130 when interrupted."""
+    """The command. Gives its exit status: 0, 2 for input that cannot be used, 1 when it stopped, 130 when interrupted."""
     options = vars(make_parser().parse_args(arguments))
     try:
         print(prepare(**options))
     except InputError as error:
         print("error: %s" % error, file=sys.stderr)
         return 2
+    except PrepareStopped as error:
+        print("stopped: %s. The same command goes on from here" % error, file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
-        print("interrupted: %s was not made" % options["output"], file=sys.stderr)
+        print("interrupted: %s is not whole; the same command goes on from here" % options["output"], file=sys.stderr)
         return 130
     return 0
 

@@ -1,6 +1,6 @@
 """Token ids to samples: documents cut into pairs of segments, assembled and masked, as arrays.
 
-Shape letters: T tokens, U units (lines) and D documents of a chunk, N samples, L sequence length, M mask slots.
+Shape letters: T tokens, U units (lines) and D documents of a chunk, N samples, L sequence length.
 
 A cursor walks each document. Per sample it takes a window of L - 3 tokens (now and then a shorter one), cut in two at the end of
 a line where the window has one, else near its middle. The first part is the first segment. The second segment is the second
@@ -14,14 +14,14 @@ After BERT (arXiv 1810.04805, section 3.1 and appendix A.2), whose own program c
 
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
-from typing import Iterator, Sequence, Tuple
+from typing import Iterator, Optional, Sequence, Tuple
 
 import numpy as np
 
+from data.masking import MaskWords, mask
 from data.shards import Samples
-from data.tokenizer import SPECIAL_WORDS
 
-__all__ = ["Chunk", "Cuts", "assemble", "cut", "make_samples", "mask"]
+__all__ = ["Chunk", "Cuts", "assemble", "cut", "make_samples"]
 
 BLOCK = 4096  # samples assembled at a time: a few MB of temporaries, which stay in the cache
 
@@ -131,54 +131,27 @@ def assemble(tokens: np.ndarray, cuts: Cuts, sequence_length: int, cls_id: int, 
     return input_ids, last[:, 0] + 1
 
 
-def mask(input_ids: np.ndarray, lengths: np.ndarray, first_lengths: np.ndarray, mask_tokens: int, mask_share: float, mask_id: int,
-         random_ids: np.ndarray, rng: np.random.Generator) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Masks samples in place; gives mlm_positions [N, M], mlm_labels [N, M] and mlm_counts [N], as a shard has them.
-
-    Of each sample `mask_share` of its tokens are chosen, at least 1 and at most `mask_tokens`, never its [CLS] and [SEP]
-    (`first_lengths` counts those of the first segment); 80 % of them become `mask_id`, 10 % one of `random_ids`, 10 % stay.
-    """
-    count, sequence_length = input_ids.shape
-    mlm_counts = np.clip(np.rint(mask_share * lengths).astype(np.int64), 1, np.minimum(mask_tokens, lengths - 3))
-    position = np.arange(sequence_length)
-    # Random numbers above, positions below: the smallest keys are a random choice, and partition sorts integers fast.
-    bits = max(1, (sequence_length - 1).bit_length())
-    keys = rng.integers(0, 1 << (32 - bits), input_ids.shape, np.uint32) << np.uint32(bits) | position.astype(np.uint32)
-    special = (position == 0) | (position == first_lengths[:, None] - 1) | (position >= lengths[:, None] - 1)
-    keys[special] = np.iinfo(np.uint32).max
-    keys = np.sort(np.partition(keys, mask_tokens - 1, axis=1)[:, :mask_tokens], axis=1)
-
-    slot = np.arange(mask_tokens)
-    used = slot < mlm_counts[:, None]
-    mlm_positions = np.sort(np.where(used, keys & np.uint32((1 << bits) - 1), sequence_length), axis=1)
-    mlm_positions[~used] = 0
-    mlm_labels = np.where(used, np.take_along_axis(input_ids, mlm_positions, axis=1), 0).astype(input_ids.dtype)
-
-    dice = rng.random((count, mask_tokens), np.float32)
-    replacements = np.where(dice < 0.8, mask_id, rng.choice(random_ids, (count, mask_tokens)))
-    change = used & (dice < 0.9)
-    input_ids[np.nonzero(change)[0], mlm_positions[change]] = replacements[change]
-    return mlm_positions, mlm_labels, mlm_counts
-
-
-def make_samples(chunk: Chunk, words: Sequence[str], sequence_length: int, mask_tokens: int, mask_share: float,
-                 short_share: float, rng: np.random.Generator) -> Tuple[Iterator[Samples], int]:
+def make_samples(chunk: Chunk, special_ids: Sequence[int], words: Optional[MaskWords], sequence_length: int, mask_tokens: int,
+                 mask_share: float, short_share: float, rng: np.random.Generator) -> Tuple[Iterator[Samples], int]:
     """The samples of a chunk in blocks, as an iterator, and the number of tokens that `cut` had to drop.
 
-    `words` is the vocabulary, whose dtype (`data.shards.token_dtype`) the chunk's tokens have.
+    `special_ids`: of [PAD], [UNK], [CLS], [SEP] and [MASK]. `words`: the vocabulary as masking wants it; None leaves the samples
+    unmasked, for the loader to mask. The chunk's tokens have the vocabulary's type (`data.shards.token_dtype`).
     """
     cuts, dropped = cut(chunk, sequence_length, short_share, rng)
-    ids = {word: words.index(word) for word in SPECIAL_WORDS}
-    random_ids = np.delete(np.arange(len(words)), list(ids.values()))
 
     def blocks():
         for start in range(0, len(cuts.nsp_labels), BLOCK):
             block = Cuts(**{name: values[start:start + BLOCK] for name, values in vars(cuts).items()})
-            input_ids, lengths = assemble(chunk.tokens, block, sequence_length, ids["[CLS]"], ids["[SEP]"])
-            first_lengths = block.first_lengths + 2
-            positions, labels, counts = mask(
-                input_ids, lengths, first_lengths, mask_tokens, mask_share, ids["[MASK]"], random_ids, rng)
-            yield Samples(input_ids, lengths.astype(np.uint16), first_lengths.astype(np.uint16), positions.astype(np.uint16),
-                          labels, counts.astype(np.uint16), block.nsp_labels.astype(np.uint8))
+            input_ids, lengths = assemble(chunk.tokens, block, sequence_length, special_ids[2], special_ids[3])
+            first_lengths, count = block.first_lengths + 2, len(lengths)
+            if words is None:
+                masks = (np.zeros((count, mask_tokens), np.uint16), np.zeros((count, mask_tokens), input_ids.dtype),
+                         np.zeros(count, np.uint16))
+            else:
+                keys = rng.integers(0, 1 << 64, count, np.uint64)
+                masks = mask(input_ids, lengths, first_lengths, keys, mask_tokens, mask_share, words)
+            yield Samples(input_ids, lengths.astype(np.uint16), first_lengths.astype(np.uint16), *masks,
+                          block.nsp_labels.astype(np.uint8))
 
     return blocks(), dropped

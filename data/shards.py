@@ -10,7 +10,8 @@ A shard holds N samples in contiguous, uncompressed datasets (V is uint16 up to 
     mlm_counts     [N]    uint16   masked tokens
     nsp_labels     [N]    uint8    1 = the second segment does not follow the first, as in BERT's own data
 
-Attributes: format, schema_version, vocab_size, vocab_sha256, and made_by (JSON: how the shard was made).
+Attributes: format, schema_version, vocab_size, vocab_sha256, made_by (JSON: how the shard was made), and, where known, how it is
+masked: masking and mask_share, special_ids and continuations. `FORMAT.md` has all of it.
 """
 
 import glob
@@ -65,6 +66,7 @@ class Samples:
 
 
 FIELDS = tuple(Samples.__dataclass_fields__)
+MASKING = ("masking", "mask_share", "special_ids", "continuations")
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,10 @@ class ShardInfo:
     vocab_sha256: str
     file_size: int  # bytes
     offsets: Sequence[int]  # where in the file each data set begins, in the order of FIELDS
+    masking: str = "static"  # or "dynamic": nothing is masked yet, the loader masks anew in each epoch
+    mask_share: float = 0.0  # of the tokens that are to be masked, or were; 0 when the file does not say
+    special_ids: Sequence[int] = ()  # of [PAD], [UNK], [CLS], [SEP] and [MASK]; with dynamic masking only
+    continuations: str = ""  # hexadecimal bits, one a word: whether it begins with ##; with dynamic masking of whole words only
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -101,13 +107,18 @@ def layout(sequence_length: int, mask_tokens: int, vocab_size: int) -> Dict[str,
     }
 
 
-def write_shard(path: str, samples: Samples, vocab_size: int, vocab_hash: str, made_by: Dict) -> None:
-    """Writes one shard; the file appears under its name whole or not at all."""
+def write_shard(path: str, samples: Samples, vocab_size: int, vocab_hash: str, made_by: Dict,
+                masking: Optional[Dict] = None) -> None:
+    """Writes one shard; the file appears under its name whole or not at all.
+
+    `masking`: the attributes of how its samples are masked, or are to be (MASKING); without it the file does not say.
+    """
     temporary = "%s.tmp-%d" % (path, os.getpid())
     try:
         with h5py.File(temporary, "w") as file:
             file.attrs.update({"format": FORMAT, "schema_version": SCHEMA_VERSION, "vocab_size": vocab_size,
                                "vocab_sha256": vocab_hash, "made_by": json.dumps(made_by)})
+            file.attrs.update(masking or {})
             for name in FIELDS:
                 file.create_dataset(name, data=getattr(samples, name))
         with open(temporary, "rb") as file:
@@ -150,6 +161,9 @@ def open_shards(patterns: Sequence[str], sequence_length: Optional[int] = None, 
         if kind(shard) != kind(first):
             raise InputError("%s: sequence length %d, %d masked tokens, %d words, vocabulary %.12s; %s has %d, %d, %d, %.12s. "
                              "Train on shards of one data set" % ((shard.path,) + kind(shard) + (first.path,) + kind(first)))
+        if (shard.masking, shard.mask_share, shard.continuations) != (first.masking, first.mask_share, first.continuations):
+            raise InputError("%s: its masking is %s with a share of %g, that of %s is %s with %g. Train on shards of one data set" % (
+                shard.path, shard.masking, shard.mask_share, first.path, first.masking, first.mask_share))
         if sequence_length is not None and shard.sequence_length != sequence_length:
             raise InputError("%s: its samples have sequence length %d, data.sequence_length is %d. Prepare the text again with "
                              "--sequence-length %d, or set data.sequence_length" % (
@@ -201,7 +215,24 @@ def inspect(path: str) -> ShardInfo:
                 raise InputError("%s: data set %r is chunked or compressed, expected contiguous. Make it again with "
                                  "`python -m data.prepare`" % (path, name))
         return ShardInfo(path, count, sequence_length, mask_tokens, vocab_size, str(file.attrs["vocab_sha256"]),
-                         os.path.getsize(path), tuple(file[name].id.get_offset() or 0 for name in FIELDS))
+                         os.path.getsize(path), tuple(file[name].id.get_offset() or 0 for name in FIELDS),
+                         **masking_of(path, file.attrs))
+
+
+def masking_of(path: str, attributes) -> Dict:
+    """The fields of ShardInfo that say how a shard is masked. Raises InputError when dynamic masking lacks one."""
+    found = {name: attributes[name] for name in MASKING if name in attributes}
+    kind = found.get("masking", "static")
+    if kind not in ("static", "dynamic"):
+        raise InputError("%s: the attribute masking is %r, expected 'static' or 'dynamic'" % (path, kind))
+    if kind == "static":
+        return {"mask_share": float(found.get("mask_share", 0))}
+    missing = [name for name in MASKING if name not in found]
+    if missing:
+        raise InputError("%s: the attribute %r is missing, which dynamic masking needs. Make it again with `python -m data.prepare "
+                         "--masking dynamic`" % (path, missing[0]))
+    return {"masking": kind, "mask_share": float(found["mask_share"]), "continuations": str(found["continuations"]),
+            "special_ids": tuple(int(number) for number in found["special_ids"])}
 
 
 def read_samples(path: str, start: int, stop: int) -> Samples:

@@ -21,7 +21,7 @@ SPECIAL_WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 MINIMUM_VOCAB_SIZE = 100
 MOST_LETTERS = 1000
-CACHE_BYTES = 256 << 20
+CACHE_BYTES = 64 << 20  # of one process
 
 
 def read_vocab(path: str) -> List[str]:

@@ -7,7 +7,9 @@ import numpy as np
 
 from data.shards import Samples, token_dtype, write_shard
 
-__all__ = ["random_samples", "write_random_shards"]
+__all__ = ["WORDS", "bert_samples", "random_samples", "write_random_shards"]
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"] + ["word%d" % number for number in range(5, 100)]
 
 
 def random_samples(rng: np.random.Generator, count: int, sequence_length: int = 16, mask_tokens: int = 4,
@@ -43,3 +45,24 @@ def write_random_shards(folder: str, sizes: Sequence[int], seed: int = 0, sequen
         write_shard(paths[-1], random_samples(rng, size, sequence_length, mask_tokens, vocab_size), vocab_size,
                     "0" * 64, {"random": seed})
     return paths
+
+
+def bert_samples(rng: np.random.Generator, count: int, sequence_length: int = 16, mask_tokens: int = 4) -> Samples:
+    """`count` samples over WORDS as BERT's are: [CLS], words, [SEP], words, [SEP], some masked 80/10/10; 5 tokens or more."""
+    samples = Samples.empty(count, sequence_length, mask_tokens, len(WORDS))
+    for name in vars(samples):
+        getattr(samples, name)[:] = 0
+    for i in range(count):
+        length = int(rng.integers(5, sequence_length + 1))
+        first = int(rng.integers(3, length - 1))
+        ids = rng.integers(5, len(WORDS), length)
+        ids[[0, first - 1, length - 1]] = 2, 3, 3
+        places = np.setdiff1d(np.arange(length), [0, first - 1, length - 1])
+        places = np.sort(rng.permutation(places)[:rng.integers(0, mask_tokens + 1)])
+        samples.lengths[i], samples.first_lengths[i], samples.mlm_counts[i] = length, first, len(places)
+        samples.mlm_positions[i, :len(places)], samples.mlm_labels[i, :len(places)] = places, ids[places]
+        dice = rng.random(len(places))
+        ids[places] = np.where(dice < 0.8, 4, np.where(dice < 0.9, rng.integers(5, len(WORDS), len(places)), ids[places]))
+        samples.input_ids[i, :length] = ids
+        samples.nsp_labels[i] = rng.integers(0, 2)
+    return samples

@@ -1,8 +1,12 @@
+import gzip
+import json
+
 import pytest
+import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data import corpus
+from data import corpus, text_file
 from data.corpus import Document, corpus_bytes, documents, find_files
 from data.errors import InputError
 
@@ -37,8 +41,8 @@ def test_reading_in_blocks_of_any_size_gives_every_line_of_every_document(tmp_pa
     write(path, "\n\n".join("\n".join(lines) for lines in groups))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(corpus, "DOCUMENT_CHARACTERS", 8)
-        real, patch_bytes = corpus.read_lines, []
-        patch.setattr(corpus, "READ_BYTES", 1000 + block)
+        real, patch_bytes = text_file.read_lines, []
+        patch.setattr(text_file, "READ_BYTES", 1000 + block)
         assert list(real(str(path), patch_bytes.append)) == "\n\n".join("\n".join(lines) for lines in groups).split("\n")[
             :None if groups else 0]
         found = {}
@@ -50,14 +54,14 @@ def test_reading_in_blocks_of_any_size_gives_every_line_of_every_document(tmp_pa
 
 
 def test_a_line_longer_than_a_read_is_cut_at_spaces_and_nothing_is_lost(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "READ_BYTES", 16)
+    monkeypatch.setattr(text_file, "READ_BYTES", 16)
     words = ["word%d" % number for number in range(100)]
     lines = [line for document in documents([write(tmp_path / "long.txt", " ".join(words))]) for line in document.lines]
     assert len(lines) > 10 and " ".join(lines).split() == words
 
 
 def test_short_lines_are_never_cut_whatever_the_reads(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "READ_BYTES", 16)
+    monkeypatch.setattr(text_file, "READ_BYTES", 16)
     lines = ["ein Wort mehr %d" % number for number in range(50)]
     path = write(tmp_path / "text.txt", "\n".join(lines))
     assert [line for document in documents([path]) for line in document.lines] == lines
@@ -65,7 +69,7 @@ def test_short_lines_are_never_cut_whatever_the_reads(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("prefix", [b"", b"\xef\xbb\xbf"])
 def test_a_byte_that_is_not_utf8_is_named_with_file_offset_and_line(tmp_path, monkeypatch, prefix):
-    monkeypatch.setattr(corpus, "READ_BYTES", 8)
+    monkeypatch.setattr(text_file, "READ_BYTES", 8)
     path = write(tmp_path / "latin.txt", prefix + b"one\ntwo three\nfour caf\xe9 five\n")
     with pytest.raises(InputError, match=r"latin.txt: byte %d, in line 3, is 0xe9 .*expected UTF-8" % (len(prefix) + 22)):
         list(documents([path]))
@@ -101,3 +105,67 @@ def test_a_module_that_does_not_parse_gives_no_prose(tmp_path):
     assert corpus.docstring_prose(write(tmp_path / "bad.py", "def (:\n")) == []
     good = write(tmp_path / "good.py", '"""One sentence of prose,\nin two lines.\n\n>>> code = 1 + 1 + 1\n"""\n')
     assert corpus.docstring_prose(good) == ["One sentence of prose, in two lines."]
+
+
+WIKI = """<doc id="12" url="https://en.wikipedia.org/wiki?curid=12" title="Anarchism">
+Anarchism
+
+Anarchism is a philosophy.
+It < has > signs.
+
+</doc>
+<doc id="25" url="u" title="Autism">
+Autism
+</doc>
+"""
+
+
+def test_wikiextractor_documents_are_its_elements_and_their_blank_lines_end_none(tmp_path):
+    path = write(tmp_path / "wiki_00", WIKI)
+    assert [document.lines for document in documents([path], "wikiextractor")] == [
+        ["Anarchism", "Anarchism is a philosophy.", "It < has > signs."], ["Autism"]]
+
+
+def test_json_lines_are_documents_however_long(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_file, "READ_BYTES", 64)
+    texts = ["one\n\n two \nthree", "", "word " * 100, "half a pair: \ud800"]
+    path = write(tmp_path / "a.jsonl", "\n\n".join(json.dumps({"id": 1, "text": text}) for text in texts))
+    assert [document.lines for document in documents([path], "jsonl")] == [
+        ["one", "two", "three"], [("word " * 100).strip()], ["half a pair: ?"]]
+
+
+@pytest.mark.parametrize("line, message", [
+    ('{"text": "cut o', "a.jsonl: line 3 is not JSON"),
+    ('{"title": "a", "body": "b"}', r"a.jsonl: line 3 has no \"text\" field with a string; found the fields \['body', 'title'\]"),
+    ('["text"]', "a.jsonl: line 3 has no .* found a JSON list"),
+    ('{"text": 5}', "a.jsonl: line 3 has no .* found a text that is 5"),
+])
+def test_a_line_of_json_that_is_no_document_is_named(tmp_path, line, message):
+    path = write(tmp_path / "a.jsonl", '{"text": "good"}\n\n%s\n' % line)
+    with pytest.raises(InputError, match=message):
+        list(documents([path], "jsonl"))
+
+
+def packed(name, content):
+    """In two pieces, as tools that append write them."""
+    half = len(content) // 2
+    compress = gzip.compress if name.endswith(".gz") else zstandard.ZstdCompressor(write_checksum=True).compress
+    return compress(content[:half]) + compress(content[half:])
+
+
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.txt.zst"])
+def test_packed_files_give_the_same_documents_and_count_packed_bytes(tmp_path, name):
+    content = "\n\n".join("line %d é\nmore" % number for number in range(5000)).encode("utf-8")
+    plain, read = write(tmp_path / "a.txt", content), []
+    path = write(tmp_path / name, packed(name, content))
+    assert list(documents([path], on_bytes=read.append)) == list(documents([plain]))
+    assert sum(read) == corpus_bytes([path]) < len(content) / 2
+
+
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.txt.zst"])
+@pytest.mark.parametrize("damage", [lambda data: data[:-9], lambda data: data[:40] + b"????????" + data[48:], lambda data: b"text"])
+def test_a_packed_file_that_is_damaged_or_cut_off_is_named(tmp_path, name, damage):
+    content = "\n".join("line %d" % (number * 7919 % 5003) for number in range(5000)).encode("utf-8")
+    path = write(tmp_path / name, damage(packed(name, content)))
+    with pytest.raises(InputError, match=name + ": cannot be unpacked as"):
+        list(documents([path]))

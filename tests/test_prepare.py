@@ -3,6 +3,7 @@ import hashlib
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 
@@ -10,8 +11,12 @@ import h5py
 import numpy as np
 import pytest
 
+from data import chunks as chunks_module
 from data import prepare as module
-from data.errors import InputError
+from data import prepare_workers, staging
+from data.chunks import ChunkMaker, Recipe
+from data.errors import InputError, PrepareStopped
+from data.masking import mask_dynamic, mask_words_of
 from data.prepare import main, prepare
 from data.rows import unpacked_batch
 from data.shards import check_samples, open_shards, read_samples, vocab_sha256
@@ -73,7 +78,8 @@ def test_the_folder_holds_shards_that_open_and_the_vocabulary_they_were_made_wit
     shards = open_shards([str(tmp_path / "out" / "train-*.h5")], vocab_size=805, **SIZES)
     words = read_vocab(str(tmp_path / "out" / "vocab.txt"))
     assert shards[0].vocab_sha256 == vocab_sha256(words)
-    assert [shard.num_samples for shard in shards[:-1]] == [50] * (len(shards) - 1) and 0 < shards[-1].num_samples <= 50
+    assert max(shard.num_samples for shard in shards) <= 50
+    assert max(shard.num_samples for shard in shards) - min(shard.num_samples for shard in shards) <= 1
     assert sum(shard.num_samples for shard in shards) == summary.train_samples and len(shards) == summary.train_shards > 2
     for shard, samples in zip(shards, all_samples(tmp_path / "out")):
         check_samples(samples, len(words), shard.path)
@@ -83,9 +89,10 @@ def test_the_folder_holds_shards_that_open_and_the_vocabulary_they_were_made_wit
 
 
 def test_every_token_of_the_text_is_in_the_samples_once_per_duplicate(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK_TOKENS", 500)
-    monkeypatch.setattr(module, "BATCH_CHARACTERS", 700)
-    summary = make(corpus, tmp_path / "out", duplicates=3)
+    monkeypatch.setattr(module, "CHUNK_CHARACTERS", 3000)
+    monkeypatch.setattr(module, "GROUP_CHUNKS", 3)
+    monkeypatch.setattr("data.chunks.BATCH_CHARACTERS", 700)
+    summary = make(corpus, tmp_path / "out", duplicates=3, workers=1)
     words = read_vocab(str(tmp_path / "out" / "vocab.txt"))
     seen = np.zeros(len(words), np.int64)
     for samples in all_samples(tmp_path / "out"):
@@ -183,12 +190,193 @@ def test_lines_without_a_token_and_unknown_words_are_counted(corpus, tmp_path):
     assert "tokens      7 used, 0 dropped" in str(summary)
 
 
+def recipe(**options):
+    return Recipe(**dict(dict(short_share=0.1, mask_share=0.15, duplicates=1, masking="static", whole_word_masking=False, seed=42,
+                              made_by={}, **SIZES), **options))
+
+
 def test_chunks_hold_no_line_and_no_document_without_a_token():
-    encoder = module.TextEncoder(list(SPECIAL_WORDS) + ["a"])
+    counts = dict.fromkeys(("documents", "lines", "empty_lines", "tokens", "unknown_tokens"), 0)
+    counts.update(first=None, last=None)
     texts = [module.Document(0, ["a a", "\x07", "a"]), module.Document(1, ["\x07"]), module.Document(2, ["\x07", "a"])]
-    (split, chunk), = module.encoded_chunks(texts, encoder, 0.0, 42, module.Summary(""))
+    chunk = ChunkMaker(list(SPECIAL_WORDS) + ["a"], recipe()).encode(texts, counts)
     assert chunk.unit_starts.tolist() == [0, 2, 3] and chunk.document_starts.tolist() == [0, 3, 4]
-    assert split == module.TRAIN and chunk.tokens.tolist() == [5] * 4
+    assert chunk.tokens.tolist() == [5] * 4
+    assert (counts["documents"], counts["first"], counts["last"], counts["empty_lines"]) == (2, 0, 2, 3)
+
+
+def test_texts_are_handed_on_in_chunks_of_one_split(monkeypatch):
+    monkeypatch.setattr(module, "CHUNK_CHARACTERS", 10)
+    texts = [module.Document(number, ["word", "word"]) for number in range(20)]
+    chunks = list(module.text_chunks(texts, 0.2, 42))
+    assert sorted(document.number for _, chunk in chunks for document in chunk) == list(range(20))
+    assert sum(len(chunk) for split, chunk in chunks if split == module.HELD_OUT) == 4
+    assert all(len(chunk) <= 2 for _, chunk in chunks)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Some ten chunks of the corpus, in groups of three: parallel work, many shards, on little text."""
+    monkeypatch.setattr(module, "CHUNK_CHARACTERS", 2000)
+    monkeypatch.setattr(module, "GROUP_CHUNKS", 3)
+
+
+def test_any_number_of_processes_gives_the_same_bytes(corpus, tmp_path, small_chunks):
+    options = dict(held_out=0.2, duplicates=2, samples_per_shard=40)
+    summaries = [make(corpus, tmp_path / str(workers), workers=workers, **options) for workers in (1, 3)]
+    assert file_hashes(tmp_path / "1") == file_hashes(tmp_path / "3")
+    assert str(summaries[0]) == str(summaries[1]).replace(str(tmp_path / "3"), str(tmp_path / "1"))
+    assert summaries[0].documents == 40 and summaries[0].held_out_documents == 8 and summaries[0].train_shards > 5
+    assert os.listdir(str(tmp_path)) == ["1", "3"] or os.listdir(str(tmp_path)) == ["3", "1"]
+
+
+def test_shards_of_a_group_draw_from_all_of_its_text(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK_CHARACTERS", 2000)
+    make(corpus, tmp_path / "out", workers=1, samples_per_shard=60)
+    words = read_vocab(str(tmp_path / "out" / "vocab.txt"))
+    for samples in all_samples(tmp_path / "out"):
+        assert len({document_of(words, row[1]) for row in restored(samples)}) > 25
+
+
+KILLED = """
+import json, os, signal, sys
+from data import prepare as module
+module.CHUNK_CHARACTERS, module.GROUP_CHUNKS = 2000, 3
+last, real = int(sys.argv[2]), module.Queue.add
+calls = []
+def add(queue, task):
+    calls.append(task)
+    if len(calls) > last:
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(queue, task)
+module.Queue.add = add
+module.prepare(progress=False, **json.loads(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_run_killed_at_any_task_goes_on_and_gives_the_same_bytes(corpus, tmp_path, small_chunks, workers):
+    options = dict(held_out=0.2, duplicates=2, samples_per_shard=40, workers=workers)
+    whole = make(corpus, tmp_path / "whole", **options)
+    given = dict(options, input=[str(corpus / "*.txt")], output=str(tmp_path / "out"), vocab=str(corpus / "vocab"), **SIZES)
+    kills = 0
+    for tasks in (2, 4, 6, 5):  # each run gets that much further
+        killed = subprocess.run([sys.executable, "-c", KILLED, json.dumps(given), str(tasks)], cwd=REPOSITORY)
+        kills += killed.returncode == -signal.SIGKILL
+        assert not (tmp_path / "out").exists()
+    assert kills == 4 and (tmp_path / ".out.unfinished").is_dir()
+    assert str(make(corpus, tmp_path / "out", **options)).replace(str(tmp_path / "out"), "X") == str(whole).replace(
+        str(tmp_path / "whole"), "X")
+    assert file_hashes(tmp_path / "out") == file_hashes(tmp_path / "whole")
+    assert sorted(os.listdir(str(tmp_path))) == ["out", "whole"]
+
+
+def stop_at(monkeypatch, number, exception):
+    """Stops the `number`-th file that is written whole, after its writing."""
+    real, calls = chunks_module.write_shard, []
+
+    def stopping(*arguments):
+        calls.append(real(*arguments))
+        if len(calls) == number:
+            raise exception
+
+    monkeypatch.setattr(chunks_module, "write_shard", stopping)
+
+
+def test_a_stopped_run_with_other_options_is_refused_and_its_work_kept(corpus, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 1, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            make(corpus, tmp_path / "out")
+    kept = sorted(os.listdir(str(tmp_path / ".out.unfinished")))
+    assert "part-00000000.h5" in kept
+    with pytest.raises(InputError, match="out: a run that was stopped had seed 42, not 7. Give its options .* or remove .*unfinished"):
+        make(corpus, tmp_path / "out", seed=7)
+    assert sorted(os.listdir(str(tmp_path / ".out.unfinished"))) == kept
+    make(corpus, tmp_path / "out", workers=2)
+    assert os.listdir(str(tmp_path)) == ["out"]
+
+
+def test_a_full_disk_stops_the_run_and_keeps_what_is_done(corpus, tmp_path, monkeypatch, capsys):
+    stop_at(monkeypatch, 2, OSError(28, "No space left on device"))
+    assert main(["--input", str(corpus / "*.txt"), "--vocab", str(corpus / "vocab"), "--output", str(tmp_path / "out"),
+                 "--sequence-length", "32", "--mask-tokens", "5"]) == 1
+    assert "No space left" in capsys.readouterr().err and os.listdir(str(tmp_path)) == [".out.unfinished"]
+
+
+def test_a_process_that_is_killed_stops_the_run_with_its_name(corpus, tmp_path, small_chunks, monkeypatch):
+    real = prepare_workers.Workers.start
+
+    def started_and_killed(self):
+        process = real(self)
+        process.kill()
+        return process
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_workers.Workers, "start", started_and_killed)
+        with pytest.raises(PrepareStopped, match="was killed by SIGKILL: the machine may have run out of memory"):
+            make(corpus, tmp_path / "out", workers=2)
+    make(corpus, tmp_path / "out", workers=1)
+
+
+def test_two_processes_do_not_make_one_data_set(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(staging, "LOCK_SECONDS", 0.1)
+    with staging.open_staging(str(tmp_path / "out"), {"chunks of a group": 1}):
+        with pytest.raises(InputError, match="another process is making this data set"):
+            make(corpus, tmp_path / "out")
+
+
+def test_a_run_stopped_while_it_moves_its_files_into_a_folder_ends_the_move(corpus, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    with monkeypatch.context() as patch:
+        real, moved = os.replace, []
+
+        def replace(source, target):
+            if os.path.dirname(target) == str(tmp_path / "out"):
+                moved.append(target)
+                if len(moved) == 3:
+                    raise KeyboardInterrupt
+            real(source, target)
+
+        patch.setattr(os, "replace", replace)
+        with pytest.raises(KeyboardInterrupt):
+            make(corpus, tmp_path / "out", samples_per_shard=50)
+    make(corpus, tmp_path / "out", samples_per_shard=50)
+    make(corpus, tmp_path / "again", samples_per_shard=50)
+    assert file_hashes(tmp_path / "out") == file_hashes(tmp_path / "again")
+
+
+def test_dynamic_masking_leaves_the_text_whole_and_tells_the_loader_what_it_needs(corpus, tmp_path):
+    make(corpus, tmp_path / "static", mask_share=0.2)
+    make(corpus, tmp_path / "dynamic", mask_share=0.2, masking="dynamic", whole_word_masking=True)
+    static, = open_shards([str(tmp_path / "static" / "*.h5")])
+    shard, = open_shards([str(tmp_path / "dynamic" / "*.h5")])
+    assert (static.masking, static.mask_share, shard.masking, shard.mask_share) == ("static", 0.2, "dynamic", 0.2)
+    clean, = all_samples(tmp_path / "dynamic")
+    assert not clean.mlm_counts.any() and not (clean.input_ids == 4).any()
+    check_samples(clean, shard.vocab_size, shard.path)
+    words = mask_words_of(shard)
+    assert words.mask_id == 4 and words.random_ids.tolist() == list(range(5, 805)) and not words.continues.any()
+    masked = mask_dynamic(clean, np.arange(len(clean)), 1, 0, words, shard.mask_share)
+    check_samples(masked, shard.vocab_size, shard.path)
+    assert masked.mlm_counts.all() and (restored(masked) == clean.input_ids).all()
+    with pytest.raises(InputError, match="its masking is static .* dynamic"):
+        open_shards([str(tmp_path / "dynamic" / "*.h5"), str(tmp_path / "static" / "*.h5")])
+
+
+def test_whole_words_are_masked_together(tmp_path):
+    words = list(SPECIAL_WORDS) + ["play", "##ing", "##s", "the"]
+    (tmp_path / "vocab").write_text("\n".join(words))
+    (tmp_path / "text").write_text("\n".join(["playing the plays playings the"] * 50 + ["", "the playing"]))
+    prepare([str(tmp_path / "text")], str(tmp_path / "out"), vocab=str(tmp_path / "vocab"), whole_word_masking=True, progress=False,
+            **SIZES)
+    samples, = all_samples(tmp_path / "out")
+    for row, positions, count, first, length in zip(restored(samples), samples.mlm_positions, samples.mlm_counts,
+                                                    samples.first_lengths, samples.lengths):
+        masked, inner = np.isin(np.arange(32), positions[:count]), np.isin(row, [6, 7])
+        inner[[1, first]] = False  # the first piece of a segment begins a word, whatever it is
+        assert (masked[1:][inner[1:]] == masked[:-1][inner[1:]]).all()
+    assert samples.mlm_counts.mean() > 3
 
 
 def text(path, content):
@@ -213,7 +401,10 @@ def text(path, content):
     (lambda folder: dict(duplicates=0), "--duplicates is 0"),
     (lambda folder: dict(samples_per_shard=0), "--samples-per-shard is 0"),
     (lambda folder: dict(seed=-1), "--seed is -1"),
-    (lambda folder: dict(format="html"), "--format is html, expected lines or wikitext"),
+    (lambda folder: dict(format="html"), "--format is html, expected lines or wikitext or wikiextractor or jsonl"),
+    (lambda folder: dict(masking="none"), "--masking is none, expected static or dynamic"),
+    (lambda folder: dict(workers=0), "--workers is 0"),
+    (lambda folder: dict(input=text(folder / "a.jsonl.gz", b"")), "a.jsonl.gz: is named as JSON lines, --format is lines"),
     (lambda folder: dict(held_out=1.0), "--held-out is 1.0"),
     (lambda folder: dict(held_out=0.9, input=text(folder / "one.txt", b"d1w1 d1w2 d1w3\n")), "leaves nothing to train on"),
     (lambda folder: dict(held_out=0.0001), "holds nothing out: the text has 40 documents"),
@@ -259,18 +450,11 @@ def test_the_command_reports_and_its_exit_status_is_0_or_2(corpus, tmp_path, cap
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and not captured.out
 
 
-def test_an_interrupt_leaves_nothing_and_exits_130(corpus, tmp_path, monkeypatch, capsys):
-    real, calls = module.write_shard, []
-
-    def interrupted(*arguments):
-        calls.append(real(*arguments))
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(module, "write_shard", interrupted)
+def test_an_interrupt_says_how_to_go_on_and_exits_130(corpus, tmp_path, monkeypatch, capsys):
+    stop_at(monkeypatch, 2, KeyboardInterrupt())
     assert main(["--input", str(corpus / "*.txt"), "--vocab", str(corpus / "vocab"), "--output", str(tmp_path / "out"),
                  "--sequence-length", "32", "--mask-tokens", "5", "--samples-per-shard", "20"]) == 130
-    assert len(calls) == 2 and os.listdir(str(tmp_path)) == []
+    assert os.listdir(str(tmp_path)) == [".out.unfinished"]
     assert "interrupted" in capsys.readouterr().err
 
 

@@ -3,11 +3,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.samples import Chunk, assemble, cut, make_samples, mask
+from data.masking import MaskWords
+from data.samples import Chunk, assemble, cut, make_samples
 from data.shards import check_samples
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"] + ["w%d" % number for number in range(500)]
-CLS, SEP, MASK = 2, 3, 4
+CLS, SEP = 2, 3
 
 
 def chunk_of(documents, seed=0):
@@ -109,47 +110,11 @@ def test_samples_are_cls_first_sep_second_sep_and_zeros():
         assert length == len(expected) and row == expected + [0] * (24 - length)
 
 
-@given(chunks, st.sampled_from([(8, 5), (16, 3), (32, 20), (33, 1)]), st.sampled_from([0.05, 0.15, 0.9]), st.integers(0, 1000))
-def test_putting_the_labels_back_gives_the_unmasked_ids(chunk, sizes, share, seed):
-    sequence_length, mask_tokens = sizes
-    rng = np.random.default_rng(seed)
-    cuts, _ = cut(chunk, sequence_length, 0.1, rng)
-    before, lengths = assemble(chunk.tokens, cuts, sequence_length, CLS, SEP)
-    masked = before.copy()
-    firsts = cuts.first_lengths + 2
-    positions, labels, counts = mask(masked, lengths, firsts, mask_tokens, share, MASK, np.arange(5, len(WORDS)), rng)
-    restored = masked.copy()
-    for row, count in enumerate(counts):
-        used, length = positions[row, :count], int(lengths[row])
-        assert count == min(mask_tokens, length - 3, max(1, round(share * length)))
-        assert (np.diff(used) > 0).all() and not np.isin(used, [0, firsts[row] - 1]).any() and used[-1] < length - 1
-        assert not positions[row, count:].any() and not labels[row, count:].any()
-        restored[row, used] = labels[row, :count]
-    assert (restored == before).all()
-
-
-def test_masked_tokens_are_80_percent_mask_10_percent_random_words_and_10_percent_unchanged():
-    rng = np.random.default_rng(0)
-    ids = np.full((20000, 64), 100, np.uint16)
-    ids[:, 0], ids[:, 30], ids[:, 63] = CLS, SEP, SEP
-    lengths, firsts = np.full(20000, 64), np.full(20000, 31)
-    positions, labels, counts = mask(ids, lengths, firsts, 20, 0.15, MASK, np.arange(5, 400), rng)
-    assert (counts == 10).all() and (labels[:, :10] == 100).all()
-    now = np.take_along_axis(ids, positions[:, :10], axis=1)
-    assert abs((now == MASK).mean() - 0.8) < 0.01
-    assert abs((now == 100).mean() - 0.1) < 0.01
-    others = now[(now != MASK) & (now != 100)]
-    assert others.min() == 5 and others.max() == 399 and len(np.unique(others)) == 394
-    chosen = np.bincount(positions[:, :10].ravel(), minlength=64)
-    free = np.delete(chosen, [0, 30, 63])
-    assert chosen[[0, 30, 63]].sum() == 0 and free.min() > 0.9 * free.mean() and free.max() < 1.1 * free.mean()
-
-
 @pytest.mark.parametrize("sequence_length, mask_tokens", [(128, 20), (512, 76)])
 def test_samples_are_the_same_for_the_same_seed_and_fit_the_shard_format(sequence_length, mask_tokens):
-    def made(seed):
+    def made(seed, words=MaskWords.of(len(WORDS), range(5))):
         blocks, dropped = make_samples(
-            long_documents(300), WORDS, sequence_length, mask_tokens, 0.15, 0.1, np.random.default_rng(seed))
+            long_documents(300), range(5), words, sequence_length, mask_tokens, 0.15, 0.1, np.random.default_rng(seed))
         assert dropped == 0
         return list(blocks)
 
@@ -160,3 +125,6 @@ def test_samples_are_the_same_for_the_same_seed_and_fit_the_shard_format(sequenc
     for samples in first:
         check_samples(samples, len(WORDS), "made here")
         assert samples.input_ids.dtype == samples.mlm_labels.dtype == np.uint16 and samples.nsp_labels.dtype == np.uint8
+    unmasked = made([1, 2], words=None)[0]
+    check_samples(unmasked, len(WORDS), "made here")
+    assert not unmasked.mlm_counts.any() and (unmasked.lengths == first[0].lengths).all()

@@ -1,0 +1,180 @@
+"""How fast text becomes samples: `data.prepare`, `tokenizers` alone, and the algorithm of BERT's create_pretraining_data.
+
+    python benchmarks/prepare.py --input wikitext-2-valid.txt --format wikitext --vocab vocab.txt --json result.json
+    python benchmarks/prepare.py        # on the prose that Python brings, with a vocabulary trained on it
+
+All three take the same text, in turns in one process; medians are reported. NVIDIA's own program is not part of this project:
+`peer` is the same algorithm, token lists and loops over tokens, written anew, and tokenized by the fast tokenizer instead of by a Python
+one. So it is faster than that program, which took 6.4 s on 2 cores for wikitext-2-valid at 128 tokens, 20 masked, 5 duplicates.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import sys
+import tempfile
+import time
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import h5py
+import numpy as np
+from tqdm import tqdm
+
+from data.corpus import FORMATS, documents, find_files
+from data.prepare import prepare
+from data.tokenizer import make_tokenizer, read_vocab, train_vocab
+
+LENGTH, MASKS, DUPLICATES = 128, 20, 5
+
+
+def peer(texts, words, output):
+    """Documents (lists of lines) to an HDF5 file as NVIDIA's; gives the number of samples."""
+    tokenizer, rng = make_tokenizer(words), random.Random(42)
+    lines = [line for text in texts for line in text]
+    encoded = iter(tokenizer.encode_batch(lines, add_special_tokens=False))
+    tokens = [[sentence for sentence in (next(encoded).tokens for _ in text) if sentence] for text in texts]
+    tokens = [document for document in tokens if document]
+    rng.shuffle(tokens)
+    ids = {word: number for number, word in enumerate(words)}
+    instances = [instance for _ in range(DUPLICATES) for index in range(len(tokens))
+                 for instance in peer_instances(tokens, index, words, rng)]
+    rng.shuffle(instances)
+    peer_write(instances, ids, output)
+    return len(instances)
+
+
+def peer_instances(all_documents, index, words, rng):
+    """Pairs of segments of one document: sentences are gathered up to a target length, and split at a random one."""
+    document, longest = all_documents[index], LENGTH - 3
+    instances, gathered, size = [], [], 0
+    target = rng.randint(2, longest) if rng.random() < 0.1 else longest
+    at = 0
+    while at < len(document):
+        gathered.append(document[at])
+        size += len(document[at])
+        if at == len(document) - 1 or size >= target:
+            split = rng.randint(1, len(gathered) - 1) if len(gathered) > 1 else 1
+            first = [token for sentence in gathered[:split] for token in sentence]
+            second, is_random = [], len(gathered) == 1 or rng.random() < 0.5
+            if is_random:
+                other = index
+                for _ in range(10):
+                    other = rng.randint(0, len(all_documents) - 1)
+                    if other != index:
+                        break
+                for sentence in all_documents[other][rng.randint(0, len(all_documents[other]) - 1):]:
+                    second.extend(sentence)
+                    if len(second) >= target - len(first):
+                        break
+                at -= len(gathered) - split
+            else:
+                second = [token for sentence in gathered[split:] for token in sentence]
+            while len(first) + len(second) > longest:
+                trimmed = first if len(first) > len(second) else second
+                if rng.random() < 0.5:
+                    del trimmed[0]
+                else:
+                    trimmed.pop()
+            sample = ["[CLS]"] + first + ["[SEP]"] + second + ["[SEP]"]
+            types = [0] * (len(first) + 2) + [1] * (len(second) + 1)
+            instances.append((*peer_mask(sample, words, rng), types, is_random))
+            gathered, size = [], 0
+        at += 1
+    return instances
+
+
+def peer_mask(sample, words, rng):
+    candidates = [place for place, token in enumerate(sample) if token not in ("[CLS]", "[SEP]")]
+    rng.shuffle(candidates)
+    output, chosen = list(sample), []
+    for place in candidates[:min(MASKS, max(1, int(round(len(sample) * 0.15))))]:
+        if rng.random() < 0.8:
+            output[place] = "[MASK]"
+        elif rng.random() >= 0.5:
+            output[place] = words[rng.randint(0, len(words) - 1)]
+        chosen.append((place, sample[place]))
+    chosen.sort()
+    return output, chosen
+
+
+def peer_write(instances, ids, output):
+    count = len(instances)
+    columns = {"input_ids": LENGTH, "input_mask": LENGTH, "segment_ids": LENGTH, "masked_lm_positions": MASKS,
+               "masked_lm_ids": MASKS}
+    arrays = {name: np.zeros((count, width), np.int32) for name, width in columns.items()}
+    labels = np.zeros(count, np.int8)
+    for row, (tokens, chosen, types, is_random) in enumerate(instances):
+        arrays["input_ids"][row, :len(tokens)] = [ids[token] for token in tokens]
+        arrays["input_mask"][row, :len(tokens)] = 1
+        arrays["segment_ids"][row, :len(tokens)] = types
+        arrays["masked_lm_positions"][row, :len(chosen)] = [place for place, _ in chosen]
+        arrays["masked_lm_ids"][row, :len(chosen)] = [ids[token] for _, token in chosen]
+        labels[row] = is_random
+    with h5py.File(output, "w") as file:
+        for name, values in arrays.items():
+            file.create_dataset(name, data=values, compression="gzip", dtype="i4")
+        file.create_dataset("next_sentence_labels", data=labels, compression="gzip")
+
+
+def timed(work):
+    begun = time.perf_counter()
+    work()
+    return time.perf_counter() - begun
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", nargs="+", default=["python"], help="text as of data.prepare (default: Python's own prose)")
+    parser.add_argument("--format", default="lines", choices=FORMATS, help="of the text (default lines)")
+    parser.add_argument("--vocab", help="the vocabulary; without it one of 30,522 words is trained, outside the timing")
+    parser.add_argument("--rounds", type=int, default=5, help="of all three, in turns (default 5)")
+    parser.add_argument("--json", metavar="FILE", help="where to write the result too")
+    options = parser.parse_args()
+    texts = [document.lines for document in documents(find_files(options.input), options.format)]
+    lines = [line for text in texts for line in text]
+    megabytes = sum(len(line.encode("utf-8")) + 1 for line in lines) / 1e6
+    words = read_vocab(options.vocab) if options.vocab else train_vocab(lambda: iter(texts), 30522)
+    seconds, samples = {"prepare": [], "tokenizers": [], "peer": []}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        vocab = os.path.join(folder, "vocab.txt")
+        with open(vocab, "w", encoding="utf-8") as file:
+            file.writelines(word + "\n" for word in words)
+
+        def ours(number):
+            samples["prepare"] = prepare(options.input, os.path.join(folder, "set-%d" % number), options.format, vocab=vocab,
+                                         sequence_length=LENGTH, mask_tokens=MASKS, duplicates=DUPLICATES, progress=False).train_samples
+
+        def theirs():
+            samples["peer"] = peer(texts, words, os.path.join(folder, "peer.h5"))
+
+        for number in tqdm(range(options.rounds + 1), disable=None):
+            now = {"prepare": timed(lambda: ours(number)), "peer": timed(theirs)}
+            tokenizer = make_tokenizer(words)
+            now["tokenizers"] = timed(lambda: tokenizer.encode_batch_fast(lines, add_special_tokens=False))
+            if number:  # the first round warms the page cache and the imports
+                for name, value in now.items():
+                    seconds[name].append(value)
+    result = {name: {"seconds": statistics.median(values), "megabytes_per_second": megabytes / statistics.median(values),
+                     "samples": samples.get(name)} for name, values in seconds.items()}
+    result.update(megabytes=megabytes, duplicates=DUPLICATES, cores=len(os.sched_getaffinity(0)), machine=platform.machine(),
+                  date=time.strftime("%Y-%m-%d"), command=" ".join(["python"] + [os.path.basename(sys.argv[0])] + sys.argv[1:]),
+                  times_the_peer=result["peer"]["seconds"] / result["prepare"]["seconds"],
+                  share_of_tokenizers=result["tokenizers"]["seconds"] / result["prepare"]["seconds"])
+    print("%.2f MB of text, %d tokens, %d masked, %d duplicates, %d cores, medians of %d" % (
+        megabytes, LENGTH, MASKS, DUPLICATES, result["cores"], options.rounds))
+    for name, what in (("prepare", "data.prepare, to shards"), ("tokenizers", "tokenizers alone, the text once"),
+                       ("peer", "create_pretraining_data's algorithm, re-implemented")):
+        print("%-52s %6.2f s  %6.2f MB/s" % (what, result[name]["seconds"], result[name]["megabytes_per_second"]))
+    print("data.prepare is %.1f times the re-implementation and reaches %.2f of tokenizers' MB/s" % (
+        result["times_the_peer"], result["share_of_tokenizers"]))
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump(result, file, indent=2)
+
+
+if __name__ == "__main__":
+    main()
