@@ -50,7 +50,7 @@ def train(config: Config) -> int:
         checkpoint = find_checkpoint(config)
         make_shards_from_text(config)
         shards, words = open_data(config)
-        data_set = {"samples": [shard.num_samples for shard in shards], "vocab_sha256": shards[0].vocab_sha256}
+        data_set = {"samples": [shard.num_samples for shard in shards], "vocab_sha256": vocab_sha256(words)}
         state = read_state(checkpoint, data_set, config.data.on_bad_shard == "skip")
         last = min(config.training.max_steps, config.training.stop_at_step or config.training.max_steps)
         if state["step"] >= last:
@@ -189,6 +189,9 @@ def open_data(config: Config) -> Tuple[List[ShardInfo], List[str]]:
     if not os.path.exists(path):
         raise InputError("%s: no such vocabulary. Name the one that the shards were made with: --data.vocab vocab.txt" % path)
     words = read_vocab(path)
+    if len(words) > config.model.vocab_size:
+        raise InputError("%s: has %d words, model.vocab_size is %d. Set model.vocab_size to %d" % (
+            path, len(words), config.model.vocab_size, len(words)))
     check_vocabulary(words, path, shards[0])
     if data.held_out_files:
         held_out = open_shards(data.held_out_files, *expected)
@@ -203,7 +206,7 @@ def open_data(config: Config) -> Tuple[List[ShardInfo], List[str]]:
 
 
 def check_vocabulary(words: List[str], path: str, shard: ShardInfo) -> None:
-    if vocab_sha256(words) != shard.vocab_sha256:
+    if shard.vocab_sha256 and vocab_sha256(words) != shard.vocab_sha256:  # NVIDIA's files do not say it
         raise InputError("%s: its words have the hash %s, %s was made with %s. Name the vocabulary of the shards: --data.vocab" % (
             path, vocab_sha256(words)[:12], shard.path, shard.vocab_sha256[:12]))
 
@@ -303,7 +306,7 @@ def finish(config: Config, engine) -> None:
 def evaluate(config: Config, engine) -> Dict:
     """The metrics over all held-out samples, without dropout."""
     data, totals, masked, samples = config.data, dict.fromkeys(METRICS, 0.0), 0, 0
-    shards = open_shards(data.held_out_files)
+    shards = open_shards(data.held_out_files, vocab_size=config.model.vocab_size)
     with tqdm(total=sum(shard.num_samples for shard in shards), unit="seq", desc="evaluating", disable=None, leave=False) as bar:
         for batch in batches_in_order(data.held_out_files, 256, data.sequence_length, data.mask_tokens, config.model.vocab_size):
             found = engine.evaluate(batch.arrays)

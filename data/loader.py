@@ -17,10 +17,12 @@ from typing import Dict, Iterator, Sequence
 import numpy as np
 
 from data.errors import InputError, LoaderDied
+from data.masking import mask_dynamic, mask_words_of
+from data.nvidia import read_nvidia
 from data.packing import mask_slots_of_row
 from data.ring import ring_bytes, ring_slots, shared_file
 from data.rows import batch_layout, unpacked_batch
-from data.shards import Samples, check_samples, open_shards, read_samples
+from data.shards import Samples, ShardInfo, check_samples, open_shards, read_samples
 
 __all__ = ["GlobalBatch", "Loader", "batches_in_order"]
 
@@ -135,6 +137,8 @@ def batches_in_order(files: Sequence[str], batch_size: int, sequence_length: int
                      vocab_size: int) -> Iterator[GlobalBatch]:
     """Every sample once, in file order, without processes; the last batch may be smaller. Weights sum to 1 over each batch.
 
+    Samples that are masked anew in each epoch are masked as in epoch 0 under seed 0, the same each time.
+
     Raises InputError as `Loader` does, about bad samples when their batch is reached.
     """
     if batch_size < 1:
@@ -147,8 +151,18 @@ def batches_in_order(files: Sequence[str], batch_size: int, sequence_length: int
             begin = end - shard.num_samples
             start, stop = max(first, begin) - begin, min(first + batch_size, end) - begin
             if start < stop:
-                parts.append(read_samples(shard.path, start, stop))
-                check_samples(parts[-1], shard.vocab_size, shard.path, start)
+                parts.append(read_checked(shard, start, stop, begin))
         samples = Samples.concatenate(parts)
         arrays = unpacked_batch(samples)
         yield GlobalBatch(arrays, len(samples), int(samples.mlm_counts.sum()), first + len(samples))
+
+
+def read_checked(shard: ShardInfo, start: int, stop: int, before: int) -> Samples:
+    if not shard.offsets:
+        return read_nvidia(shard.path, start, stop, shard.vocab_size)
+    samples = read_samples(shard.path, start, stop)
+    check_samples(samples, shard.vocab_size, shard.path, start)
+    if shard.masking == "dynamic":
+        numbers = before + np.arange(start, stop)
+        samples = mask_dynamic(samples, numbers, 0, 0, mask_words_of(shard), shard.mask_share)
+    return samples

@@ -5,6 +5,7 @@ It speaks JSON lines. In: the settings (a dict), then the number of each slot th
 It imports neither torch nor anything that starts slowly.
 """
 
+import functools
 import json
 import mmap
 import os
@@ -15,11 +16,12 @@ import threading
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
-from typing import Callable, Dict, Iterator, Tuple
+from typing import Callable, Dict, Iterator, Optional, Tuple
 
 import numpy as np
 
 from data.errors import InputError
+from data.masking import mask_budget, mask_dynamic, mask_words_of
 from data.order import Order
 from data.packing import Packing, largest_prefix, one_a_row, pack
 from data.ring import ring_bytes, ring_slots
@@ -83,15 +85,18 @@ def serve(settings: Dict, free: "queue.Queue", say: Callable) -> None:
     info, workers, layout = files.shards[0], settings["workers"], read_layout(settings["layout"])
     order = Order([shard.num_samples for shard in files.shards], settings["seed"], info.sequence_length)
     stream = SampleStream(read_windows(files, order, settings["position"], workers))
+    masks = None
+    if info.masking == "dynamic":
+        masks = functools.partial(mask_dynamic, seed=settings["seed"], words=mask_words_of(info), mask_share=info.mask_share)
     memory = mmap.mmap(settings["memory"], ring_bytes(layout, settings["slots"]))
     slots = ring_slots(memory, layout, settings["slots"])
     with ThreadPoolExecutor(workers) as threads:
         while True:
             slot = free.get()
             files.check_unchanged()
-            chosen, packing = choose(stream, settings, layout)
+            chosen, packing = choose(stream, settings, layout, info)
             batch = {name: array[:packing.rows] for name, array in slots[slot].items()}
-            assemble(threads, batch, chosen, packing)
+            assemble(threads, batch, chosen, packing, masks)
             rows = packing.rows
             if settings["packing"] == "rows":  # static shapes: the rows that the last sample did not fit are empty ones
                 rows = settings["batch_size"]
@@ -131,13 +136,13 @@ class SampleStream:
         self._window = self._window.after(count)
 
 
-def choose(stream: SampleStream, settings: Dict, layout: Dict) -> Tuple[Upcoming, Packing]:
+def choose(stream: SampleStream, settings: Dict, layout: Dict, info: ShardInfo) -> Tuple[Upcoming, Packing]:
     """The samples of the next batch and their packing."""
     batch_size, (_, mask_slots), (_, per_row) = settings["batch_size"], layout["mlm_labels"][0], layout["nsp_labels"][0]
     next_ones = stream.peek(batch_size)
     if settings["packing"] == "off":
         return next_ones, one_a_row(batch_size)
-    length = next_ones.samples.input_ids.shape[1]
+    length = info.sequence_length
     limits = (length, mask_slots, per_row)
     if settings["packing"] == "rows":
         # More samples, until there are enough tokens to fill the rows.
@@ -146,6 +151,8 @@ def choose(stream: SampleStream, settings: Dict, layout: Dict) -> Tuple[Upcoming
             count = min(count + count // 4 + 1, batch_size * per_row)
             next_ones = stream.peek(count)
     lengths, counts = next_ones.samples.lengths[next_ones.index], next_ones.samples.mlm_counts[next_ones.index]
+    if info.masking == "dynamic":
+        counts = mask_budget(lengths, info.mask_share, info.mask_tokens)
     if settings["packing"] == "rows":
         packing = largest_prefix(lengths, counts, batch_size, *limits)
     else:
@@ -153,8 +160,9 @@ def choose(stream: SampleStream, settings: Dict, layout: Dict) -> Tuple[Upcoming
     return next_ones.first(len(packing.row)), packing
 
 
-def assemble(threads: ThreadPoolExecutor, batch: Dict[str, np.ndarray], chosen: Upcoming, packing: Packing) -> None:
-    """Writes the chosen samples into `batch`, where `packing` puts them."""
+def assemble(threads: ThreadPoolExecutor, batch: Dict[str, np.ndarray], chosen: Upcoming, packing: Packing,
+             mask: Optional[Callable] = None) -> None:
+    """Writes the chosen samples into `batch`, where `packing` puts them, masked by `mask(samples, numbers, epoch=epochs)` if given."""
     per_row = batch["nsp_weights"].shape[1]
     order = np.argsort(packing.row * per_row + packing.place, kind="stable")
     rows = packing.row[order]
@@ -164,6 +172,8 @@ def assemble(threads: ThreadPoolExecutor, batch: Dict[str, np.ndarray], chosen: 
         part = {name: array[first:first + chunk] for name, array in batch.items()}
         here = order[np.searchsorted(rows, first):np.searchsorted(rows, first + chunk)]
         samples = chosen.samples.take(chosen.index[here])
+        if mask is not None:
+            samples = mask(samples, chosen.numbers[here], epoch=chosen.epochs[here])
         if per_row == 1:
             fill_unpacked(part, samples)
         else:

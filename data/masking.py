@@ -16,7 +16,7 @@ import numpy as np
 
 from data.shards import Samples, ShardInfo, token_dtype
 
-__all__ = ["MaskWords", "mask", "mask_dynamic", "mask_words_of", "sample_keys"]
+__all__ = ["MaskWords", "mask", "mask_budget", "mask_dynamic", "mask_words_of", "sample_keys"]
 
 BLOCK = 512  # samples masked at a time: their temporaries stay in the cache
 GOLDEN = 0x9E3779B97F4A7C15
@@ -52,11 +52,10 @@ def mask_words_of(shard: ShardInfo) -> MaskWords:
     return MaskWords.of(shard.vocab_size, shard.special_ids, continues)
 
 
-def mask_dynamic(samples: Samples, sample_indices: np.ndarray, seed: int, epoch: int, words: MaskWords,
-                 mask_share: float) -> Samples:
+def mask_dynamic(samples: Samples, sample_indices: np.ndarray, seed: int, epoch, words: MaskWords, mask_share: float) -> Samples:
     """Unmasked samples, masked for one epoch: a pure function of each sample, its index, the seed and the epoch.
 
-    `sample_indices` [N] integers: the samples' places in the data set, counted through its shards. The given samples are left
+    `sample_indices` [N] integers: the samples' places in the data set, counted through its shards. `epoch`: one, or each's. The given samples are left
     as they are; those returned share all arrays with them but `input_ids` and the three of `mlm_`.
     """
     input_ids = samples.input_ids.copy()
@@ -65,12 +64,12 @@ def mask_dynamic(samples: Samples, sample_indices: np.ndarray, seed: int, epoch:
     return replace(samples, input_ids=input_ids, mlm_positions=positions, mlm_labels=labels, mlm_counts=counts)
 
 
-def sample_keys(seed: int, epoch: int, sample_indices: np.ndarray) -> np.ndarray:
+def sample_keys(seed: int, epoch, sample_indices: np.ndarray) -> np.ndarray:
     """A random key for each sample, [N] uint64, from the seed, the epoch and its index."""
     run = np.array([seed], np.uint64)
     for number in (epoch, None):
         run = mixed_64(run + np.uint64(GOLDEN))
-        run = run if number is None else run ^ np.array([number], np.uint64)
+        run = run if number is None else run ^ np.atleast_1d(number).astype(np.uint64)
     return mixed_64(run + np.asarray(sample_indices).astype(np.uint64) * np.uint64(GOLDEN))
 
 
@@ -118,11 +117,17 @@ def mask(input_ids: np.ndarray, lengths: np.ndarray, first_lengths: np.ndarray, 
     return positions, labels, counts
 
 
+def mask_budget(lengths: np.ndarray, mask_share: float, mask_tokens: int) -> np.ndarray:
+    """How many tokens of samples of `lengths` [N] are masked, [N] int32; whole words may leave some over."""
+    lengths = lengths.astype(np.int32)
+    return np.clip(np.rint(mask_share * lengths), 1, np.clip(lengths - 3, 0, mask_tokens)).astype(np.int32)
+
+
 def mask_block(input_ids: np.ndarray, lengths: np.ndarray, first_lengths: np.ndarray, keys: np.ndarray, mask_share: float,
                words: MaskWords, positions: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Fills positions and labels, which are zero; gives the counts."""
     sequence_length, mask_tokens = input_ids.shape[1], positions.shape[1]
-    budget = np.clip(np.rint(mask_share * lengths), 1, np.clip(lengths - 3, 0, mask_tokens)).astype(np.int32)
+    budget = mask_budget(lengths, mask_share, mask_tokens)
     position = np.arange(sequence_length, dtype=np.uint16)
     special = position >= (lengths - 1)[:, None].astype(np.uint16)
     special[:, 0] = True

@@ -23,10 +23,12 @@ CHUNK = 256  # samples that are compressed together: the loader's blocks
 
 
 def is_nvidia(path: str) -> bool:
-    """Whether this is an HDF5 file with one of NVIDIA's data sets and without this project's mark."""
-    if not os.path.isfile(path) or not h5py.is_hdf5(path):
+    """Whether this is a whole HDF5 file with one of NVIDIA's data sets and without this project's mark."""
+    try:
+        file = h5py.File(path, "r")
+    except OSError:
         return False
-    with h5py.File(path, "r") as file:
+    with file:
         return "format" not in file.attrs and any(name in file for name in ("input_mask", "masked_lm_ids"))
 
 

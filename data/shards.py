@@ -138,16 +138,20 @@ def open_shards(patterns: Sequence[str], sequence_length: Optional[int] = None, 
                 vocab_size: Optional[int] = None, skipped: Optional[Dict[str, str]] = None) -> List[ShardInfo]:
     """Opens every shard that `patterns` (paths and globs) name and checks that it is whole and fits the run.
 
+    NVIDIA's HDF5 files are taken as they are (data/nvidia.py): their `vocab_sha256` is "", unknown, their `offsets` are empty.
     With `skipped`, files that are not whole are left out and noted there (path -> why), unless all are.
 
     Raises InputError that names the file and what is wrong: missing, not HDF5 or truncated, a data set missing, compressed or
     of the wrong shape, another sequence length or number of masked tokens than the run's, a larger vocabulary, or shards that
     differ.
     """
+    from data.nvidia import is_nvidia, open_nvidia  # here, for it imports this module
+
     shards = []
     for path in expand(patterns):
         try:
-            shards.append(inspect(path))
+            # Such a file does not say how large its vocabulary is: without the run's, all that its ids' type can hold.
+            shards.append(open_nvidia(path, vocab_size or 65536) if is_nvidia(path) else inspect(path))
         except InputError as error:
             if skipped is None:
                 raise

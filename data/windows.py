@@ -1,6 +1,6 @@
 """Reads windows of samples from shards, block by block, one window ahead of the one in use.
 
-Plain reads at a data set's place in the file, not h5py (its lock would serialize the threads) and not a memory map (a file
+Plain reads at a data set's place in the file (of NVIDIA's compressed files: h5py's), not h5py (its lock would serialize the threads) and not a memory map (a file
 that is cut off while it is mapped kills the process without a word).
 """
 
@@ -14,6 +14,7 @@ from typing import Dict, Iterator, List, NamedTuple, Sequence, Tuple
 import numpy as np
 
 from data.errors import InputError
+from data.nvidia import read_nvidia
 from data.order import Order
 from data.shards import FIELDS, Samples, ShardInfo, check_samples, find_bad_sample
 
@@ -50,6 +51,10 @@ class ShardFiles:
     def read(self, shard: int, start: int, stop: int, into: Samples) -> None:
         """Reads samples [start, stop) of one shard. Raises InputError that names the file when they are not all there."""
         info = self.shards[shard]
+        if not info.offsets:
+            found = read_nvidia(info.path, start, stop, info.vocab_size)
+            for name in FIELDS:
+                getattr(into, name)[:] = getattr(found, name)
         for name, offset in zip(FIELDS, info.offsets):
             data = getattr(into, name).reshape(-1).view(np.uint8)
             offset += start * (len(data) // (stop - start))

@@ -12,11 +12,13 @@ import pytest
 
 from data.errors import InputError
 from data.loader import PROJECT, Loader, batches_in_order
+from data.masking import mask_dynamic, mask_words_of
+from data.nvidia import write_nvidia
 from data.order import Order
 from data.rows import unpacked_batch
-from data.shards import Samples, open_shards, read_samples
+from data.shards import Samples, open_shards, read_samples, write_shard
 from data.windows import ShardFiles
-from tests.make_samples import write_random_shards
+from tests.make_samples import bert_samples, write_random_shards
 from tests.test_packing import samples_of
 
 SIZES = [700, 0, 300, 500, 1]
@@ -401,3 +403,54 @@ def test_a_shard_that_is_cut_off_while_in_use_is_left_out_where_that_is_asked_fo
         assert list(loader.skipped) == [own_files[3]]
         for _ in range(40):
             assert loader.next().samples == 100
+
+
+def test_nvidias_files_are_loaded_as_they_are(files, tmp_path):
+    whole = [bert_samples(np.random.default_rng(n), 150, 16, 4) for n in range(2)]
+    paths = [str(tmp_path / ("%d.h5" % n)) for n in range(2)]
+    for path, samples in zip(paths, whole):
+        write_nvidia(path, [samples])
+    expected = samples_of(unpacked_batch(Samples.concatenate(whole)))
+    with Loader(paths, 300, **RUN, seed=5, packing="samples") as loader:
+        assert samples_of(loader.next().arrays) == samples_of(loader.next().arrays) == expected
+    assert [samples_of(batch.arrays) for batch in batches_in_order(paths, 300, **RUN)] == [expected]
+
+
+@pytest.fixture
+def unmasked_file(tmp_path):
+    path = str(tmp_path / "dynamic.h5")
+    samples = bert_samples(np.random.default_rng(3), 400, 32, 5)
+    for name in ("mlm_positions", "mlm_labels", "mlm_counts"):
+        getattr(samples, name)[:] = 0
+    write_shard(path, samples, 100, "0" * 64, {}, {"masking": "dynamic", "mask_share": 0.15, "special_ids": [0, 1, 2, 3, 4],
+                                                  "continuations": ""})
+    return path
+
+
+@pytest.mark.parametrize("packing", ["off", "samples", "rows"])
+def test_masking_anew_is_a_function_of_epoch_and_sample_alone(unmasked_file, packing):
+    run = dict(sequence_length=32, mask_tokens=5, vocab_size=100, seed=5, packing=packing)
+    info = open_shards([unmasked_file])[0]
+    order = Order([400], 5, 32)
+    plain = read_samples(unmasked_file, 0, 400)
+    windows = order.windows(0)
+    expected = []
+    for epoch in range(2):
+        window = next(windows)
+        numbers = np.concatenate([np.arange(start, stop) for _, start, stop in window.blocks])[window.rows]
+        expected.append(mask_dynamic(plain.take(numbers), numbers, 5, epoch, mask_words_of(info), 0.15))
+    expected = Samples.concatenate(expected)
+    assert (expected.mlm_counts > 0).all()
+    for workers in (1, 3):
+        with Loader([unmasked_file], 130, **run, workers=workers) as loader:
+            position = 0
+            while position < 540:
+                batch = loader.next()
+                assert samples_of(batch.arrays) == samples_of(unpacked_batch(expected.take(slice(position, batch.position))))
+                position = batch.position
+
+
+def test_evaluation_masks_unmasked_samples_the_same_each_time(unmasked_file):
+    run = dict(sequence_length=32, mask_tokens=5, vocab_size=100)
+    one, other = [[samples_of(batch.arrays) for batch in batches_in_order([unmasked_file], size, **run)] for size in (400, 400)]
+    assert one == other and all(sample[2] for sample in one[0])
