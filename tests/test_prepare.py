@@ -290,7 +290,7 @@ def test_a_stopped_run_with_other_options_is_refused_and_its_work_kept(corpus, t
             make(corpus, tmp_path / "out")
     kept = sorted(os.listdir(str(tmp_path / ".out.unfinished")))
     assert "part-00000000.h5" in kept
-    with pytest.raises(InputError, match="out: a run that was stopped had seed 42, not 7. Give its options .* or remove .*unfinished"):
+    with pytest.raises(InputError, match="out: a run that was stopped had seed 42, not 7. Give .* or remove .*unfinished"):
         make(corpus, tmp_path / "out", seed=7)
     assert sorted(os.listdir(str(tmp_path / ".out.unfinished"))) == kept
     make(corpus, tmp_path / "out", workers=2)
@@ -368,8 +368,8 @@ def test_whole_words_are_masked_together(tmp_path):
     words = list(SPECIAL_WORDS) + ["play", "##ing", "##s", "the"]
     (tmp_path / "vocab").write_text("\n".join(words))
     (tmp_path / "text").write_text("\n".join(["playing the plays playings the"] * 50 + ["", "the playing"]))
-    prepare([str(tmp_path / "text")], str(tmp_path / "out"), vocab=str(tmp_path / "vocab"), whole_word_masking=True, progress=False,
-            **SIZES)
+    prepare([str(tmp_path / "text")], str(tmp_path / "out"), vocab=str(tmp_path / "vocab"), whole_word_masking=True,
+            progress=False, **SIZES)
     samples, = all_samples(tmp_path / "out")
     for row, positions, count, first, length in zip(restored(samples), samples.mlm_positions, samples.mlm_counts,
                                                     samples.first_lengths, samples.lengths):
