@@ -360,8 +360,9 @@ when the same command is given again (the text is read up to there, not tokenize
     option("--output", required=True, metavar="FOLDER", help="the folder to make; one that holds a data set is refused")
     option("--format", default="lines", choices=FORMATS,
            help="lines (default): one sentence or paragraph a line, a blank line ends a document. "
-                "wikitext: a `= Title =` line begins a document. wikiextractor: what is between <doc ...> and </doc> is a document, "
-                "as WikiExtractor writes it. jsonl: a JSON object a line, its field `text` a document")
+                "wikitext: a `= Title =` line begins a document. wikiextractor: what is between <doc ...> and </doc> is a "
+                "document, as WikiExtractor writes it. jsonl: a JSON object a line, its field `text` a "
+                "document")
     option("--vocab", metavar="FILE", help="the WordPiece vocabulary, one word a line; without it one is trained on the text")
     option("--vocab-size", type=int, default=30522, help="words of a vocabulary that is trained, at most (default 30522)")
     option("--sequence-length", type=int, default=128, help="tokens of a sample, with [CLS] and [SEP] (default 128)")
@@ -375,7 +376,8 @@ when the same command is given again (the text is read up to there, not tokenize
            help="go over the training text N times, each time cut and masked anew (default 1)")
     option("--held-out", type=float, default=0.0, metavar="SHARE",
            help="share of the documents that go to held_out-*.h5 instead, for evaluation (default 0)")
-    option("--samples-per-shard", type=int, default=262144, help="samples of a shard, about; one is held in memory for each process (default 262144)")
+    option("--samples-per-shard", type=int, default=262144,
+           help="samples of a shard, about; one is held in memory for each process (default 262144)")
     option("--seed", type=int, default=42, help="of every random choice (default 42)")
     option("--workers", type=int, metavar="N", help="processes that make samples (default: one for every core)")
     return parser
@@ -389,7 +391,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     except InputError as error:
         print("error: %s" % error, file=sys.stderr)
         return 2
-    except PrepareStopped as error:
+    except (PrepareStopped, OSError) as error:
         print("stopped: %s. The same command goes on from here" % error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:

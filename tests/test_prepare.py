@@ -19,7 +19,7 @@ from data.errors import InputError, PrepareStopped
 from data.masking import mask_dynamic, mask_words_of
 from data.prepare import main, prepare
 from data.rows import unpacked_batch
-from data.shards import check_samples, open_shards, read_samples, vocab_sha256
+from data.shards import FIELDS, check_samples, open_shards, read_samples, vocab_sha256
 from data.tokenizer import SPECIAL_WORDS, read_vocab
 
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -377,6 +377,18 @@ def test_whole_words_are_masked_together(tmp_path):
         inner[[1, first]] = False  # the first piece of a segment begins a word, whatever it is
         assert (masked[1:][inner[1:]] == masked[:-1][inner[1:]]).all()
     assert samples.mlm_counts.mean() > 3
+
+
+def test_a_sample_takes_343_bytes_at_phase_1_sizes_and_the_page_says_so(corpus, tmp_path):
+    make(corpus, tmp_path / "out", duplicates=20, sequence_length=128, mask_tokens=20)
+    shard, = open_shards([str(tmp_path / "out" / "train-*.h5")])
+    assert shard.num_samples > 500 and (shard.file_size - 16384) / shard.num_samples < 343
+    with open(os.path.join(REPOSITORY, "data", "FORMAT.md"), encoding="utf-8") as file:
+        page = file.read()
+    assert "343 bytes a sample" in page and all("`%s`" % name in page for name in FIELDS)
+    with h5py.File(shard.path, "r") as file:
+        assert all("`%s`" % name in page for name in file.attrs)
+        assert sum(file[name].nbytes for name in FIELDS) == 343 * shard.num_samples
 
 
 def text(path, content):
