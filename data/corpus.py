@@ -5,8 +5,8 @@ Formats of a text file (UTF-8):
     lines      documents end at blank lines, as in BERT's own data
     wikitext   documents begin at `= Title =` lines, as in WikiText. Headings of all levels stay as lines of their own, without
                their `=` signs; text before the first title is a document of its own
-    wikiextractor   a document is what is between `<doc ...>` and `</doc>`, as WikiExtractor writes it; its title is its first line
-    jsonl      a JSON object a line, its field `text` a document, as of WikiExtractor's --json. Blank lines in it end no document
+    wikiextractor   a document is what is between `<doc ...>` and `</doc>`, as WikiExtractor writes it
+    jsonl      a JSON object a line, its field `text` a document, as of WikiExtractor's --json. Blank lines in it end none
 
 A file may be packed: `.gz`, `.zst`.
 

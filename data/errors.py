@@ -12,4 +12,4 @@ class LoaderDied(RuntimeError):
 
 
 class PrepareStopped(RuntimeError):
-    """Preparing a data set ended before it was whole; what is done is kept, and the same command goes on. The message says why."""
+    """Preparing ended before the data set was whole; what is done is kept, the same command goes on. The message says why."""

@@ -265,7 +265,8 @@ def check_names(files: Sequence[str], format: str) -> None:
     for path in files:
         name = path[:-len(".gz")] if path.endswith(".gz") else path[:-len(".zst")] if path.endswith(".zst") else path
         if name.endswith((".jsonl", ".ndjson")) and format != "jsonl":
-            raise InputError("%s: is named as JSON lines, --format is %s. Give --format jsonl, or name it otherwise" % (path, format))
+            raise InputError("%s: is named as JSON lines, --format is %s. Give --format jsonl, or name it otherwise" % (
+                path, format))
 
 
 def check_output(output: str, vocab: Optional[str]) -> None:
@@ -351,7 +352,7 @@ def make_parser() -> argparse.ArgumentParser:
 The output folder gets train-00000.h5 and so on, held_out-00000.h5 and so on, vocab.txt, tokenizer.json and
 tokenizer_config.json; data/FORMAT.md describes the shards. The same text, options and seed give the same files, on any number of
 processes. Until they are whole they are in .NAME.unfinished beside the output folder; what a stopped run has done there is used
-when the same command is given again (the text is read again up to there, but not tokenized). Remove that folder to begin anew.""")
+when the same command is given again (the text is read up to there, not tokenized). Remove that folder to begin anew.""")
     option = parser.add_argument
     option("--input", nargs="+", required=True, metavar="TEXT",
            help="UTF-8 text files, plain, .gz or .zst, or globs in quotes; or the word `python` for the English prose that every "
@@ -359,8 +360,9 @@ when the same command is given again (the text is read again up to there, but no
     option("--output", required=True, metavar="FOLDER", help="the folder to make; one that holds a data set is refused")
     option("--format", default="lines", choices=FORMATS,
            help="lines (default): one sentence or paragraph a line, a blank line ends a document. "
-                "wikitext: a `= Title =` line begins a document. wikiextractor: what is between <doc ...> and </doc> is a document, as "
-                "WikiExtractor writes it. jsonl: a JSON object a line, its field `text` a document")
+                "wikitext: a `= Title =` line begins a document. wikiextractor: what is between <doc ...> and </doc> is a "
+                "document, as WikiExtractor writes it. jsonl: a JSON object a line, its field `text` a "
+                "document")
     option("--vocab", metavar="FILE", help="the WordPiece vocabulary, one word a line; without it one is trained on the text")
     option("--vocab-size", type=int, default=30522, help="words of a vocabulary that is trained, at most (default 30522)")
     option("--sequence-length", type=int, default=128, help="tokens of a sample, with [CLS] and [SEP] (default 128)")
@@ -374,7 +376,8 @@ when the same command is given again (the text is read again up to there, but no
            help="go over the training text N times, each time cut and masked anew (default 1)")
     option("--held-out", type=float, default=0.0, metavar="SHARE",
            help="share of the documents that go to held_out-*.h5 instead, for evaluation (default 0)")
-    option("--samples-per-shard", type=int, default=262144, help="samples of a shard, at most (default 262144)")
+    option("--samples-per-shard", type=int, default=262144,
+           help="samples of a shard, about; one is held in memory for each process (default 262144)")
     option("--seed", type=int, default=42, help="of every random choice (default 42)")
     option("--workers", type=int, metavar="N", help="processes that make samples (default: one for every core)")
     return parser
@@ -388,7 +391,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     except InputError as error:
         print("error: %s" % error, file=sys.stderr)
         return 2
-    except PrepareStopped as error:
+    except (PrepareStopped, OSError) as error:
         print("stopped: %s. The same command goes on from here" % error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -166,8 +166,8 @@ def open_shards(patterns: Sequence[str], sequence_length: Optional[int] = None, 
             raise InputError("%s: sequence length %d, %d masked tokens, %d words, vocabulary %.12s; %s has %d, %d, %d, %.12s. "
                              "Train on shards of one data set" % ((shard.path,) + kind(shard) + (first.path,) + kind(first)))
         if (shard.masking, shard.mask_share, shard.continuations) != (first.masking, first.mask_share, first.continuations):
-            raise InputError("%s: its masking is %s with a share of %g, that of %s is %s with %g. Train on shards of one data set" % (
-                shard.path, shard.masking, shard.mask_share, first.path, first.masking, first.mask_share))
+            raise InputError("%s: its masking is %s with a share of %g, that of %s is %s with %g. Train on shards of one data "
+                             "set" % (shard.path, shard.masking, shard.mask_share, first.path, first.masking, first.mask_share))
         if sequence_length is not None and shard.sequence_length != sequence_length:
             raise InputError("%s: its samples have sequence length %d, data.sequence_length is %d. Prepare the text again with "
                              "--sequence-length %d, or set data.sequence_length" % (
@@ -233,8 +233,8 @@ def masking_of(path: str, attributes) -> Dict:
         return {"mask_share": float(found.get("mask_share", 0))}
     missing = [name for name in MASKING if name not in found]
     if missing:
-        raise InputError("%s: the attribute %r is missing, which dynamic masking needs. Make it again with `python -m data.prepare "
-                         "--masking dynamic`" % (path, missing[0]))
+        raise InputError("%s: the attribute %r is missing, which dynamic masking needs. Make it again with `python -m "
+                         "data.prepare --masking dynamic`" % (path, missing[0]))
     return {"masking": kind, "mask_share": float(found["mask_share"]), "continuations": str(found["continuations"]),
             "special_ids": tuple(int(number) for number in found["special_ids"])}
 

@@ -110,8 +110,9 @@ def begin(staging: Staging, output: str, options: Dict) -> None:
         found = earlier["options"]
         differ = [name for name in options if found.get(name) != options[name]]
         if differ:
-            raise InputError("%s: a run that was stopped had %s. Give its options to go on with it, or remove %s to begin anew" % (
-                output, "; ".join(difference(name, found.get(name), options[name]) for name in differ), staging.folder))
+            raise InputError("%s: a run that was stopped had %s. Give its options to go on with it, or remove %s to begin "
+                             "anew" % (output, "; ".join(difference(name, found.get(name), options[name]) for name in differ),
+                                       staging.folder))
         done = len(staging.groups()) * options["chunks of a group"]
         for path in glob.glob(os.path.join(glob.escape(staging.folder), "**", "*.tmp-*"), recursive=True):
             os.remove(path)

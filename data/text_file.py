@@ -13,7 +13,7 @@ ZSTANDARD_BYTES = 1 << 16  # of a compressed file at a time: what comes out is s
 
 
 def read_lines(path: str, on_bytes: Callable[[int], object], cut_long: bool = True) -> Iterator[str]:
-    """The stripped lines of a file, blank ones as "". `on_bytes` is told the bytes of the file, compressed or not, as they are read.
+    """The stripped lines of a file, blank ones as "". `on_bytes` is told the bytes of the file, packed or not, as they are read.
 
     A line beyond a megabyte is cut at a space, to bound memory, unless `cut_long` is false. Raises InputError that names the
     file, and the byte and the line (of the unpacked text) that are not UTF-8, or how its compression is broken.

@@ -163,7 +163,8 @@ def test_packed_files_give_the_same_documents_and_count_packed_bytes(tmp_path, n
 
 
 @pytest.mark.parametrize("name", ["a.txt.gz", "a.txt.zst"])
-@pytest.mark.parametrize("damage", [lambda data: data[:-9], lambda data: data[:40] + b"????????" + data[48:], lambda data: b"text"])
+@pytest.mark.parametrize("damage", [
+    lambda data: data[:-9], lambda data: data[:40] + b"????????" + data[48:], lambda data: b"text"])
 def test_a_packed_file_that_is_damaged_or_cut_off_is_named(tmp_path, name, damage):
     content = "\n".join("line %d" % (number * 7919 % 5003) for number in range(5000)).encode("utf-8")
     path = write(tmp_path / name, damage(packed(name, content)))

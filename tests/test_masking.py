@@ -33,7 +33,8 @@ def same(one, two):
     return all((getattr(one, name) == getattr(two, name)).all() for name in FIELDS)
 
 
-@given(st.sampled_from([(8, 5), (16, 3), (32, 20), (33, 1)]), st.sampled_from([0.05, 0.15, 0.9]), st.booleans(), st.integers(0, 99))
+@given(st.sampled_from([(8, 5), (16, 3), (32, 20), (33, 1)]), st.sampled_from([0.05, 0.15, 0.9]), st.booleans(),
+       st.integers(0, 99))
 def test_putting_the_labels_back_gives_the_unmasked_ids(sizes, share, whole_words, seed):
     sequence_length, mask_tokens = sizes
     before = clean_samples(np.random.default_rng(seed), 30, sequence_length, mask_tokens)
@@ -108,6 +109,6 @@ def test_random_bits_are_even_and_keys_are_told_apart_by_either_half():
 
 def test_masking_in_place_gives_the_types_of_a_shard():
     samples = clean_samples(np.random.default_rng(0), 10)
-    positions, labels, counts = mask(samples.input_ids, samples.lengths, samples.first_lengths, np.arange(10).astype(np.uint64), 10,
-                                     0.15, MaskWords.of(VOCAB, SPECIAL))
+    positions, labels, counts = mask(samples.input_ids, samples.lengths, samples.first_lengths, np.arange(10, dtype=np.uint64),
+                                     10, 0.15, MaskWords.of(VOCAB, SPECIAL))
     assert (positions.dtype, labels.dtype, counts.dtype) == (np.uint16,) * 3 and (samples.input_ids == MASK).any()

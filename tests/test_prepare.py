@@ -19,7 +19,7 @@ from data.errors import InputError, PrepareStopped
 from data.masking import mask_dynamic, mask_words_of
 from data.prepare import main, prepare
 from data.rows import unpacked_batch
-from data.shards import check_samples, open_shards, read_samples, vocab_sha256
+from data.shards import FIELDS, check_samples, open_shards, read_samples, vocab_sha256
 from data.tokenizer import SPECIAL_WORDS, read_vocab
 
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -290,7 +290,7 @@ def test_a_stopped_run_with_other_options_is_refused_and_its_work_kept(corpus, t
             make(corpus, tmp_path / "out")
     kept = sorted(os.listdir(str(tmp_path / ".out.unfinished")))
     assert "part-00000000.h5" in kept
-    with pytest.raises(InputError, match="out: a run that was stopped had seed 42, not 7. Give its options .* or remove .*unfinished"):
+    with pytest.raises(InputError, match="out: a run that was stopped had seed 42, not 7. Give .* or remove .*unfinished"):
         make(corpus, tmp_path / "out", seed=7)
     assert sorted(os.listdir(str(tmp_path / ".out.unfinished"))) == kept
     make(corpus, tmp_path / "out", workers=2)
@@ -368,8 +368,8 @@ def test_whole_words_are_masked_together(tmp_path):
     words = list(SPECIAL_WORDS) + ["play", "##ing", "##s", "the"]
     (tmp_path / "vocab").write_text("\n".join(words))
     (tmp_path / "text").write_text("\n".join(["playing the plays playings the"] * 50 + ["", "the playing"]))
-    prepare([str(tmp_path / "text")], str(tmp_path / "out"), vocab=str(tmp_path / "vocab"), whole_word_masking=True, progress=False,
-            **SIZES)
+    prepare([str(tmp_path / "text")], str(tmp_path / "out"), vocab=str(tmp_path / "vocab"), whole_word_masking=True,
+            progress=False, **SIZES)
     samples, = all_samples(tmp_path / "out")
     for row, positions, count, first, length in zip(restored(samples), samples.mlm_positions, samples.mlm_counts,
                                                     samples.first_lengths, samples.lengths):
@@ -377,6 +377,18 @@ def test_whole_words_are_masked_together(tmp_path):
         inner[[1, first]] = False  # the first piece of a segment begins a word, whatever it is
         assert (masked[1:][inner[1:]] == masked[:-1][inner[1:]]).all()
     assert samples.mlm_counts.mean() > 3
+
+
+def test_a_sample_takes_343_bytes_at_phase_1_sizes_and_the_page_says_so(corpus, tmp_path):
+    make(corpus, tmp_path / "out", duplicates=20, sequence_length=128, mask_tokens=20)
+    shard, = open_shards([str(tmp_path / "out" / "train-*.h5")])
+    assert shard.num_samples > 500 and (shard.file_size - 16384) / shard.num_samples < 343
+    with open(os.path.join(REPOSITORY, "data", "FORMAT.md"), encoding="utf-8") as file:
+        page = file.read()
+    assert "343 bytes a sample" in page and all("`%s`" % name in page for name in FIELDS)
+    with h5py.File(shard.path, "r") as file:
+        assert all("`%s`" % name in page for name in file.attrs)
+        assert sum(file[name].nbytes for name in FIELDS) == 343 * shard.num_samples
 
 
 def text(path, content):
