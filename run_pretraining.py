@@ -5,7 +5,7 @@ import sys
 
 from bert.config import parse_command_line
 from bert.errors import Diverged
-from data.errors import InputError, LoaderDied
+from data.errors import InputError, LoaderDied, PrepareStopped
 
 
 def main(arguments=None) -> int:
@@ -14,7 +14,7 @@ def main(arguments=None) -> int:
         config = parse_command_line(sys.argv[1:] if arguments is None else arguments)
         from bert.training import train  # after the config: torch takes seconds to import, an error should not
         train(config)
-    except (InputError, Diverged, LoaderDied) as error:
+    except (InputError, Diverged, LoaderDied, PrepareStopped) as error:
         print("error: %s" % error, file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
     except OSError as error:  # a folder that cannot be written, a full disk: the message has its name

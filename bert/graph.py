@@ -165,14 +165,18 @@ class BertForPretraining(nn.Module):
     def forward(self, batch: Dict[str, torch.Tensor]) -> Tuple[torch.Tensor, Dict[str, torch.Tensor]]:
         """Returns the loss (MLM + NSP, weighted sums) and, as scalars, mlm_loss, nsp_loss, mlm_accuracy and nsp_accuracy.
 
-        Summed over the micro-batches of a global batch these are its means: the weights see to that.
+        Summed over the micro-batches of a global batch these are its means: the weights see to that. `mlm_used` [T], where the
+        shapes may vary, says which of the R * M mask slots hold a masked token: the MLM head computes no others.
         """
         hidden = self.bert(batch["input_ids"], batch["token_type_ids"], batch["position_ids"], batch["sample_ids"])
         with block("heads", self.bert.ipu_of["heads"]):
+            mlm_hidden, labels, weights = gather_tokens(hidden, batch["mlm_positions"]), batch["mlm_labels"], batch["mlm_weights"]
+            mlm_hidden, labels, weights = mlm_hidden.flatten(0, 1), labels.flatten(), weights.flatten()
+            if "mlm_used" in batch:
+                mlm_hidden, labels, weights = [tensor.index_select(0, batch["mlm_used"]) for tensor in (mlm_hidden, labels, weights)]
             mlm, mlm_correct = mlm_loss(
-                self.mlm_hidden(hidden, batch["mlm_positions"]), self.bert.embeddings.word_embeddings.weight,
-                self.cls["predictions"].bias, batch["mlm_labels"].flatten(), batch["mlm_weights"].flatten(),
-                self.serialization_factor)
+                self.cls["predictions"].transform(mlm_hidden), self.bert.embeddings.word_embeddings.weight,
+                self.cls["predictions"].bias, labels, weights, self.serialization_factor)
             nsp_logits = self.nsp_logits(hidden, batch["cls_positions"]).float().flatten(0, 1)
             nsp_labels, nsp_weights = batch["nsp_labels"].flatten(), batch["nsp_weights"].flatten()
             nsp = (nsp_weights * F.cross_entropy(nsp_logits, nsp_labels.long(), reduction="none")).sum()
@@ -180,14 +184,10 @@ class BertForPretraining(nn.Module):
         return mlm + nsp, {"mlm_loss": mlm.detach(), "nsp_loss": nsp.detach(),
                            "mlm_accuracy": mlm_correct.detach(), "nsp_accuracy": nsp_correct.detach()}
 
-    def mlm_hidden(self, hidden, mlm_positions):
-        """hidden [R, L, H] at mlm_positions [R, M] -> what the decoder takes, [R * M, H]."""
-        return self.cls["predictions"].transform(gather_tokens(hidden, mlm_positions).flatten(0, 1))
-
     def mlm_logits(self, hidden, mlm_positions):
         """hidden [R, L, H] at mlm_positions [R, M] -> logits [R * M, V]; training never holds them, see ops/mlm_loss.py."""
-        return F.linear(self.mlm_hidden(hidden, mlm_positions), self.bert.embeddings.word_embeddings.weight,
-                        self.cls["predictions"].bias)
+        transformed = self.cls["predictions"].transform(gather_tokens(hidden, mlm_positions).flatten(0, 1))
+        return F.linear(transformed, self.bert.embeddings.word_embeddings.weight, self.cls["predictions"].bias)
 
     def nsp_logits(self, hidden, cls_positions):
         """hidden [R, L, H] at cls_positions [R, S] -> [R, S, 2]; class 1: the second segment does not follow the first."""

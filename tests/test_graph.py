@@ -150,6 +150,22 @@ def test_packed_rows_give_the_same_losses_and_gradients():
     assert_same_gradients(graph, unpacked)
 
 
+def test_leaving_out_empty_mask_slots_changes_nothing():
+    graph = make_graph(small_config())
+    batch, _ = random_batch(5, 64, seed=13)
+    loss, metrics = graph(batch)
+    loss.backward()
+    reference = {name: parameter.grad.clone() for name, parameter in graph.named_parameters()}
+    graph.zero_grad()
+    used = batch["mlm_weights"].flatten().nonzero().flatten()
+    assert 0 < len(used) < batch["mlm_weights"].numel()
+    fewer, fewer_metrics = graph(dict(batch, mlm_used=used))
+    fewer.backward()
+    for name in metrics:
+        assert torch.isclose(fewer_metrics[name], metrics[name], rtol=1e-6), name
+    assert_same_gradients(graph, reference)
+
+
 def test_one_sample_does_not_see_another_in_its_row():
     graph = make_graph(small_config())
     batch, _ = random_batch(2, 32, seed=5)

@@ -89,6 +89,8 @@ class TorchEngine:
             missing = self.micro_batch_size - len(part["input_ids"])
             if missing and self.compiled:  # one shape, or each step would compile its last micro-batch anew: fill up with empty rows
                 part = {name: torch.cat([tensor, tensor.new_zeros(missing, tensor.shape[1])]) for name, tensor in part.items()}
+            # Found on the host, where it costs no wait for the device.
+            part["mlm_used"] = part["mlm_weights"].flatten().nonzero().flatten()
             yield first, {name: self.to_device(tensor) for name, tensor in part.items()}
 
     def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
