@@ -49,14 +49,15 @@ def train(config: Config) -> int:
         device, device_line = choose_device(config.device)
         checkpoint = find_checkpoint(config)
         make_shards_from_text(config)
-        shards, words = open_data(config)
-        data_set = {"samples": [shard.num_samples for shard in shards], "vocab_sha256": vocab_sha256(words)}
+        shards, words, skipped = open_data(config)
+        data_set = {"shards": [[os.path.basename(shard.path), shard.num_samples] for shard in shards], "vocab_sha256": vocab_sha256(words)}
         state = read_state(checkpoint, data_set, config.data.on_bad_shard == "skip")
+        state["skipped"].update(skipped)
         last = min(config.training.max_steps, config.training.stop_at_step or config.training.max_steps)
         if state["step"] >= last:
             say("%s: step %d of %d is done already, nothing to do" % (config.training.output, state["step"], last))
             return state["step"]
-        loader = closing.enter_context(open_loader(config, state["position"]))
+        loader = closing.enter_context(open_loader(config, shards, state))
         engine = make_engine(config, device)
         if checkpoint:
             load_weights_into(engine, checkpoint, config, words, complete=True)
@@ -79,7 +80,8 @@ def run_steps(config: Config, engine, loader: Loader, batch: GlobalBatch, words:
     from torch.utils.tensorboard import SummaryWriter
 
     training, folder = config.training, config.training.output
-    samples_seen, position, saved, skipped = state["samples_seen"], state["position"], engine.steps_done, {}
+    samples_seen, position, saved = state["samples_seen"], state["position"], engine.steps_done
+    skipped = {}  # shards left out, and why
     # Metrics of the steps since the last line; those of steps before a resume come from its checkpoint.
     recent = [{name: torch.tensor(value) for name, value in one.items()} for one in state["recent"]]
 
@@ -90,39 +92,46 @@ def run_steps(config: Config, engine, loader: Loader, batch: GlobalBatch, words:
         with protected():
             path = save_checkpoint(
                 os.path.join(folder, "checkpoints"), engine.steps_done, weights, engine.optimizer_state(), config.model, words,
-                {"step": engine.steps_done, "samples_seen": samples_seen, "position": position, "data_set": data_set,
+                {"step": engine.steps_done, "samples_seen": samples_seen, "position": position, "skipped": skipped, "data_set": data_set,
                  "recent": [{name: one[name].item() for name in METRICS} for one in recent], "config": dataclasses.asdict(config)},
                 training.keep_checkpoints)
         say("saved %s" % path)
 
-    bar = tqdm(total=last * training.global_batch_size, initial=engine.steps_done * training.global_batch_size, unit="seq",
-               disable=None, dynamic_ncols=True, smoothing=0.05, desc="training")
+    bar = tqdm(total=last, initial=engine.steps_done, disable=None, dynamic_ncols=True, desc="training",
+               bar_format="{desc}: {percentage:.1f} %|{bar}| step {n:.2f} of {total_fmt}, {elapsed} gone, {remaining} to go")
     with bar, SummaryWriter(os.path.join(folder, "tensorboard"), purge_step=engine.steps_done + 1) as board, \
             open(os.path.join(folder, "metrics.jsonl"), "a", encoding="utf-8") as log:
         try:
-            since, waited, samples = time.perf_counter(), 0.0, 0
+            since, waited, samples, steps = time.perf_counter(), 0.0, 0, 0
             while engine.steps_done < last:
                 step = engine.steps_done + 1
                 learning_rate = learning_rate_at(step, config.optimizer, training.max_steps)
-                share = batch.samples / len(batch.arrays["input_ids"])
+                rows_of_step = len(batch.arrays["input_ids"])
+
+                def progress(rows: int) -> None:
+                    bar.update(rows / rows_of_step)
+                    loader.check()
+
                 with protected():  # but for the engine's forward and backward passes, which may be cut short
-                    recent.append(engine.step(batch.arrays, learning_rate, step, lambda rows: bar.update(rows * share)))
-                    samples_seen, samples, position = samples_seen + batch.samples, samples + batch.samples, batch.position
-                for path in set(loader.skipped) - set(skipped):
-                    skipped[path] = loader.skipped[path]
+                    recent.append(engine.step(batch.arrays, learning_rate, step, progress))
+                    samples_seen, samples, steps, position = samples_seen + batch.samples, samples + batch.samples, steps + 1, batch.position
+                    new, skipped = set(batch.skipped) - set(skipped), batch.skipped
+                for path in new:
                     say("left out, %d by now: %s" % (len(skipped), skipped[path]))
                 if step % training.log_every == 0 or step == training.max_steps:
                     seconds = time.perf_counter() - since
                     line = summarize(recent, step, learning_rate, samples_seen, samples / seconds, waited / seconds)
                     if not math.isfinite(line["loss"]):
                         raise diverged(config, step, "the MLM loss is %f, the NSP loss is %f" % (line["mlm_loss"], line["nsp_loss"]))
-                    log.write(json.dumps(line) + "\n")
-                    log.flush()
+                    with protected():
+                        log.write(json.dumps(line) + "\n")
+                        log.flush()
+                        recent = []
                     for name in line:
                         if name not in ("step", "samples_seen"):
                             board.add_scalar(name, line[name], step)
-                    say(console_line(line, last, (last - step) * training.global_batch_size * seconds / samples))
-                    since, waited, samples, recent = time.perf_counter(), 0.0, 0, []
+                    say(console_line(line, last, (last - step) * seconds / steps))
+                    since, waited, samples, steps = time.perf_counter(), 0.0, 0, 0
                 if step % training.save_every == 0 or step == last:
                     before = time.perf_counter()
                     save()
@@ -180,11 +189,13 @@ def make_shards_from_text(config: Config) -> None:
     say(str(summary))
 
 
-def open_data(config: Config) -> Tuple[List[ShardInfo], List[str]]:
-    """(the training shards, the vocabulary's words), checked against the config and each other, held-out samples one by one."""
+def open_data(config: Config) -> Tuple[List[ShardInfo], List[str], Dict[str, str]]:
+    """(the training shards, the vocabulary's words, shards left out and why), checked against the config and each other, held-out
+    samples one by one."""
     data = config.data
     expected = (data.sequence_length, data.mask_tokens, config.model.vocab_size)
-    shards = open_shards(data.files, *expected, skipped={} if data.on_bad_shard == "skip" else None)
+    skipped = {}
+    shards = open_shards(data.files, *expected, skipped=skipped if data.on_bad_shard == "skip" else None)
     path = data.vocab or os.path.join(os.path.dirname(shards[0].path), "vocab.txt")
     if not os.path.exists(path):
         raise InputError("%s: no such vocabulary. Name the one that the shards were made with: --data.vocab vocab.txt" % path)
@@ -202,7 +213,7 @@ def open_data(config: Config) -> Tuple[List[ShardInfo], List[str]]:
                              "--data.held_out_files '.../held_out-*.h5'" % sorted(both)[0])
         for _ in batches_in_order(data.held_out_files, 4096, *expected):
             pass
-    return shards, words
+    return shards, words, skipped
 
 
 def check_vocabulary(words: List[str], path: str, shard: ShardInfo) -> None:
@@ -211,26 +222,31 @@ def check_vocabulary(words: List[str], path: str, shard: ShardInfo) -> None:
             path, vocab_sha256(words)[:12], shard.path, shard.vocab_sha256[:12]))
 
 
-def open_loader(config: Config, position: int) -> Loader:
+def open_loader(config: Config, shards: List[ShardInfo], state: Dict) -> Loader:
     data, training = config.data, config.training
-    return Loader(data.files, training.global_batch_size, training.seed, data.sequence_length, data.mask_tokens,
-                  config.model.vocab_size, packing=data.packing, samples_per_row=data.samples_per_row, position=position,
-                  skip_bad=data.on_bad_shard == "skip", workers=min(data.workers, os.cpu_count() or 1))
+    return Loader(shards, training.global_batch_size, training.seed, data.sequence_length, data.mask_tokens, config.model.vocab_size,
+                  packing=data.packing, samples_per_row=data.samples_per_row, position=state["position"],
+                  skip_bad=data.on_bad_shard == "skip", skipped=state["skipped"], workers=min(data.workers, os.cpu_count() or 1))
 
 
 def read_state(checkpoint: Optional[str], data_set: Dict, may_lack_shards: bool) -> Dict:
-    """Where to begin: step, samples seen, position in the data set, and the metrics of steps that are not in metrics.jsonl yet."""
+    """Where to begin: step, samples seen, position in the data set, shards left out, and the metrics of steps that are not in
+    metrics.jsonl yet."""
     if checkpoint is None:
-        return {"step": 0, "samples_seen": 0, "position": 0, "recent": []}
+        return {"step": 0, "samples_seen": 0, "position": 0, "skipped": {}, "recent": []}
     state = read_json(os.path.join(checkpoint, "training_state.json"))
-    there = state["data_set"]
-    if there != data_set and may_lack_shards and there["vocab_sha256"] == data_set["vocab_sha256"]:
-        epoch = state["position"] // sum(there["samples"])
-        state["position"] = (epoch + 1) * sum(data_set["samples"])
-        say("the shards are not those of the checkpoint: continues with their next epoch, the %d." % (epoch + 2))
-    elif there != data_set:
-        raise InputError("%s: was trained on another data set: %s there, found %s. Name the same shards with --data.files" % (
-            checkpoint, json.dumps(there), json.dumps(data_set)))
+    there, here = [{tuple(shard) for shard in one["shards"]} for one in (state["data_set"], data_set)]
+    same_words = state["data_set"]["vocab_sha256"] == data_set["vocab_sha256"]
+    if same_words and there != here and may_lack_shards and (there < here or here < there):
+        epoch = state["position"] // sum(count for _, count in there)
+        state["position"] = (epoch + 1) * sum(count for _, count in here)
+        say("%d of the checkpoint's %d shards are there, and %d others: continues with their next epoch, the %d." % (
+            len(there & here), len(there), len(here - there), epoch + 2))
+    elif not same_words or there != here:
+        found = "the vocabulary differs" if not same_words else ", ".join(
+            "%s %s of %d samples" % (verb, name, count) for verb, names in (("has", there - here), ("has not", here - there))
+            for name, count in sorted(names)[:1])
+        raise InputError("%s: was trained on another data set: it %s. Name the same shards with --data.files" % (checkpoint, found))
     return state
 
 

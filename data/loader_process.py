@@ -32,6 +32,7 @@ from data.windows import ShardFiles, Upcoming, read_windows
 __all__ = ["main"]
 
 CHUNK_TOKENS = 2 ** 18  # tokens that a thread assembles at a time: fewer would be all calls, more leave cores idle
+CHECK_SECONDS = 0.5  # between looks at whether the shards are still there
 
 
 def main() -> None:
@@ -49,17 +50,29 @@ def main() -> None:
     threading.Thread(target=listen, args=(free,), daemon=True).start()
     threading.Thread(target=exit_with_parent, args=(settings["parent"],), daemon=True).start()
 
-    def say(**message) -> None:
-        out.write(json.dumps(message) + "\n")
-        out.flush()
+    lock = threading.Lock()
 
-    try:
-        serve(settings, free, say)
-    except InputError as error:
-        say(error=str(error), bad_input=True)
-    except BaseException:
-        say(error=traceback.format_exc(), bad_input=False)
-    os._exit(1)  # no waiting for threads that may hang in a read
+    def say(**message) -> None:
+        with lock:
+            out.write(json.dumps(message) + "\n")
+            out.flush()
+
+    def do(work: Callable, *arguments) -> None:
+        try:
+            work(*arguments)
+        except InputError as error:
+            say(error=str(error), bad_input=True)
+        except BaseException:
+            say(error=traceback.format_exc(), bad_input=False)
+        os._exit(1)  # no waiting for threads that may hang in a read
+
+    def start() -> None:
+        skipped = {int(number): why for number, why in settings["skipped"].items()}
+        files = ShardFiles([ShardInfo(**shard) for shard in settings["shards"]], settings["skip_bad"], skipped)
+        threading.Thread(target=do, args=(watch, files), daemon=True).start()
+        serve(settings, files, free, say)
+
+    do(start)
 
 
 def listen(free: "queue.Queue") -> None:
@@ -75,13 +88,18 @@ def exit_with_parent(parent: int) -> None:
     os._exit(0)
 
 
+def watch(files: ShardFiles) -> None:
+    while True:
+        files.check_unchanged()
+        time.sleep(CHECK_SECONDS)
+
+
 def read_layout(described: Dict) -> Dict[str, tuple]:
     return {name: (tuple(shape), np.dtype(dtype)) for name, (shape, dtype) in described.items()}
 
 
-def serve(settings: Dict, free: "queue.Queue", say: Callable) -> None:
+def serve(settings: Dict, files: ShardFiles, free: "queue.Queue", say: Callable) -> None:
     """Fills slot after slot, as they get free, for ever. Raises InputError that names the file that cannot be used."""
-    files = ShardFiles([ShardInfo(**shard) for shard in settings["shards"]], settings["skip_bad"])
     info, workers, layout = files.shards[0], settings["workers"], read_layout(settings["layout"])
     order = Order([shard.num_samples for shard in files.shards], settings["seed"], info.sequence_length)
     stream = SampleStream(read_windows(files, order, settings["position"], workers))
@@ -93,7 +111,6 @@ def serve(settings: Dict, free: "queue.Queue", say: Callable) -> None:
     with ThreadPoolExecutor(workers) as threads:
         while True:
             slot = free.get()
-            files.check_unchanged()
             chosen, packing = choose(stream, settings, layout, info)
             batch = {name: array[:packing.rows] for name, array in slots[slot].items()}
             assemble(threads, batch, chosen, packing, masks)
@@ -104,8 +121,8 @@ def serve(settings: Dict, free: "queue.Queue", say: Callable) -> None:
                     array[packing.rows:rows] = 0
             masked_tokens, count = weigh(batch)
             stream.advance(count)
-            skipped = {files.shards[number].path: why for number, why in list(files.skipped.items())}
-            say(slot=slot, rows=rows, samples=count, masked_tokens=masked_tokens, position=int(chosen.ends[-1]), skipped=skipped)
+            say(slot=slot, rows=rows, samples=count, masked_tokens=masked_tokens, position=int(chosen.ends[-1]),
+                skipped={files.shards[number].path: why for number, why in chosen.skipped.items()})
 
 
 class SampleStream:

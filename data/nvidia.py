@@ -5,8 +5,9 @@ int32 [N, L] input_ids, int32 [N, M] masked_lm_positions and masked_lm_ids, int8
 NVIDIA/DeepLearningExamples, PyTorch/LanguageModeling/BERT, writes them.
 """
 
+import contextlib
 import os
-from typing import Iterable
+from typing import Iterable, Optional
 
 import h5py
 import numpy as np
@@ -64,14 +65,16 @@ def check_datasets(file: h5py.File, path: str) -> None:
             raise InputError("%s: data set %r is %s, expected integers" % (path, name, file[name].dtype))
 
 
-def read_nvidia(path: str, start: int, stop: int, vocab_size: int) -> Samples:
+def read_nvidia(path: str, start: int, stop: int, vocab_size: int, file: Optional[h5py.File] = None) -> Samples:
     """The samples [start, stop) of a file that `open_nvidia` found whole, checked, in the project's layout.
+
+    `file`: the same, held open by the caller.
 
     Raises InputError that names the file, and the sample when it is not as it must be (see `data.bert_layout.to_samples`).
     """
     try:
-        with h5py.File(path, "r") as file:
-            arrays = {name: file[name][start:stop] for name in BERT_FEATURES}
+        with contextlib.nullcontext(file) if file else h5py.File(path, "r") as opened:
+            arrays = {name: opened[name][start:stop] for name in BERT_FEATURES}
     except (OSError, KeyError) as error:
         raise InputError("%s: cannot read samples %d to %d (%s)" % (path, start, stop, error))
     return to_samples(arrays, vocab_size, path, start)

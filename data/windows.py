@@ -7,10 +7,10 @@ that is cut off while it is mapped kills the process without a word).
 import contextlib
 import os
 import resource
-import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import Dict, Iterator, List, NamedTuple, Sequence, Tuple
+from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
+import h5py
 import numpy as np
 
 from data.errors import InputError
@@ -21,20 +21,19 @@ from data.shards import FIELDS, Samples, ShardInfo, check_samples, find_bad_samp
 __all__ = ["ShardFiles", "Upcoming", "read_windows"]
 
 GROUP = 16  # blocks that one thread reads and checks at a time
-CHECK_SECONDS = 0.5
 
 
 class ShardFiles:
     """Shards that `open_shards` found whole, held open. Raises InputError that names the file when one cannot be opened.
 
-    With `skip_bad`, a shard that turns out bad is kept in `skipped` (number -> why) and read no more, unless all are.
+    With `skip_bad`, a shard that turns out bad is kept in `skipped` (number -> why) and read no more, unless all are. `skipped`
+    has those that were left out before.
     """
 
-    def __init__(self, shards: Sequence[ShardInfo], skip_bad: bool = False):
-        self.shards, self.skipped = shards, {}  # type: Tuple[Sequence[ShardInfo], Dict[int, str]]
-        self._skip_bad, self._checked = skip_bad, 0.0
+    def __init__(self, shards: Sequence[ShardInfo], skip_bad: bool = False, skipped: Optional[Dict[int, str]] = None):
+        self.shards, self.skipped, self._skip_bad = shards, dict(skipped or {}), skip_bad
         allow_open_files(len(shards) + 64)
-        self._descriptors = [open_file(shard.path) for shard in shards]
+        self._files = [open_file(shard.path) if shard.offsets else h5py.File(shard.path, "r") for shard in shards]
 
     @contextlib.contextmanager
     def tolerate(self, shard: int):
@@ -52,7 +51,7 @@ class ShardFiles:
         """Reads samples [start, stop) of one shard. Raises InputError that names the file when they are not all there."""
         info = self.shards[shard]
         if not info.offsets:
-            found = read_nvidia(info.path, start, stop, info.vocab_size)
+            found = read_nvidia(info.path, start, stop, info.vocab_size, self._files[shard])
             for name in FIELDS:
                 getattr(into, name)[:] = getattr(found, name)
         for name, offset in zip(FIELDS, info.offsets):
@@ -60,7 +59,7 @@ class ShardFiles:
             offset += start * (len(data) // (stop - start))
             while len(data):
                 try:
-                    count = os.preadv(self._descriptors[shard], [data], offset)
+                    count = os.preadv(self._files[shard], [data], offset)
                 except OSError as error:
                     raise InputError("%s: cannot read samples %d to %d (%s)" % (info.path, start, stop, error))
                 if count == 0:
@@ -69,43 +68,39 @@ class ShardFiles:
                 data, offset = data[count:], offset + count
 
     def check_unchanged(self) -> None:
-        """Raises InputError that names a shard that was removed or has another size than at the start.
-
-        Looks at most once in CHECK_SECONDS, so that it can be called for every batch.
-        """
-        if time.monotonic() - self._checked < CHECK_SECONDS:
-            return
+        """Raises InputError that names a shard that was removed or has another size than at the start."""
         for number, shard in enumerate(self.shards):
             if number not in self.skipped:
                 with self.tolerate(number):
                     check_unchanged(shard)
-        self._checked = time.monotonic()
 
 
 class Upcoming(NamedTuple):
     """The next N samples, in order."""
 
     samples: Samples  # what holds them, among others
+    skipped: Dict[int, str]  # shards that are left out by now
     index: np.ndarray  # [N] int64: which of `samples` each is
     ends: np.ndarray  # [N] int64: the position in the run's order after each, where a run goes on
     numbers: np.ndarray  # [N] int64: which sample of the data set each is, through the shards in turn
     epochs: np.ndarray  # [N] int64
 
     def first(self, count: int) -> "Upcoming":
-        return Upcoming(self.samples, *(field[:count] for field in self[1:]))
+        return Upcoming(self.samples, self.skipped, *(field[:count] for field in self[2:]))
 
     def after(self, count: int) -> "Upcoming":
-        return Upcoming(self.samples, *(field[count:] for field in self[1:]))
+        return Upcoming(self.samples, self.skipped, *(field[count:] for field in self[2:]))
 
     def copy(self) -> "Upcoming":
         """The same in memory of its own."""
-        return Upcoming(self.samples.take(self.index), np.arange(len(self.index)), *self[2:])
+        return Upcoming(self.samples.take(self.index), self.skipped, np.arange(len(self.index)), *self[3:])
 
     @staticmethod
     def concatenate(parts: Sequence["Upcoming"]) -> "Upcoming":
         copies = [part.copy() for part in parts]
         samples = Samples.concatenate([part.samples for part in copies])
-        return Upcoming(samples, np.arange(len(samples)), *(np.concatenate(fields) for fields in list(zip(*copies))[2:]))
+        fields = [np.concatenate(parts) for parts in list(zip(*copies))[3:]]
+        return Upcoming(samples, copies[-1].skipped, np.arange(len(samples)), *fields)
 
 
 def read_windows(files: ShardFiles, order: Order, position: int, workers: int) -> Iterator[Upcoming]:
@@ -132,10 +127,11 @@ def read_windows(files: ShardFiles, order: Order, position: int, workers: int) -
             numbers = (before[window.blocks[:, 0]] + window.blocks[:, 1] - block_ends + sizes)[block_of] + window.rows
             ends = position + 1 + np.arange(len(window.rows))
             fields = (window.rows, ends, numbers, np.full(len(numbers), position // order.num_samples))
-            if files.skipped:
-                kept = ~np.isin(window.blocks[block_of, 0], list(files.skipped))
+            skipped = dict(files.skipped)
+            if skipped:
+                kept = ~np.isin(window.blocks[block_of, 0], list(skipped))
                 fields = tuple(field[kept] for field in fields)
-            return Upcoming(buffer.take(slice(0, int(block_ends[-1]))), *fields), int(ends[-1])
+            return Upcoming(buffer.take(slice(0, int(block_ends[-1]))), skipped, *fields), int(ends[-1])
 
         pending = ahead.submit(read_next, buffers[0], position)
         while True:

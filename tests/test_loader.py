@@ -384,7 +384,7 @@ def test_bad_shards_are_left_out_where_that_is_asked_for(own_files):
             batch = loader.next()
             expected = unpacked_batch(Samples.concatenate([read_samples(path, 0, size) for path, size in zip(good, (700, 1))]))
             assert samples_of(batch.arrays) == samples_of(expected)
-        assert sorted(loader.skipped) == sorted(own_files[2:4]) and "sample 7" in loader.skipped[own_files[2]]
+        assert sorted(batch.skipped) == sorted(own_files[2:4]) and "sample 7" in batch.skipped[own_files[2]]
     os.remove(own_files[0])
     with h5py.File(own_files[4], "a") as file:
         file["lengths"][0] = 99
@@ -397,10 +397,10 @@ def test_a_shard_that_is_cut_off_while_in_use_is_left_out_where_that_is_asked_fo
     with Loader(own_files, 100, **RUN, seed=5, skip_bad=True, slots=2) as loader:
         loader.next()
         os.truncate(own_files[3], 1000)
-        deadline = time.monotonic() + 10
-        while not loader.skipped and time.monotonic() < deadline:
-            loader.next()
-        assert list(loader.skipped) == [own_files[3]]
+        deadline, skipped = time.monotonic() + 10, {}
+        while not skipped and time.monotonic() < deadline:
+            skipped = loader.next().skipped
+        assert list(skipped) == [own_files[3]]
         for _ in range(40):
             assert loader.next().samples == 100
 

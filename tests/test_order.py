@@ -97,7 +97,7 @@ def test_38_million_samples_are_resumed_anywhere_at_once(monkeypatch, length, sa
     began = time.monotonic()
     order = Order([19001] * 2000, 0, length)
     window = next(order.windows(7 * order.num_samples + 30123456))
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 1
     assert 0 < len(window.rows) <= order.window_samples <= samples
 
 
