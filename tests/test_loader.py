@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 import pytest
 
-from data.errors import InputError
+from data.errors import InputError, LoaderDied
 from data.loader import PROJECT, Loader, batches_in_order
 from data.masking import mask_dynamic, mask_words_of
 from data.nvidia import write_nvidia
@@ -403,6 +403,43 @@ def test_a_shard_that_is_cut_off_while_in_use_is_left_out_where_that_is_asked_fo
         assert list(skipped) == [own_files[3]]
         for _ in range(40):
             assert loader.next().samples == 100
+
+
+def test_what_was_left_out_stays_out_when_a_run_goes_on(own_files, monkeypatch):
+    # Small windows, and a bad sample in the second: its shard is left out from there on.
+    monkeypatch.setattr("data.order.WINDOW_TOKENS", 512 * 16)
+    windows = Order(SIZES, 5, 16).windows()
+    first, second = next(windows), next(windows)
+    shard, bad, _ = next(block for block in second.blocks.tolist() if block[0] in first.blocks[:, 0])
+    with h5py.File(own_files[shard], "a") as file:
+        file["input_ids"][bad, 1] = 60000
+    code = "import data.order, data.loader_process as p; data.order.WINDOW_TOKENS = 512 * 16; p.main()"
+    start = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **options: start([sys.executable, "-c", code], **options))
+    options = dict(seed=5, skip_bad=True, packing="samples")
+    with Loader(own_files, 90, **RUN, **options) as loader:
+        batches = [(samples_of(batch.arrays), batch.position, batch.skipped) for batch in (loader.next() for _ in range(30))]
+    assert len({len(skipped) for _, _, skipped in batches}) == 2  # found on the way
+    for first in range(0, 24, 5):
+        with Loader(own_files, 90, **RUN, **options, position=batches[first][1], skipped=batches[first][2]) as loader:
+            assert [samples_of(loader.next().arrays) for _ in range(5)] == [batch for batch, _, _ in batches[first + 1:first + 6]]
+
+
+@pytest.mark.parametrize("fault", ["kill", "remove"])
+def test_a_long_step_learns_within_two_seconds_that_the_loader_failed(own_files, fault):
+    with Loader(own_files, 100, **RUN, seed=5) as loader:
+        loader.next()
+        time.sleep(0.3)  # all slots are full
+        loader.check()
+        if fault == "kill":
+            loader._process.kill()
+        else:
+            os.remove(own_files[2])
+        began = time.monotonic()
+        with pytest.raises(LoaderDied if fault == "kill" else InputError, match="SIGKILL" if fault == "kill" else "shard-0002"):
+            while time.monotonic() - began < 2:
+                loader.check()
+                time.sleep(0.01)
 
 
 def test_nvidias_files_are_loaded_as_they_are(files, tmp_path):

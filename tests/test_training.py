@@ -112,11 +112,20 @@ def test_one_global_batch_gives_the_same_gradients_for_any_micro_batch(tmp_path,
 
 
 @pytest.mark.parametrize("options", [
-    {}, {"training__compile": "on"}, {"data__packing": "off"}, {"data__packing": "rows"}, {"training__log_every": 4}],
+    {}, {"training__compile": "on"}, {"data__packing": "off"}, {"data__packing": "rows"}, {"training__log_every": 4},
+    {"data__on_bad_shard": "skip"}, {"masking": "dynamic"}],
     ids=lambda options: " ".join(options) or "as it is")
 def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, shards, options):
     if options.get("training__compile") and find_compiler("cpu") is None:
         pytest.skip("no C++ compiler")
+    if options.get("data__on_bad_shard"):
+        with h5py.File(shards / "train-00001.h5", "a") as file:
+            file["input_ids"][5, 1] = VOCAB
+    if options.get("masking"):
+        options = {}
+        for path in shards.glob("*.h5"):
+            with h5py.File(path, "a") as file:
+                file.attrs.update({"masking": "dynamic", "mask_share": 0.15, "special_ids": [0, 1, 2, 3, 4], "continuations": ""})
     assert main(arguments(tmp_path, shards, **options)) == 0
     assert main(arguments(tmp_path, shards, **options, training__output=tmp_path / "other", training__stop_at_step=5)) == 0
     assert [os.path.basename(path) for path in checkpoints(tmp_path, "other")] == ["step_00000005"]
