@@ -80,15 +80,19 @@ def read_nvidia(path: str, start: int, stop: int, vocab_size: int) -> Samples:
 def write_nvidia(path: str, parts: Iterable[Samples]) -> None:
     """Writes a file as NVIDIA's script does, with samples of one sequence length and number of mask slots.
 
-    Raises InputError for samples that the layout cannot hold (see `data.bert_layout.from_samples`).
+    Raises InputError for samples that the layout cannot hold (see `data.bert_layout.from_samples`), OSError that names the file
+    when the disk is full.
     """
     done = 0
-    with h5py.File(path, "w") as file:
-        for samples in parts:
-            for name, values in from_samples(samples, path, done).items():
-                if name not in file:
-                    file.create_dataset(name, (0,) + values.shape[1:], TYPES[name], maxshape=(None,) + values.shape[1:],
-                                        chunks=(CHUNK,) + values.shape[1:], compression="gzip")
-                file[name].resize(done + len(samples), axis=0)
-                file[name][done:] = values
-            done += len(samples)
+    try:
+        with h5py.File(path, "w") as file:
+            for samples in parts:
+                for name, values in from_samples(samples, path, done).items():
+                    if name not in file:
+                        file.create_dataset(name, (0,) + values.shape[1:], TYPES[name], maxshape=(None,) + values.shape[1:],
+                                            chunks=(CHUNK,) + values.shape[1:], compression="gzip")
+                    file[name].resize(done + len(samples), axis=0)
+                    file[name][done:] = values
+                done += len(samples)
+    except (OSError, RuntimeError) as error:  # h5py raises RuntimeError when the disk is full as a file is closed
+        raise OSError("%s: cannot be written (%s)" % (path, error))

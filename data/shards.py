@@ -111,7 +111,8 @@ def write_shard(path: str, samples: Samples, vocab_size: int, vocab_hash: str, m
                 masking: Optional[Dict] = None) -> None:
     """Writes one shard; the file appears under its name whole or not at all.
 
-    `masking`: the attributes of how its samples are masked, or are to be (MASKING); without it the file does not say.
+    `masking`: the attributes of how its samples are masked, or are to be (MASKING); without it the file does not say. Raises
+    OSError that names the file when the disk is full.
     """
     temporary = "%s.tmp-%d" % (path, os.getpid())
     try:
@@ -124,6 +125,8 @@ def write_shard(path: str, samples: Samples, vocab_size: int, vocab_hash: str, m
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # h5py raises RuntimeError when the disk is full as a file is closed
+        raise OSError("%s: cannot be written (%s)" % (path, error))
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)

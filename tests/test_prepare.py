@@ -3,6 +3,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -297,11 +298,30 @@ def test_a_stopped_run_with_other_options_is_refused_and_its_work_kept(corpus, t
     assert os.listdir(str(tmp_path)) == ["out"]
 
 
-def test_a_full_disk_stops_the_run_and_keeps_what_is_done(corpus, tmp_path, monkeypatch, capsys):
-    stop_at(monkeypatch, 2, OSError(28, "No space left on device"))
-    assert main(["--input", str(corpus / "*.txt"), "--vocab", str(corpus / "vocab"), "--output", str(tmp_path / "out"),
-                 "--sequence-length", "32", "--mask-tokens", "5"]) == 1
-    assert "No space left" in capsys.readouterr().err and os.listdir(str(tmp_path)) == [".out.unfinished"]
+LIMITED = """
+import resource, sys
+from data import prepare as module
+module.CHUNK_CHARACTERS, module.GROUP_CHUNKS = 2000, 3
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+sys.exit(module.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_file_that_cannot_grow_stops_the_run_and_keeps_what_is_done(corpus, tmp_path, small_chunks, workers):
+    options = ["--input", str(corpus / "*.txt"), "--vocab", str(corpus / "vocab"), "--output", str(tmp_path / "out"),
+               "--sequence-length", "32", "--mask-tokens", "5", "--duplicates", "20", "--workers", str(workers)]
+    # Parts fit, shards of three parts do not.
+    stopped = subprocess.run([sys.executable, "-c", LIMITED, "80000"] + options, cwd=REPOSITORY, stderr=subprocess.PIPE)
+    error = stopped.stderr.decode()
+    assert stopped.returncode == 1 and "Traceback" not in error
+    assert re.search(r"stopped: .*train-00000.h5: cannot be written .*File too large.* goes on from here", error)
+    assert os.listdir(str(tmp_path)) == [".out.unfinished"]
+    assert "part-00000000.h5" in os.listdir(str(tmp_path / ".out.unfinished")) and not glob.glob(
+        str(tmp_path / ".out.unfinished" / "**" / "*.tmp-*"), recursive=True)
+    make(corpus, tmp_path / "out", duplicates=20)
+    make(corpus, tmp_path / "whole", duplicates=20)
+    assert file_hashes(tmp_path / "out") == file_hashes(tmp_path / "whole")
 
 
 def test_a_process_that_is_killed_stops_the_run_with_its_name(corpus, tmp_path, small_chunks, monkeypatch):
