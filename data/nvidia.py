@@ -13,6 +13,7 @@ import numpy as np
 
 from data.bert_layout import BERT_FEATURES, from_samples, to_samples
 from data.errors import InputError
+from data.hdf5_file import new_hdf5
 from data.shards import Samples, ShardInfo
 
 __all__ = ["is_nvidia", "open_nvidia", "read_nvidia", "write_nvidia"]
@@ -84,15 +85,12 @@ def write_nvidia(path: str, parts: Iterable[Samples]) -> None:
     when the disk is full.
     """
     done = 0
-    try:
-        with h5py.File(path, "w") as file:
-            for samples in parts:
-                for name, values in from_samples(samples, path, done).items():
-                    if name not in file:
-                        file.create_dataset(name, (0,) + values.shape[1:], TYPES[name], maxshape=(None,) + values.shape[1:],
-                                            chunks=(CHUNK,) + values.shape[1:], compression="gzip")
-                    file[name].resize(done + len(samples), axis=0)
-                    file[name][done:] = values
-                done += len(samples)
-    except (OSError, RuntimeError) as error:  # h5py raises RuntimeError when the disk is full as a file is closed
-        raise OSError("%s: cannot be written (%s)" % (path, error))
+    with new_hdf5(path) as file:
+        for samples in parts:
+            for name, values in from_samples(samples, path, done).items():
+                if name not in file:
+                    file.create_dataset(name, (0,) + values.shape[1:], TYPES[name], maxshape=(None,) + values.shape[1:],
+                                        chunks=(CHUNK,) + values.shape[1:], compression="gzip")
+                file[name].resize(done + len(samples), axis=0)
+                file[name][done:] = values
+            done += len(samples)

@@ -25,6 +25,7 @@ import h5py
 import numpy as np
 
 from data.errors import InputError
+from data.hdf5_file import new_hdf5
 
 __all__ = ["FIELDS", "Samples", "ShardInfo", "check_samples", "find_bad_sample", "open_shards", "read_samples", "token_dtype",
            "vocab_sha256", "write_shard"]
@@ -116,7 +117,7 @@ def write_shard(path: str, samples: Samples, vocab_size: int, vocab_hash: str, m
     """
     temporary = "%s.tmp-%d" % (path, os.getpid())
     try:
-        with h5py.File(temporary, "w") as file:
+        with new_hdf5(temporary) as file:
             file.attrs.update({"format": FORMAT, "schema_version": SCHEMA_VERSION, "vocab_size": vocab_size,
                                "vocab_sha256": vocab_hash, "made_by": json.dumps(made_by)})
             file.attrs.update(masking or {})
@@ -125,8 +126,6 @@ def write_shard(path: str, samples: Samples, vocab_size: int, vocab_hash: str, m
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # h5py raises RuntimeError when the disk is full as a file is closed
-        raise OSError("%s: cannot be written (%s)" % (path, error))
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
