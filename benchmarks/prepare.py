@@ -10,11 +10,8 @@ itself took 6.4 s on 2 cores for wikitext-2-valid at 128 tokens, 20 masked, 5 du
 """
 
 import argparse
-import json
 import os
-import platform
 import random
-import statistics
 import sys
 import tempfile
 import time
@@ -24,8 +21,10 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import h5py
 import numpy as np
+import tokenizers
 from tqdm import tqdm
 
+from benchmarks.report import median, print_table, write_json
 from data.corpus import FORMATS, documents, find_files
 from data.prepare import prepare
 from data.tokenizer import make_tokenizer, read_vocab, train_vocab
@@ -216,24 +215,22 @@ def main():
             if number:  # the first round warms the page cache and the imports
                 for name, value in now.items():
                     seconds[name].append(value)
-    result = {name: {"seconds": statistics.median(values), "megabytes_per_second": megabytes / statistics.median(values),
+    result = {name: {"seconds": median(values), "megabytes_per_second": megabytes / median(values),
                      "samples": samples.get(name)} for name, values in seconds.items()}
-    result.update(megabytes=megabytes, duplicates=DUPLICATES, cores=len(os.sched_getaffinity(0)), machine=platform.machine(),
-                  date=time.strftime("%Y-%m-%d"), command=" ".join(["python"] + [os.path.basename(sys.argv[0])] + sys.argv[1:]),
-                  times_the_peer=result["peer"]["seconds"] / result["prepare"]["seconds"],
-                  times_the_fast_peer=result["peer_fast"]["seconds"] / result["prepare"]["seconds"],
+    result.update(megabytes=megabytes, duplicates=DUPLICATES, rounds=seconds,
+                  times_the_reimplementation=result["peer"]["seconds"] / result["prepare"]["seconds"],
+                  times_the_reimplementation_with_tokenizers=result["peer_fast"]["seconds"] / result["prepare"]["seconds"],
                   share_of_tokenizers=result["tokenizers"]["seconds"] / result["prepare"]["seconds"])
-    print("%.2f MB of text, %d tokens, %d masked, %d duplicates, %d cores, medians of %d" % (
-        megabytes, LENGTH, MASKS, DUPLICATES, result["cores"], options.rounds))
-    for name, what in (("prepare", "data.prepare, to shards"), ("tokenizers", "tokenizers alone, the text once"),
-                       ("peer", "create_pretraining_data's algorithm, re-implemented"),
-                       ("peer_fast", "the same, tokenized by tokenizers")):
-        print("%-52s %6.2f s  %6.2f MB/s" % (what, result[name]["seconds"], result[name]["megabytes_per_second"]))
+    print("%.2f MB of text, %d tokens, %d masked, %d duplicates; medians of %d rounds" % (
+        megabytes, LENGTH, MASKS, DUPLICATES, options.rounds))
+    print_table(["", "s", "MB/s"], [
+        [what, "%.2f" % result[name]["seconds"], "%.2f" % result[name]["megabytes_per_second"]]
+        for name, what in (("prepare", "data.prepare, to shards"), ("tokenizers", "tokenizers alone, the text once"),
+                           ("peer", "create_pretraining_data's algorithm, re-implemented"),
+                           ("peer_fast", "the same, tokenized by tokenizers"))])
     print("data.prepare is %.1f times the re-implementation, %.1f times it with tokenizers; %.2f of tokenizers' MB/s" % (
-        result["times_the_peer"], result["times_the_fast_peer"], result["share_of_tokenizers"]))
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump(result, file, indent=2)
+        result["times_the_reimplementation"], result["times_the_reimplementation_with_tokenizers"], result["share_of_tokenizers"]))
+    write_json(options.json, result, tokenizers=tokenizers.__version__, h5py=h5py.__version__, numpy=np.__version__)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,10 @@ Files are streamed; one shard is held in memory. The data set is built beside th
 """
 
 import argparse
+import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
 from typing import Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
@@ -21,9 +22,8 @@ from data.bert_layout import fit_samples, to_samples
 from data.errors import InputError
 from data.hub import is_hub, largest_mask_count, read_hub, table_files
 from data.nvidia import open_nvidia, read_nvidia, write_nvidia
-from data.prepare import check_output
 from data.shards import Samples, ShardInfo, check_samples, expand, open_shards, read_samples, vocab_sha256, write_shard
-from data.staging import moving, open_staging
+from data.staging import Staging, check_output, moving, open_staging
 from data.tfrecord import feature_names, read_packed, read_plain
 from data.tokenizer import read_vocab, write_tokenizer_files
 
@@ -76,7 +76,8 @@ def convert(input: Sequence[str], output: str, vocab: Optional[str] = None, sour
 
     `source` is one of FORMATS, by default what each file is found to be; `target` is "native" or "nvidia". `vocab` is the
     vocabulary that the samples were made with; only shards of this project know their own. Samples stay in the order of the
-    files, sorted by name. Raises InputError, and writes nothing, for anything that cannot be used, naming the file and sample.
+    files, sorted by name. Raises InputError, and writes nothing, for anything that cannot be used, naming the file and sample;
+    OSError when the disk is full.
     """
     check_options(source, target, sequence_length, mask_tokens, samples_per_shard)
     files = find_files(input, source)
@@ -92,32 +93,50 @@ def convert(input: Sequence[str], output: str, vocab: Optional[str] = None, sour
 
     options = {"command": "data.convert", "input": [os.path.realpath(path) for _, path in files], "to": target,
                "vocabulary": vocab_sha256(words or []), "chunks of a group": 1}
+    arguments = {"from": kinds, "sequence length": sequence_length, "mask tokens": mask_tokens, "samples": samples_per_shard}
+    arguments = json.loads(json.dumps(arguments))
     size = sum(os.path.getsize(path) for _, path in files)
     with open_staging(output, options) as staging, tqdm(
             total=size, unit="B", unit_scale=True, desc="samples", disable=not progress) as bar:
-        for name in os.listdir(staging.data):  # of a run that was killed: its input may have been another
-            os.remove(os.path.join(staging.data, name))
-        blocks = read_files(files, infos, vocab_size, mask_tokens, words, bar)
-        head = next(blocks, None)
-        if head is None:
-            raise InputError("%s: no samples" % ", ".join(path for _, path in files))
-        result = Conversion(output, kinds, sequence_length or head[0].input_ids.shape[1],
-                            mask_tokens or head[0].mlm_positions.shape[1])
-        fitted = (fit_samples(samples, result.sequence_length, result.mask_tokens, path, first)
-                  for samples, path, first in chain([head], blocks))
-        if words is not None:
-            write_tokenizer_files(staging.data, words)
-        # The names of a few files only: an attribute has room for 64 KB.
-        made_by = {"command": "data.convert", "input": [os.path.basename(path) for _, path in files[:NAMED_FILES]],
-                   "input_files": len(files), "from": kinds}
-        for parts in shard_parts(fitted, samples_per_shard):
-            path = os.path.join(staging.data, SHARD_NAME % result.shards)
-            if target == NATIVE:
-                write_shard(path, Samples.concatenate(parts), vocab_size, vocab_sha256(words), made_by)
-            else:
-                write_nvidia(path, parts)
-            result.count(parts)
-        staging.publish()
+        if staging.report is not None:  # a run that was killed as it ended had done all
+            staging.remove()
+            if staging.report["arguments"] != arguments:
+                check_output(output, vocab)
+            return Conversion(**dict(staging.report["result"], output=output))
+        try:
+            result = write_files(read_files(files, infos, vocab_size, mask_tokens, words, bar), staging, output, files, words,
+                                 vocab_size, target, sequence_length, mask_tokens, samples_per_shard)
+        except OSError:
+            staging.remove()
+            raise
+        staging.publish({"arguments": arguments, "result": asdict(result)})
+    return result
+
+
+def write_files(blocks: Iterator[Tuple[Samples, str, int]], staging: Staging, output: str, files: Sequence[Tuple[str, str]],
+                words: Optional[Sequence[str]], vocab_size: int, target: str, sequence_length: Optional[int],
+                mask_tokens: Optional[int], samples_per_shard: int) -> Conversion:
+    for name in os.listdir(staging.data):  # of a run that was killed: its input may have been another
+        os.remove(os.path.join(staging.data, name))
+    head = next(blocks, None)
+    if head is None:
+        raise InputError("%s: no samples" % ", ".join(path for _, path in files))
+    result = Conversion(output, tuple(sorted({kind for kind, _ in files})), sequence_length or head[0].input_ids.shape[1],
+                        mask_tokens or head[0].mlm_positions.shape[1])
+    fitted = (fit_samples(samples, result.sequence_length, result.mask_tokens, path, first)
+              for samples, path, first in chain([head], blocks))
+    if words is not None:
+        write_tokenizer_files(staging.data, words)
+    # The names of a few files only: an attribute has room for 64 KB.
+    made_by = {"command": "data.convert", "input": [os.path.basename(path) for _, path in files[:NAMED_FILES]],
+               "input_files": len(files), "from": result.formats}
+    for parts in shard_parts(fitted, samples_per_shard):
+        path = os.path.join(staging.data, SHARD_NAME % result.shards)
+        if target == NATIVE:
+            write_shard(path, Samples.concatenate(parts), vocab_size, vocab_sha256(words), made_by)
+        else:
+            write_nvidia(path, parts)
+        result.count(parts)
     return result
 
 
@@ -252,7 +271,7 @@ def make_parser() -> argparse.ArgumentParser:
   python -m data.convert --input 'wikipedia-bert-128/*.parquet' --vocab vocab.txt --mask-tokens 20 --output shards/wikipedia-128/
 
   # Google's or Graphcore's TFRecord, plain or packed
-  python -m data.convert --input 'tfrecords/*.tfrecord' --vocab vocab.txt --output shards/own/
+  python -m data.convert --input 'tfrecords/*.tfrecord' --vocab vocab.txt --mask-tokens 20 --output shards/own/
 
   # NVIDIA's HDF5 (training reads it as it is, too, but more slowly), and back
   python -m data.convert --input 'hdf5_lower_case_1_seq_len_128/*.hdf5' --vocab vocab.txt --output shards/nvidia-128/
@@ -276,13 +295,16 @@ tokenizer_config.json.""")
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
-    """The command. Gives its exit status: 0, 2 for input that cannot be used (one line on stderr), 130 when interrupted."""
+    """The command. Gives its exit status: 0, 2 for input that cannot be used, 1 when it stopped, 130 when interrupted."""
     options: Dict = vars(make_parser().parse_args(arguments))
     try:
         print(convert(**options))
     except InputError as error:
         print("error: %s" % error, file=sys.stderr)
         return 2
+    except OSError as error:
+        print("stopped: %s; the same command begins anew" % error, file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted: %s was not made; the same command begins anew" % options["output"], file=sys.stderr)
         return 130

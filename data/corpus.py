@@ -27,7 +27,7 @@ from typing import Callable, Iterable, Iterator, List, NamedTuple, Sequence, Tup
 from data.errors import InputError
 from data.text_file import read_lines
 
-__all__ = ["FORMATS", "PYTHON", "Document", "corpus_bytes", "documents", "find_files"]
+__all__ = ["FORMATS", "PYTHON", "Document", "check_formats", "corpus_bytes", "documents", "find_files"]
 
 FORMATS = ("lines", "wikitext", "wikiextractor", "jsonl")
 PYTHON = "python"
@@ -73,6 +73,38 @@ def find_files(inputs: Sequence[str]) -> List[str]:
 def corpus_bytes(files: Sequence[str]) -> int:
     """How many bytes `documents` reports to `on_bytes` for these files, in all."""
     return sum(sum(map(os.path.getsize, python_modules())) if path == PYTHON else os.path.getsize(path) for path in files)
+
+
+def check_formats(files: Sequence[str], text_format: str) -> None:
+    """Refuses what would be read in another format than it is in, by its name and by the first line that is not blank.
+
+    Raises InputError that names the file and the format to give.
+    """
+    for path in files:
+        if path == PYTHON:
+            continue
+        name = path[:-len(".gz")] if path.endswith(".gz") else path[:-len(".zst")] if path.endswith(".zst") else path
+        if name.endswith((".jsonl", ".ndjson")) and text_format != "jsonl":
+            raise InputError("%s: is named as JSON lines, --format is %s. Give --format jsonl, or name it otherwise" % (
+                path, text_format))
+        line = next(filter(None, read_lines(path, lambda count: None)), None)
+        if line is None:
+            continue
+        for found, mark, good in (("jsonl", 'a JSON object with the field "text"', is_json_text(line)),
+                                  ("wikiextractor", "a <doc ...> line", line.startswith("<doc "))):
+            if good and text_format != found:
+                raise InputError("%s: begins with %s, --format is %s. Give --format %s" % (path, mark, text_format, found))
+        if text_format == "wikiextractor" and not line.startswith("<doc "):
+            raise InputError("%s: begins with %r, --format is wikiextractor, expected a <doc ...> line. Give --format %s" % (
+                path, line[:40], "wikitext" if is_title(line) else "lines"))
+
+
+def is_json_text(line: str) -> bool:
+    try:
+        value = json.loads(line) if line.startswith("{") else None
+    except ValueError:
+        return False
+    return isinstance(value, dict) and "text" in value
 
 
 def documents(files: Sequence[str], text_format: str = "lines",

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from data.bert_layout import first_fault
 from data.errors import InputError
 from data.nvidia import is_nvidia, open_nvidia, read_nvidia
-from data.packing import mask_slots_of_row, pack
+from data.packing import SAMPLES_PER_ROW, mask_slots_of_row, pack
 from data.shards import Samples, ShardInfo, expand, find_bad_sample, open_shards, read_samples, vocab_sha256
 from data.tokenizer import read_vocab
 
@@ -25,7 +25,6 @@ __all__ = ["Inspection", "inspect", "main", "readable", "restored_ids"]
 
 BLOCK = 4096  # samples read at a time
 PACKED_SAMPLES = 65536  # that are packed together to see what packing saves: a global batch of the recipe's phase 1
-PACKED_PER_ROW = 6  # as the configs have it
 BARS, BAR_WIDTH = 16, 40
 
 
@@ -98,7 +97,7 @@ def inspect(files: Sequence[str], vocab: Optional[str] = None, examples: int = 3
     ids = {word: words.index(word) for word in ("[PAD]", "[CLS]", "[SEP]", "[MASK]")}
     histogram = np.zeros(first.sequence_length + 1, np.int64)
     maskable = masked = as_mask = unchanged = not_next = 0
-    hashes, packable = [], []
+    hashes, packable, to_pack = [], [], PACKED_SAMPLES
     for samples in blocks(shards, ids if check else None, progress):
         histogram += np.bincount(samples.lengths, minlength=len(histogram))
         maskable += int(samples.lengths.sum(dtype=np.int64) - 2 * len(samples) - (samples.first_lengths < samples.lengths).sum())
@@ -109,8 +108,9 @@ def inspect(files: Sequence[str], vocab: Optional[str] = None, examples: int = 3
         unchanged += int((used & (shown == samples.mlm_labels)).sum())
         not_next += int(samples.nsp_labels.sum())
         hashes.append(hash_rows(restored_ids(samples)))
-        if len(packable) * BLOCK < PACKED_SAMPLES:
-            packable.append((samples.lengths.copy(), samples.mlm_counts.copy()))
+        if to_pack:
+            packable.append((samples.lengths[:to_pack].copy(), samples.mlm_counts[:to_pack].copy()))
+            to_pack -= len(packable[-1][0])
     hashed = np.concatenate(hashes)
     result.samples, result.tokens = len(hashed), int(histogram @ np.arange(len(histogram)))
     result.length_histogram = histogram.tolist()
@@ -226,8 +226,8 @@ def find_fault(samples: Samples, ids: Dict[str, int]) -> Optional[Tuple[int, str
 
 
 def padding_when_packed(lengths: np.ndarray, mask_counts: np.ndarray, shard: ShardInfo) -> float:
-    slots = mask_slots_of_row(shard.mask_tokens, PACKED_PER_ROW)
-    rows = pack(lengths, mask_counts, shard.sequence_length, slots, PACKED_PER_ROW).rows
+    slots = mask_slots_of_row(shard.mask_tokens, SAMPLES_PER_ROW)
+    rows = pack(lengths, mask_counts, shard.sequence_length, slots, SAMPLES_PER_ROW).rows
     return 1 - int(lengths.sum(dtype=np.int64)) / (rows * shard.sequence_length)
 
 

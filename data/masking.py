@@ -55,8 +55,8 @@ def mask_words_of(shard: ShardInfo) -> MaskWords:
 def mask_dynamic(samples: Samples, sample_indices: np.ndarray, seed: int, epoch, words: MaskWords, mask_share: float) -> Samples:
     """Unmasked samples, masked for one epoch: a pure function of each sample, its index, the seed and the epoch.
 
-    `sample_indices` [N] integers: the samples' places in the data set, counted through its shards. `epoch`: one, or each's. The given samples are left
-    as they are; those returned share all arrays with them but `input_ids` and the three of `mlm_`.
+    `sample_indices` [N] integers: the samples' places in the data set, counted through its shards. `epoch`: one, or each's. The
+    given samples are left as they are; those returned share all arrays with them but `input_ids` and the three of `mlm_`.
     """
     input_ids = samples.input_ids.copy()
     positions, labels, counts = mask(input_ids, samples.lengths, samples.first_lengths, sample_keys(seed, epoch, sample_indices),

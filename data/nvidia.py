@@ -14,6 +14,7 @@ import numpy as np
 
 from data.bert_layout import BERT_FEATURES, from_samples, to_samples
 from data.errors import InputError
+from data.hdf5_file import new_hdf5
 from data.shards import Samples, ShardInfo
 
 __all__ = ["is_nvidia", "open_nvidia", "read_nvidia", "write_nvidia"]
@@ -83,10 +84,11 @@ def read_nvidia(path: str, start: int, stop: int, vocab_size: int, file: Optiona
 def write_nvidia(path: str, parts: Iterable[Samples]) -> None:
     """Writes a file as NVIDIA's script does, with samples of one sequence length and number of mask slots.
 
-    Raises InputError for samples that the layout cannot hold (see `data.bert_layout.from_samples`).
+    Raises InputError for samples that the layout cannot hold (see `data.bert_layout.from_samples`), OSError that names the file
+    when the disk is full.
     """
     done = 0
-    with h5py.File(path, "w") as file:
+    with new_hdf5(path) as file:
         for samples in parts:
             for name, values in from_samples(samples, path, done).items():
                 if name not in file:

@@ -1,7 +1,8 @@
 """Packing: which samples share a row.
 
-Best fit on the histogram of lengths (Krell et al., arXiv 2107.02027, with best fit in place of shortest pack first): samples of one
-length are alike, so it is lengths that are placed, not samples, longest first, each in the open row with the least room for it.
+Best fit on the histogram of lengths (Krell et al., arXiv 2107.02027, with best fit in place of shortest pack first): samples of
+one length are alike, so it is lengths that are placed, not samples, longest first, each in the open row with the least room for
+it.
 
 Shape letters: N samples, L token slots of a row, M mask slots of a row, S samples of a row at most.
 """
@@ -10,7 +11,9 @@ from typing import List, NamedTuple, Tuple
 
 import numpy as np
 
-__all__ = ["Packing", "largest_prefix", "mask_slots_of_row", "one_a_row", "pack"]
+__all__ = ["SAMPLES_PER_ROW", "Packing", "largest_prefix", "mask_slots_of_row", "one_a_row", "pack"]
+
+SAMPLES_PER_ROW = 6  # S when nothing else is asked for
 
 
 class Packing(NamedTuple):
@@ -94,7 +97,7 @@ def row_shapes(histogram: np.ndarray, samples_per_row: int) -> List[Tuple[Tuple[
 
 
 def settle(lengths, mask_counts, row, place, mask_slots: int, samples_per_row: int) -> Packing:
-    """Starts, with rows numbered by their first sample; a row with too many masked tokens gives its last samples rows of their own."""
+    """Starts, with rows numbered by their first sample; a row with too many masked tokens gives its last samples own rows."""
     rows = int(row.max()) + 1 if len(row) else 0
     grid = np.full((rows, samples_per_row), -1)
     grid[row, place] = np.arange(len(row))

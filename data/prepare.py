@@ -10,7 +10,6 @@ the same files, byte for byte, on any number of processes and however often the 
 
 import argparse
 import contextlib
-import glob
 import math
 import os
 import random
@@ -20,22 +19,25 @@ from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from typing import Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
+import numpy as np
+import tokenizers
 from tqdm import tqdm
 
 from data.chunks import HELD_OUT, TRAIN, Recipe, read_part_counts
-from data.corpus import FORMATS, PYTHON, Document, corpus_bytes, documents, find_files
+from data.corpus import FORMATS, PYTHON, Document, check_formats, corpus_bytes, documents, find_files
 from data.errors import InputError, PrepareStopped
 from data.prepare_workers import InlineWorker, Workers
 from data.shards import layout, vocab_sha256
-from data.staging import Staging, moving, open_staging
+from data.staging import Staging, check_output, moving, open_staging
 from data.tokenizer import read_vocab, train_vocab, write_tokenizer_files
 
 __all__ = ["Summary", "main", "prepare"]
 
 SHARD_NAMES = ("train-%05d.h5", "held_out-%05d.h5")
-TOKENIZER_FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json")
 MASKINGS = ("static", "dynamic")
 
+# An attribute of a shard has room for 64 KB.
+NAMED_FILES = 20
 CHUNK_CHARACTERS = 1 << 22
 GROUP_CHUNKS = 256
 # All the shards that are made at once: each is in memory once.
@@ -106,7 +108,7 @@ def prepare(input: Sequence[str], output: str, format: str = "lines", vocab: Opt
     check_options(format, sequence_length, mask_tokens, mask_share, masking, short_share, duplicates, held_out, samples_per_shard,
                   seed, workers)
     files = find_files(input)
-    check_names(files, format)
+    check_formats(files, format)
     if not moving(output):
         check_output(output, vocab)
     words = None if vocab is None else read_vocab(vocab)
@@ -116,18 +118,22 @@ def prepare(input: Sequence[str], output: str, format: str = "lines", vocab: Opt
         with tqdm(total=total, unit="B", unit_scale=True, desc=purpose, disable=not progress) as bar:
             yield from documents(files, format, bar.update)
 
-    made_by = {"command": "data.prepare", "input": [os.path.basename(path) for path in files], "format": format,
-               "mask_share": mask_share, "short_share": short_share, "duplicates": duplicates, "held_out": held_out, "seed": seed,
+    made_by = {"command": "data.prepare", "input": [os.path.basename(path) for path in files[:NAMED_FILES]],
+               "input_files": len(files), "format": format, "mask_share": mask_share, "short_share": short_share, "duplicates": duplicates, "held_out": held_out, "seed": seed,
                "masking": masking, "whole_word_masking": whole_word_masking}
     recipe = Recipe(sequence_length, mask_tokens, mask_share, short_share, duplicates, masking, whole_word_masking, seed, made_by)
     options = dict(made_by, **asdict(recipe))
-    del options["made_by"], options["input"]  # which hold the same in other words
+    del options["made_by"], options["input"], options["input_files"]  # which hold the same in other words
     options.update({
         "files": [file_state(path) for path in files], "vocab": words and vocab_sha256(words),
-        "vocab_size": None if words else vocab_size, "samples_per_shard": samples_per_shard, "output": os.path.realpath(output),
+        "vocab_size": None if words else vocab_size, "samples_per_shard": samples_per_shard,
+        "version of numpy": np.__version__, "version of tokenizers": tokenizers.__version__,  # which decide the bytes, too
         "chunk characters": CHUNK_CHARACTERS, "chunks of a group": GROUP_CHUNKS})
 
     with open_staging(output, options) as staging:
+        if staging.report is not None:  # a run that was killed as it ended had done all
+            staging.remove()
+            return Summary(**dict(staging.report, output=output))
         words = words or begun_vocab(staging)
         if words is None:
             stride = -(-total // VOCAB_TEXT_BYTES) or 1
@@ -142,7 +148,7 @@ def prepare(input: Sequence[str], output: str, format: str = "lines", vocab: Opt
             make_shards(chain(first, chunks), staging, pool, workers, recipe, samples_per_shard, len(words))
         summary = summarize(output, len(words), sequence_length, staging.groups())
         check_samples_made(summary, files, held_out)
-        staging.publish()
+        staging.publish(asdict(summary))
     return summary
 
 
@@ -156,7 +162,7 @@ def file_state(path: str) -> List:
 
 def begun_vocab(staging: Staging) -> Optional[List[str]]:
     """The vocabulary that a stopped run has trained."""
-    path = os.path.join(staging.data, TOKENIZER_FILES[0])
+    path = os.path.join(staging.data, "vocab.txt")
     return read_vocab(path) if os.path.exists(path) else None
 
 
@@ -258,28 +264,6 @@ def check_options(format, sequence_length, mask_tokens, mask_share, masking, sho
             ("--workers", workers, workers >= 1, "1 or more processes")]:
         if not good:
             raise InputError("%s is %s, expected %s" % (name, value, expected))
-
-
-def check_names(files: Sequence[str], format: str) -> None:
-    """Refuses what would be read as text though its name says that it is JSON."""
-    for path in files:
-        name = path[:-len(".gz")] if path.endswith(".gz") else path[:-len(".zst")] if path.endswith(".zst") else path
-        if name.endswith((".jsonl", ".ndjson")) and format != "jsonl":
-            raise InputError("%s: is named as JSON lines, --format is %s. Give --format jsonl, or name it otherwise" % (
-                path, format))
-
-
-def check_output(output: str, vocab: Optional[str]) -> None:
-    """Refuses a folder in which something would be overwritten, but for the vocabulary itself lying there."""
-    if os.path.exists(output) and not os.path.isdir(output):
-        raise InputError("%s: is a file, expected a folder to make; give another --output" % output)
-    shard_patterns = [os.path.join(glob.escape(output), name.replace("%05d", "*")) for name in SHARD_NAMES]
-    taken = [path for pattern in shard_patterns for path in sorted(glob.glob(pattern))]
-    taken += [path for path in (os.path.join(output, name) for name in TOKENIZER_FILES)
-              if os.path.exists(path) and not (vocab and os.path.exists(vocab) and os.path.samefile(path, vocab))]
-    if taken:
-        raise InputError("%s: holds a data set already (%s); nothing is overwritten. Give another --output, or remove that "
-                         "folder first" % (output, os.path.basename(taken[0])))
 
 
 def check_samples_made(summary: Summary, files: Sequence[str], held_out: float) -> None:

@@ -13,6 +13,7 @@ from data.errors import InputError
 __all__ = ["ring_bytes", "ring_slots", "shared_file"]
 
 ALIGNMENT = 4096
+CONTROL_GROUP = "/sys/fs/cgroup"
 
 
 def ring_bytes(layout: Dict[str, tuple], slots: int) -> int:
@@ -56,8 +57,25 @@ def shared_file(size: int) -> BinaryIO:
 
 
 def available_memory() -> int:
+    """Bytes that this process can still have: the machine's, or less in a container (control group, version 2) with a limit."""
     with open("/proc/meminfo") as lines:
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    limit = read_word(os.path.join(CONTROL_GROUP, "memory.max"))
+    if not limit.isdigit():  # "max", or no such group
+        return available
+    with open(os.path.join(CONTROL_GROUP, "memory.stat")) as lines:
+        counts = dict(line.split() for line in lines)
+    # Pages of files count as used, but give way: shards that were read would else leave no memory.
+    files = int(counts["inactive_file"]) + int(counts["active_file"])
+    used = int(read_word(os.path.join(CONTROL_GROUP, "memory.current"))) - files
+    return max(0, min(available, int(limit) - used))
+
+
+def read_word(path: str) -> str:
+    if not os.path.exists(path):
+        return ""
+    with open(path) as file:
+        return file.read().strip()
 
 
 def aligned_bytes(array: tuple) -> int:

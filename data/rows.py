@@ -54,7 +54,7 @@ def fill_unpacked(batch: Dict[str, np.ndarray], samples: Samples) -> None:
 
 def fill_packed(batch: Dict[str, np.ndarray], samples: Samples, row: np.ndarray, place: np.ndarray, start: np.ndarray,
                 mask_start: np.ndarray) -> None:
-    """Writes N samples that were checked where `data.packing` put them, into the arrays of `batch`, R rows each of which gets some.
+    """Writes N checked samples where `data.packing` put them, into the arrays of `batch`, R rows each of which gets some.
 
     `row`, `place`, `start`, `mask_start` [N] are the packing's, with rows counted from the first of `batch`; the samples come row
     after row, in the order of their places. Weights become 0 and 1 as in `fill_unpacked`.

@@ -25,6 +25,7 @@ import h5py
 import numpy as np
 
 from data.errors import InputError
+from data.hdf5_file import new_hdf5
 
 __all__ = ["FIELDS", "Samples", "ShardInfo", "check_samples", "find_bad_sample", "open_shards", "read_samples", "token_dtype",
            "vocab_sha256", "write_shard"]
@@ -111,11 +112,12 @@ def write_shard(path: str, samples: Samples, vocab_size: int, vocab_hash: str, m
                 masking: Optional[Dict] = None) -> None:
     """Writes one shard; the file appears under its name whole or not at all.
 
-    `masking`: the attributes of how its samples are masked, or are to be (MASKING); without it the file does not say.
+    `masking`: the attributes of how its samples are masked, or are to be (MASKING); without it the file does not say. Raises
+    OSError that names the file when the disk is full.
     """
     temporary = "%s.tmp-%d" % (path, os.getpid())
     try:
-        with h5py.File(temporary, "w") as file:
+        with new_hdf5(temporary) as file:
             file.attrs.update({"format": FORMAT, "schema_version": SCHEMA_VERSION, "vocab_size": vocab_size,
                                "vocab_sha256": vocab_hash, "made_by": json.dumps(made_by)})
             file.attrs.update(masking or {})

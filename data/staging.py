@@ -2,7 +2,7 @@
 
     .NAME.unfinished/          beside the output folder NAME, or in it when it is there already
         lock                   held as long as a process writes here
-        state.json             the options of the run
+        state.json             the options of the run; once the data set moves to its place, also its files and the report
         data/                  what becomes the data set: shards, vocab.txt, ...
         part-00000012.h5       the samples of a chunk of text
         group-00003.json       shards are made of the parts of this group, whose counts it holds; the parts may go
@@ -17,20 +17,26 @@ import json
 import os
 import shutil
 import time
-from typing import Dict, Iterator, List
+from typing import Dict, Iterator, List, Optional, Sequence
 
 from data.errors import InputError
 
-__all__ = ["Staging", "moving", "open_staging"]
+__all__ = ["Staging", "check_output", "moving", "open_staging"]
+
+SHARD_PATTERNS = ("train-*.h5", "held_out-*.h5")
+TOKENIZER_FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json")
 
 LOCK_SECONDS = 3  # how long a killed run's last processes may take to end
 
 
 class Staging:
-    """A staging folder under lock, for one run with given options."""
+    """A staging folder under lock, for one run with given options.
 
-    def __init__(self, folder: str, target: str, lock: int):
-        self.folder, self.target, self.lock = folder, target, lock
+    `report` is what an earlier run gave to `publish`, when all of its data set got to its place; else None.
+    """
+
+    def __init__(self, folder: str, target: str, lock: int, report: Optional[Dict] = None):
+        self.folder, self.target, self.lock, self.report = folder, target, lock, report
         self.data = os.path.join(folder, "data")
 
     def part(self, number: int) -> str:
@@ -47,11 +53,14 @@ class Staging:
         for path in parts:
             os.remove(path)
 
-    def publish(self) -> None:
-        """Moves the data set to its place: at once, or file by file into a folder that is there already."""
+    def publish(self, report: Dict) -> None:
+        """Moves the data set to its place: at once, or file by file into a folder that is there already.
+
+        `report` (JSON values) is for the next run, should this one be killed between the move and the end.
+        """
+        state = os.path.join(self.folder, "state.json")
+        write_json(state, dict(read_json(state), moving={"files": sorted(os.listdir(self.data)), "report": report}))
         if os.path.isdir(self.target):
-            state = os.path.join(self.folder, "state.json")
-            write_json(state, dict(read_json(state), moving=True))
             for name in sorted(os.listdir(self.data)):
                 os.replace(os.path.join(self.data, name), os.path.join(self.target, name))
         else:
@@ -60,21 +69,64 @@ class Staging:
         self.remove()
 
     def remove(self) -> None:
+        """Removes the folder, the state last: a kill on the way leaves what the next run can end."""
+        with contextlib.suppress(OSError):
+            empty(self.folder, keep=("state.json",))
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+def empty(folder: str, keep: Sequence[str]) -> None:
+    for name in set(os.listdir(folder)).difference(keep):
+        path = os.path.join(folder, name)
+        if os.path.isdir(path):
+            shutil.rmtree(path)
+        else:
+            os.remove(path)
+
+
+def check_output(output: str, vocab: Optional[str]) -> None:
+    """Refuses a folder in which something would be overwritten, but for the vocabulary itself lying there."""
+    if os.path.exists(output) and not os.path.isdir(output):
+        raise InputError("%s: is a file, expected a folder to make; give another --output" % output)
+    shard_patterns = [os.path.join(glob.escape(output), name) for name in SHARD_PATTERNS]
+    taken = [path for pattern in shard_patterns for path in sorted(glob.glob(pattern))]
+    taken += [path for path in (os.path.join(output, name) for name in TOKENIZER_FILES)
+              if os.path.exists(path) and not (vocab and os.path.exists(vocab) and os.path.samefile(path, vocab))]
+    if taken:
+        raise InputError("%s: holds a data set already (%s); nothing is overwritten. Give another --output, or remove that "
+                         "folder first" % (output, os.path.basename(taken[0])))
+
+
 def staging_folder(output: str) -> str:
+    """In the nearest folder that is there; or higher up, where a run that made `output` itself was killed before it ended."""
     target = os.path.realpath(output)
-    parent = target
-    while not os.path.isdir(parent):
+    name, parent, folders = ".%s.unfinished" % os.path.basename(target), target, []
+    while parent != os.path.dirname(parent):
+        if os.path.isdir(parent):
+            folders.append(os.path.join(parent, name))
         parent = os.path.dirname(parent)
-    return os.path.join(parent, ".%s.unfinished" % os.path.basename(target))
+    folders.append(os.path.join(parent, name))
+    return next((folder for folder in folders if moved(folder, target)), folders[0])
 
 
 def moving(output: str) -> bool:
-    """Whether a run was stopped while it moved its finished data set into the folder `output`."""
-    state = os.path.join(staging_folder(output), "state.json")
-    return os.path.exists(state) and "moving" in read_json(state)
+    """Whether a run was stopped while it moved its finished data set to `output`, or when it had just done so."""
+    folder = staging_folder(output)
+    state = read_state(folder)
+    return "moving" in state and (os.path.isdir(os.path.join(folder, "data")) or moved(folder, os.path.realpath(output)))
+
+
+def moved(folder: str, target: str) -> bool:
+    """Whether the whole data set that was made in this folder is in its place, `target`."""
+    state, data = read_state(folder), os.path.join(folder, "data")
+    return ("moving" in state and state["options"]["output"] == target and not (os.path.isdir(data) and os.listdir(data))
+            and all(os.path.exists(os.path.join(target, name)) for name in state["moving"]["files"]))
+
+
+def read_state(folder: str) -> Dict:
+    """What state.json holds; nothing when no run began in the folder."""
+    path = os.path.join(folder, "state.json")
+    return read_json(path) if os.path.exists(path) else {}
 
 
 @contextlib.contextmanager
@@ -92,7 +144,7 @@ def open_staging(output: str, options: Dict) -> Iterator[Staging]:
         raise InputError("%s: cannot be written (%s); give another --output" % (output, error.strerror))
     staging = Staging(folder, os.path.realpath(output), lock)
     try:
-        begin(staging, output, json.loads(json.dumps(options)))
+        begin(staging, output, json.loads(json.dumps(dict(options, output=staging.target))))
         try:
             yield staging
         except InputError:
@@ -105,14 +157,17 @@ def open_staging(output: str, options: Dict) -> Iterator[Staging]:
 def begin(staging: Staging, output: str, options: Dict) -> None:
     """Checks the options against those of the run that began here, and removes what no run can use."""
     state = os.path.join(staging.folder, "state.json")
-    earlier = read_json(state) if os.path.exists(state) else None
-    if earlier is not None and os.path.isdir(staging.data):
+    earlier, whole = read_state(staging.folder), moved(staging.folder, staging.target)
+    if earlier and (whole or os.path.isdir(staging.data)):
         found = earlier["options"]
         differ = [name for name in options if found.get(name) != options[name]]
         if differ:
             raise InputError("%s: a run that was stopped had %s. Give its options to go on with it, or remove %s to begin "
                              "anew" % (output, "; ".join(difference(name, found.get(name), options[name]) for name in differ),
                                        staging.folder))
+        if whole:
+            staging.report = earlier["moving"]["report"]
+            return
         done = len(staging.groups()) * options["chunks of a group"]
         for path in glob.glob(os.path.join(glob.escape(staging.folder), "**", "*.tmp-*"), recursive=True):
             os.remove(path)
@@ -120,12 +175,7 @@ def begin(staging: Staging, output: str, options: Dict) -> None:
             if int(os.path.basename(path)[5:-3]) < done:
                 os.remove(path)
         return
-    for name in os.listdir(staging.folder):
-        path = os.path.join(staging.folder, name)
-        if os.path.isdir(path):
-            shutil.rmtree(path)
-        elif name != "lock":
-            os.remove(path)
+    empty(staging.folder, keep=("lock",))
     os.mkdir(staging.data)
     write_json(state, {"options": options})
 

@@ -15,6 +15,7 @@ from data.convert import convert, main, recognise
 from data.errors import InputError
 from data.nvidia import is_nvidia, open_nvidia, read_nvidia, write_nvidia
 from data.shards import FIELDS, Samples, open_shards, read_samples, vocab_sha256, write_shard
+from data.staging import Staging
 from data.tfrecord import record_checksums
 from tests.foreign_formats import (
     bert_arrays, example, hub_columns, integers_of_tfrecord, packed_features, plain_features, write_tfrecord)
@@ -416,6 +417,41 @@ def test_after_an_interrupt_the_same_command_makes_the_whole_data_set(tmp_path, 
     assert main(arguments + ["20"]) == 0
     assert_equal(written(tmp_path / "out"), samples)
     assert sorted(os.listdir(str(tmp_path))) == ["a", "out"]
+
+
+LIMITED = """
+import resource, sys
+from data.convert import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (20000, resource.RLIM_INFINITY))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("target", ["native", "nvidia"])
+def test_a_file_that_cannot_grow_stops_the_command_and_leaves_nothing(tmp_path, vocab, target):
+    path = write_hdf5(tmp_path / "a", bert_samples(np.random.default_rng(0), 2000))
+    stopped = subprocess.run([sys.executable, "-c", LIMITED, "--input", path, "--vocab", vocab, "--output", str(tmp_path / "out"),
+                              "--to", target], cwd=REPOSITORY, stderr=subprocess.PIPE)
+    error = stopped.stderr.decode()
+    assert stopped.returncode == 1 and "Traceback" not in error and "File too large" in error
+    assert "stopped: " in error and "train-00000.h5" in error and "cannot be written (File" in error and "the same command begins anew" in error
+    assert os.listdir(str(tmp_path)) == ["a"]
+
+
+def test_a_run_killed_after_its_files_moved_is_reported_as_done_but_not_for_other_arguments(tmp_path, vocab, monkeypatch, capsys):
+    path = write_hdf5(tmp_path / "a", bert_samples(np.random.default_rng(0), 20))
+    arguments = ["--input", path, "--vocab", vocab, "--output", str(tmp_path / "out")]
+    for more, status in (([], 0), (["--samples-per-shard", "3"], 2)):
+        with monkeypatch.context() as patch:
+            patch.setattr(Staging, "remove", lambda staging: None)
+            assert main(["--input", path, "--vocab", vocab, "--output", str(tmp_path / "out")]) == 0
+        said = capsys.readouterr().out
+        assert main(arguments + more) == status
+        assert capsys.readouterr().out == (said if status == 0 else "")
+        assert sorted(os.listdir(str(tmp_path))) == ["a", "out"]
+        for name in os.listdir(str(tmp_path / "out")):
+            os.remove(str(tmp_path / "out" / name))
+        os.rmdir(str(tmp_path / "out"))
 
 
 def test_help_teaches_with_examples_and_needs_no_pyarrow():

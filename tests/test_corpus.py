@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data import corpus, text_file
-from data.corpus import Document, corpus_bytes, documents, find_files
+from data.corpus import Document, check_formats, corpus_bytes, documents, find_files
 from data.errors import InputError
 
 
@@ -124,6 +124,25 @@ def test_wikiextractor_documents_are_its_elements_and_their_blank_lines_end_none
     path = write(tmp_path / "wiki_00", WIKI)
     assert [document.lines for document in documents([path], "wikiextractor")] == [
         ["Anarchism", "Anarchism is a philosophy.", "It < has > signs."], ["Autism"]]
+
+
+@pytest.mark.parametrize("content, given, right", [
+    ("\n" + WIKI, "lines", "wikiextractor"), (WIKI, "wikitext", "wikiextractor"), (WIKI, "jsonl", "wikiextractor"),
+    ('{"id": 1, "text": "a"}\n', "lines", "jsonl"), ('{"text": "a"}\n', "wikiextractor", "jsonl"),
+    ("Some text.\n\n<doc id>", "wikiextractor", "lines"), (" = Title = \n", "wikiextractor", "wikitext"),
+])
+@pytest.mark.parametrize("name", ["a", "a.gz"])
+def test_text_in_another_format_than_the_one_given_is_refused_with_the_right_one(tmp_path, content, given, right, name):
+    good = write(tmp_path / "good", {"lines": "a", "wikitext": "a", "jsonl": '{"text": ""}', "wikiextractor": WIKI}[given])
+    path = write(tmp_path / name, gzip.compress(content.encode()) if name == "a.gz" else content)
+    with pytest.raises(InputError, match="%s: begins with .* --format is %s.*Give --format %s$" % (name, given, right)):
+        check_formats([good, path], given)
+    check_formats(["python", path, write(tmp_path / "empty", "\n")], right)
+
+
+def test_lines_that_only_look_like_another_format_are_text(tmp_path):
+    for number, line in enumerate(('{"title": "a"}', "{text} in braces", '["text"]', "<document>")):
+        check_formats([write(tmp_path / str(number), line)], "lines")
 
 
 def test_json_lines_are_documents_however_long(tmp_path, monkeypatch):

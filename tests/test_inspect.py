@@ -7,9 +7,11 @@ import sys
 import numpy as np
 import pytest
 
+from data import inspect as inspect_module
 from data.errors import InputError
 from data.inspect import inspect, main, readable
 from data.nvidia import write_nvidia
+from data.packing import SAMPLES_PER_ROW, mask_slots_of_row, pack
 from data.shards import Samples, vocab_sha256, write_shard
 from tests.make_samples import WORDS, bert_samples
 
@@ -62,6 +64,16 @@ def test_samples_that_the_loader_masks_are_good_and_said_to_be_bare(tmp_path):
 def test_packing_saves_padding(tmp_path):
     found = look(write(tmp_path, bert_samples(np.random.default_rng(0), 300, 32, 6)))
     assert 0 <= found.padding_packed < found.padding / 2 and "when packed" in str(found)
+
+
+def test_as_many_samples_are_packed_as_are_said_whatever_the_sizes_of_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(inspect_module, "PACKED_SAMPLES", 250)
+    samples = bert_samples(np.random.default_rng(0), 300, 32, 6)
+    for number in range(3):
+        write(tmp_path, samples.take(slice(100 * number, 100 * number + 100)), "train-%d.h5" % number)
+    lengths, counts = samples.lengths[:250], samples.mlm_counts[:250]
+    rows = pack(lengths, counts, 32, mask_slots_of_row(6, SAMPLES_PER_ROW), SAMPLES_PER_ROW).rows
+    assert look(tmp_path / "*.h5").padding_packed == pytest.approx(1 - lengths.sum() / (32 * rows))
 
 
 def test_samples_that_differ_in_their_masks_only_are_duplicates(tmp_path):

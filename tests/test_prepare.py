@@ -3,6 +3,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -57,7 +58,7 @@ def all_samples(folder, name="train"):
 
 
 def file_hashes(folder):
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir()) if path.is_file()}
 
 
 def restored(samples):
@@ -297,11 +298,30 @@ def test_a_stopped_run_with_other_options_is_refused_and_its_work_kept(corpus, t
     assert os.listdir(str(tmp_path)) == ["out"]
 
 
-def test_a_full_disk_stops_the_run_and_keeps_what_is_done(corpus, tmp_path, monkeypatch, capsys):
-    stop_at(monkeypatch, 2, OSError(28, "No space left on device"))
-    assert main(["--input", str(corpus / "*.txt"), "--vocab", str(corpus / "vocab"), "--output", str(tmp_path / "out"),
-                 "--sequence-length", "32", "--mask-tokens", "5"]) == 1
-    assert "No space left" in capsys.readouterr().err and os.listdir(str(tmp_path)) == [".out.unfinished"]
+LIMITED = """
+import resource, sys
+from data import prepare as module
+module.CHUNK_CHARACTERS, module.GROUP_CHUNKS = 2000, 3
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+sys.exit(module.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_file_that_cannot_grow_stops_the_run_and_keeps_what_is_done(corpus, tmp_path, small_chunks, workers):
+    options = ["--input", str(corpus / "*.txt"), "--vocab", str(corpus / "vocab"), "--output", str(tmp_path / "out"),
+               "--sequence-length", "32", "--mask-tokens", "5", "--duplicates", "20", "--workers", str(workers)]
+    # Parts fit, shards of three parts do not.
+    stopped = subprocess.run([sys.executable, "-c", LIMITED, "80000"] + options, cwd=REPOSITORY, stderr=subprocess.PIPE)
+    error = stopped.stderr.decode()
+    assert stopped.returncode == 1 and "Traceback" not in error
+    assert re.search(r"stopped: .*train-00000.h5[.]tmp-[0-9]+: cannot be written \(File too large\).* goes on from here", error)
+    assert os.listdir(str(tmp_path)) == [".out.unfinished"]
+    assert "part-00000000.h5" in os.listdir(str(tmp_path / ".out.unfinished")) and not glob.glob(
+        str(tmp_path / ".out.unfinished" / "**" / "*.tmp-*"), recursive=True)
+    make(corpus, tmp_path / "out", duplicates=20)
+    make(corpus, tmp_path / "whole", duplicates=20)
+    assert file_hashes(tmp_path / "out") == file_hashes(tmp_path / "whole")
 
 
 def test_a_process_that_is_killed_stops_the_run_with_its_name(corpus, tmp_path, small_chunks, monkeypatch):
@@ -344,6 +364,67 @@ def test_a_run_stopped_while_it_moves_its_files_into_a_folder_ends_the_move(corp
     make(corpus, tmp_path / "out", samples_per_shard=50)
     make(corpus, tmp_path / "again", samples_per_shard=50)
     assert file_hashes(tmp_path / "out") == file_hashes(tmp_path / "again")
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("removed", [False, True])
+def test_a_run_killed_after_its_files_moved_is_reported_as_done(corpus, tmp_path, monkeypatch, capsys, there, removed):
+    if there:
+        (tmp_path / "new" / "out").mkdir(parents=True)
+    command = ["--input", str(corpus / "*.txt"), "--vocab", str(corpus / "vocab"), "--output", str(tmp_path / "new" / "out"),
+               "--sequence-length", "32", "--mask-tokens", "5"]
+    real = staging.empty
+
+    def killed(folder, keep):
+        if removed and "state.json" in keep:
+            real(folder, keep)
+        if "state.json" in keep:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(staging, "empty", killed)
+        assert main(command) == 130
+    capsys.readouterr()
+    before = file_hashes(tmp_path / "new" / "out")
+    assert main(command) == 0
+    assert "documents   40, of which 0 held out" in capsys.readouterr().out
+    assert file_hashes(tmp_path / "new" / "out") == before
+    assert os.listdir(str(tmp_path)) == ["new"] and os.listdir(str(tmp_path / "new")) == ["out"]
+    assert sorted(os.listdir(str(tmp_path / "new" / "out"))) == sorted(before)
+    assert main(command) == 2
+
+
+def test_a_data_set_that_was_removed_is_made_anew_though_the_killed_run_had_moved_it(corpus, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(staging.Staging, "remove", lambda self: None)
+        make(corpus, tmp_path / "out")
+    before = file_hashes(tmp_path / "out")
+    for path in (tmp_path / "out").iterdir():
+        path.unlink()
+    (tmp_path / "out").rmdir()
+    make(corpus, tmp_path / "out")
+    assert file_hashes(tmp_path / "out") == before and os.listdir(str(tmp_path)) == ["out"]
+
+
+@pytest.mark.parametrize("package", ["numpy", "tokenizers"])
+def test_a_stopped_run_goes_on_only_with_the_versions_it_began_with(corpus, tmp_path, monkeypatch, package):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 1, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            make(corpus, tmp_path / "out")
+    monkeypatch.setattr(sys.modules[package], "__version__", "0.0.1")
+    with pytest.raises(InputError, match='had version of %s ".*", not "0.0.1". .*remove .*unfinished' % package):
+        make(corpus, tmp_path / "out")
+
+
+def test_shards_of_a_text_in_very_many_files_name_a_few(corpus, tmp_path):
+    (tmp_path / "in").mkdir()
+    for number in range(400):
+        (tmp_path / "in" / ("%03d" % number + "x" * 200)).write_text("d1w1 d1w2\nd1w3\n")
+    make(corpus, tmp_path / "out", input=[str(tmp_path / "in" / "*")])
+    with h5py.File(str(tmp_path / "out" / "train-00000.h5"), "r") as file:
+        made_by = json.loads(file.attrs["made_by"])
+    assert len(made_by["input"]) == 20 and made_by["input_files"] == 400
 
 
 def test_dynamic_masking_leaves_the_text_whole_and_tells_the_loader_what_it_needs(corpus, tmp_path):
@@ -417,6 +498,7 @@ def text(path, content):
     (lambda folder: dict(masking="none"), "--masking is none, expected static or dynamic"),
     (lambda folder: dict(workers=0), "--workers is 0"),
     (lambda folder: dict(input=text(folder / "a.jsonl.gz", b"")), "a.jsonl.gz: is named as JSON lines, --format is lines"),
+    (lambda folder: dict(input=text(folder / "w", b"<doc id>\na b\n</doc>\n")), "w: begins with .*Give --format wikiextractor"),
     (lambda folder: dict(held_out=1.0), "--held-out is 1.0"),
     (lambda folder: dict(held_out=0.9, input=text(folder / "one.txt", b"d1w1 d1w2 d1w3\n")), "leaves nothing to train on"),
     (lambda folder: dict(held_out=0.0001), "holds nothing out: the text has 40 documents"),
