@@ -173,7 +173,8 @@ def run(arguments, folder):
     print("%d samples of length %d, %d bytes each; global batch %d; medians of %d rounds" % (
         sum(shard.num_samples for shard in shards), info.sequence_length, size, arguments.batch_size, arguments.rounds))
     print_table(["", "samples/s", "GB/s", "loader is faster by"],
-                [[name, "%.0f" % rate, "%.3f" % (rate * size / 1e9), "%.1f" % (rates["loader, packed"] / rate)] for name, rate in rates.items()])
+                [[name, "%.0f" % rate, "%.3f" % (rate * size / 1e9), "%.1f" % (rates["loader, packed"] / rate)]
+                 for name, rate in rates.items()])
     write_json(arguments.json, {"bytes_per_sample": size, "batch_size": arguments.batch_size, "sequence_length": info.sequence_length,
                                 "samples_per_second": rates, "rounds": found},
                torch=torch.__version__, h5py=h5py.__version__, numpy=np.__version__)

@@ -152,7 +152,8 @@ def run(own, config):
         way.step()  # compiles, allocates
         way.update_seconds.clear()
     for _ in range(own.rounds):
-        rates.append(gemm_rate(device, config.model.hidden_size, config.model.intermediate_size, bfloat16, 1024 if device == "cpu" else 16384))
+        rates.append(gemm_rate(device, config.model.hidden_size, config.model.intermediate_size, bfloat16,
+                               1024 if device == "cpu" else 16384))
         for name, way in ways.items():
             seconds[name].append(timed(device, way.step))
     flops, rows, gemm = useful_flops(config.model, samples), [], median(rates)

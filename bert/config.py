@@ -11,6 +11,7 @@ from typing import Any, Dict, List, Literal, Optional, Sequence, Union
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from data.errors import InputError
+from data.packing import SAMPLES_PER_ROW
 
 __all__ = ["Config", "DataConfig", "IpuConfig", "ModelConfig", "OptimizerConfig", "TrainingConfig",
            "learning_rate_at", "parse_command_line", "validate"]
@@ -63,7 +64,7 @@ class DataConfig:
     packing: Literal["samples", "rows", "off"] = "samples"
     """How samples share rows. samples: a global batch is exactly global_batch_size samples, in as few rows as they fit; rows: it is
     that many rows, static shapes, with as many samples as fit; off: one sample a row."""
-    samples_per_row: int = 6
+    samples_per_row: int = SAMPLES_PER_ROW
     """Samples of a packed row, at most."""
     on_bad_shard: Literal["stop", "skip"] = "stop"
     """What to do with a shard that is missing, cut off or holds a bad sample: stop the run, or leave it out and report it."""
@@ -244,7 +245,8 @@ def find_config(name: str) -> str:
 
 def check_keys(values: Any, path: str, kind=Config, prefix: str = "") -> None:
     if not isinstance(values, dict):
-        raise InputError("%s: %s is %s, expected an object of keys and values" % (path, prefix.rstrip(".") or "the file", json.dumps(values)))
+        raise InputError("%s: %s is %s, expected an object of keys and values" % (
+            path, prefix.rstrip(".") or "the file", json.dumps(values)))
     known = [one.name for one in dataclasses.fields(kind)]
     for key, value in values.items():
         if key not in known:

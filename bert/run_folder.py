@@ -43,7 +43,8 @@ def find_checkpoint(config: Config) -> Optional[str]:
                              "folder with --training.output" % (folder, ", ".join(taken)))
         return None
     if config.resume == "never":
-        raise InputError("%s: holds a run already. Continue it with --resume auto, or choose another folder with --training.output" % folder)
+        raise InputError("%s: holds a run already. Continue it with --resume auto, or choose another folder with --training.output" %
+                         folder)
     there, own = read_json(path), course(config)
     for key in own:
         if there.get(key) != own[key]:

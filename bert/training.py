@@ -114,7 +114,8 @@ def run_steps(config: Config, engine, loader: Loader, batch: GlobalBatch, words:
 
                 with protected():  # but for the engine's forward and backward passes, which may be cut short
                     recent.append(engine.step(batch.arrays, learning_rate, step, progress))
-                    samples_seen, samples, steps, position = samples_seen + batch.samples, samples + batch.samples, steps + 1, batch.position
+                    samples_seen, position = samples_seen + batch.samples, batch.position
+                    samples, steps = samples + batch.samples, steps + 1
                     new, skipped = set(batch.skipped) - set(skipped), batch.skipped
                 for path in new:
                     say("left out, %d by now: %s" % (len(skipped), skipped[path]))
@@ -209,7 +210,8 @@ def open_data(config: Config) -> Tuple[List[ShardInfo], List[str], Dict[str, str
         check_vocabulary(words, path, held_out[0])
         both = {os.path.realpath(shard.path) for shard in shards} & {os.path.realpath(shard.path) for shard in held_out}
         if both:
-            raise InputError("%s: is named by data.files and by data.held_out_files; expected different files: --data.files '.../train-*.h5' and "
+            raise InputError("%s: is named by data.files and by data.held_out_files; expected different files: "
+                             "--data.files '.../train-*.h5' and "
                              "--data.held_out_files '.../held_out-*.h5'" % sorted(both)[0])
         for _ in batches_in_order(data.held_out_files, 4096, *expected):
             pass

@@ -21,7 +21,7 @@ import numpy as np
 from data.errors import InputError, LoaderDied
 from data.masking import mask_dynamic, mask_words_of
 from data.nvidia import read_nvidia
-from data.packing import mask_slots_of_row
+from data.packing import SAMPLES_PER_ROW, mask_slots_of_row
 from data.ring import ring_bytes, ring_slots, shared_file
 from data.rows import batch_layout, unpacked_batch
 from data.shards import Samples, ShardInfo, check_samples, open_shards, read_samples
@@ -46,19 +46,20 @@ class GlobalBatch:
 class Loader:
     """Global batches in the order of `data.order`, assembled ahead of their use; without end.
 
-    `files`: paths and globs of shards, or shards that `open_shards` opened for this run. `packing`: "samples": a batch is `batch_size` samples, in as few rows as they fit, up to
-    `samples_per_row` in each; "rows": it is `batch_size` rows, static shapes, with as many samples as fit, and the next batch
-    goes on after them; "off": `batch_size` rows of one sample. `position`: where to go on (a batch's `position`; 0: at the
-    start). `skip_bad`: leave shards out that turn out bad, instead of raising; a batch's `skipped` says which, and why, and
-    `skipped` those that were left out before. `workers`: threads that read and assemble. `slots`: global batches in memory, the
-    one in use among them; neither changes what is in a batch.
+    `files`: paths and globs of shards, or shards that `open_shards` opened for this run. `packing`: "samples": a batch is
+    `batch_size` samples, in as few rows as they fit, up to `samples_per_row` in each; "rows": it is `batch_size` rows, static
+    shapes, with as many samples as fit, and the next batch goes on after them; "off": `batch_size` rows of one sample.
+    `position`: where to go on (a batch's `position`; 0: at the start). `skip_bad`: leave shards out that turn out bad,
+    instead of raising; a batch's `skipped` says which, and why, and `skipped` those that were left out before. `workers`:
+    threads that read and assemble. `slots`: global batches in memory, the one in use among them; neither changes what is in a
+    batch.
 
     Raises InputError, before a process is started, for shards that cannot be used (see `open_shards`), a value out of range, and
     too little memory. A context manager: leaving it, or the end of this process in whatever way, ends the loader's process.
     """
 
     def __init__(self, files: Sequence[Union[str, ShardInfo]], batch_size: int, seed: int, sequence_length: int, mask_tokens: int,
-                 vocab_size: int, packing: str = "off", samples_per_row: int = 6, position: int = 0, skip_bad: bool = False,
+                 vocab_size: int, packing: str = "off", samples_per_row: int = SAMPLES_PER_ROW, position: int = 0, skip_bad: bool = False,
                  skipped: Optional[Dict[str, str]] = None, workers: int = 2, slots: int = 3):
         for name, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0), ("position", position, 0),
                                    ("samples_per_row", samples_per_row, 1), ("workers", workers, 1), ("slots", slots, 2)):

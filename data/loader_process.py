@@ -1,7 +1,8 @@
 """The process behind `data.loader.Loader`: reads, shuffles and assembles global batches into shared memory, ahead of training.
 
 It speaks JSON lines. In: the settings (a dict), then the number of each slot that may be filled. Out: {"slot", "rows",
-"samples", "masked_tokens", "position", "skipped"} for each finished batch, or {"error", "bad_input"} once, then it ends. It ends too when its parent does.
+"samples", "masked_tokens", "position", "skipped"} for each finished batch, or {"error", "bad_input"} once, then it ends. It
+ends too when its parent does.
 It imports neither torch nor anything that starts slowly.
 """
 

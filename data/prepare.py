@@ -119,7 +119,8 @@ def prepare(input: Sequence[str], output: str, format: str = "lines", vocab: Opt
             yield from documents(files, format, bar.update)
 
     made_by = {"command": "data.prepare", "input": [os.path.basename(path) for path in files[:NAMED_FILES]],
-               "input_files": len(files), "format": format, "mask_share": mask_share, "short_share": short_share, "duplicates": duplicates, "held_out": held_out, "seed": seed,
+               "input_files": len(files), "format": format, "mask_share": mask_share, "short_share": short_share,
+               "duplicates": duplicates, "held_out": held_out, "seed": seed,
                "masking": masking, "whole_word_masking": whole_word_masking}
     recipe = Recipe(sequence_length, mask_tokens, mask_share, short_share, duplicates, masking, whole_word_masking, seed, made_by)
     options = dict(made_by, **asdict(recipe))

@@ -159,7 +159,8 @@ def open_shards(patterns: Sequence[str], sequence_length: Optional[int] = None, 
                 raise
             skipped[path] = str(error)
     if not shards:
-        raise InputError("no shards are named: data.files is empty" if not skipped else "every shard is bad: %s" % "; ".join(skipped.values()))
+        raise InputError("every shard is bad: %s" % "; ".join(skipped.values()) if skipped else
+                         "no shards are named: data.files is empty")
     if sum(shard.num_samples for shard in shards) == 0:
         raise InputError("%s: holds no samples" % ", ".join(shard.path for shard in shards))
     for shard in shards:

@@ -1,7 +1,7 @@
 """Reads windows of samples from shards, block by block, one window ahead of the one in use.
 
-Plain reads at a data set's place in the file (of NVIDIA's compressed files: h5py's), not h5py (its lock would serialize the threads) and not a memory map (a file
-that is cut off while it is mapped kills the process without a word).
+Plain reads at a data set's place in the file (of NVIDIA's compressed files: h5py's), not h5py (its lock would serialize the
+threads) and not a memory map (a file that is cut off while it is mapped kills the process without a word).
 """
 
 import contextlib

@@ -18,9 +18,9 @@ class TorchEngine:
     """Trains `graph` (batch of rows -> weighted loss, metrics) with LAMB on one device.
 
     `groups` are LAMB's (ops.lamb.lamb_groups), each with its parameters' `names`. `micro_batch_size` is in rows. `layers` are
-    compiled one by one, where `compile` says so. Dropout draws from a generator state of its own: a function of (seed, step, first row of the
-    micro-batch), so that a run is repeatable whatever else draws random numbers. `steps_done` is the last step whose update is
-    in the weights.
+    compiled one by one, where `compile` says so. Dropout draws from a generator state of its own: a function of (seed, step,
+    first row of the micro-batch), so that a run is repeatable whatever else draws random numbers. `steps_done` is the last
+    step whose update is in the weights.
     """
 
     def __init__(self, graph: nn.Module, groups, device: str, betas, eps: float, seed: int, micro_batch_size: int,
