@@ -44,6 +44,8 @@ def save_checkpoint(folder: str, step: int, weights: Dict[str, torch.Tensor], op
     write_json(os.path.join(temporary, "config.json"), transformers_config(model))
     write_json(os.path.join(temporary, "training_state.json"), state)
     write_tokenizer_files(temporary, words, model.max_position_embeddings)
+    for name in ("model.safetensors", "optimizer.safetensors"):  # safetensors makes them readable by their owner alone
+        shutil.copymode(os.path.join(temporary, "config.json"), os.path.join(temporary, name))
     for name in os.listdir(temporary):
         flush_to_disk(os.path.join(temporary, name))
     flush_to_disk(temporary)

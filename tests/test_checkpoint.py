@@ -33,6 +33,7 @@ def test_transformers_loads_a_checkpoint_whole(tmp_path):
     batch, theirs = random_batch(3, 64, seed=1)
     assert abs(model.eval()(**theirs).loss - graph(batch)[0]) < 1e-5
     assert isinstance(AutoModel.from_pretrained(path), BertModel)
+    assert len({os.stat(os.path.join(path, name)).st_mode for name in os.listdir(path)}) == 1  # all as readable as each other
     tokenizer = AutoTokenizer.from_pretrained(path)
     assert tokenizer.convert_ids_to_tokens(tokenizer("Hello worlds!")["input_ids"]) == ["[CLS]", "hello", "world", "##s", "!", "[SEP]"]
     assert (tokenizer.pad_token_id, tokenizer.mask_token, tokenizer.model_max_length) == (0, "[MASK]", config.max_position_embeddings)
