@@ -73,8 +73,8 @@ class DataConfig:
     text: Union[str, List[str]] = field(default_factory=list)
     """Where `files` are not there yet, make them from this text: paths or globs, or `python`, the prose that Python brings.
     They go into the folder of `files`, which must be named train-*.h5."""
-    text_format: Literal["lines", "wikitext"] = "lines"
-    """How `text` separates documents: at blank lines, or at `= Title =` lines."""
+    text_format: Literal["lines", "wikitext", "wikiextractor", "jsonl"] = "lines"
+    """How `text` separates documents: blank lines, `= Title =` lines, WikiExtractor's <doc>, or one JSON object a line."""
     duplicates: int = 1
     """How often each document of `text` is cut and masked anew."""
     held_out: float = 0.0
@@ -166,7 +166,7 @@ class Config:
     """BERT pre-training: config -> shards -> global batches -> LAMB -> checkpoint that transformers loads."""
 
     device: Literal["auto", "ipu", "cuda", "cpu"] = "auto"
-    """Where to train; auto: IPUs where PopTorch finds them, else CUDA, else the CPU."""
+    """Where to train; auto: CUDA where there is a device, else the CPU."""
     resume: Literal["never", "auto"] = "never"
     """auto: continue the run in the output folder, where there is one, exactly where its newest checkpoint is."""
     model: ModelConfig = field(default_factory=ModelConfig)
