@@ -50,11 +50,13 @@ def train(config: Config) -> int:
         checkpoint = find_checkpoint(config)
         make_shards_from_text(config)
         shards, words, skipped = open_data(config)
-        data_set = {"shards": [[os.path.basename(shard.path), shard.num_samples] for shard in shards], "vocab_sha256": vocab_sha256(words)}
+        data_set = {"shards": [[os.path.basename(shard.path), shard.num_samples] for shard in shards],
+                    "vocab_sha256": vocab_sha256(words)}
         state = read_state(checkpoint, data_set, config.data.on_bad_shard == "skip")
         state["skipped"].update(skipped)
         last = min(config.training.max_steps, config.training.stop_at_step or config.training.max_steps)
-        if state["step"] >= last:
+        finished = last < config.training.max_steps or os.path.exists(os.path.join(config.training.output, "curve.png"))
+        if state["step"] >= last and finished:
             say("%s: step %d of %d is done already, nothing to do" % (config.training.output, state["step"], last))
             return state["step"]
         loader = closing.enter_context(open_loader(config, shards, state))
@@ -86,6 +88,7 @@ def run_steps(config: Config, engine, loader: Loader, batch: GlobalBatch, words:
     recent = [{name: torch.tensor(value) for name, value in one.items()} for one in state["recent"]]
 
     def save() -> None:
+        nonlocal saved
         weights = engine.weights()
         if not all(torch.isfinite(tensor).all() for tensor in weights.values()):
             raise diverged(config, engine.steps_done, "weights are not finite")
@@ -95,6 +98,7 @@ def run_steps(config: Config, engine, loader: Loader, batch: GlobalBatch, words:
                 {"step": engine.steps_done, "samples_seen": samples_seen, "position": position, "skipped": skipped, "data_set": data_set,
                  "recent": [{name: one[name].item() for name in METRICS} for one in recent], "config": dataclasses.asdict(config)},
                 training.keep_checkpoints)
+            saved = engine.steps_done
         say("saved %s" % path)
 
     bar = tqdm(total=last, initial=engine.steps_done, disable=None, dynamic_ncols=True, desc="training",
@@ -136,7 +140,6 @@ def run_steps(config: Config, engine, loader: Loader, batch: GlobalBatch, words:
                 if step % training.save_every == 0 or step == last:
                     before = time.perf_counter()
                     save()
-                    saved = step
                     since += time.perf_counter() - before
                 if step < last:
                     before = time.perf_counter()
@@ -308,15 +311,15 @@ def diverged(config: Config, step: int, what: str) -> Diverged:
 
 
 def finish(config: Config, engine) -> None:
-    """The picture, the held-out evaluation, and where the checkpoint is."""
+    """The held-out evaluation, the picture (last: it says that a run is finished), and where the checkpoint is."""
     folder = config.training.output
-    draw_curve(read_metrics(os.path.join(folder, "metrics.jsonl")), os.path.join(folder, "curve.png"), os.path.basename(folder))
     if config.data.held_out_files:
         held_out = evaluate(config, engine)
         write_json(os.path.join(folder, "held_out.json"), held_out)
         say("held out (%d samples): loss %.3f  mlm %.3f (%.1f %%)  nsp %.3f (%.1f %%)" % (
             held_out["samples"], held_out["loss"], held_out["mlm_loss"], 100 * held_out["mlm_accuracy"],
             held_out["nsp_loss"], 100 * held_out["nsp_accuracy"]))
+    draw_curve(read_metrics(os.path.join(folder, "metrics.jsonl")), os.path.join(folder, "curve.png"), os.path.basename(folder))
     checkpoint = list_checkpoints(os.path.join(folder, "checkpoints"))[-1]
     say("metrics and picture: %s/metrics.jsonl, %s/curve.png\ncheckpoint: AutoModel.from_pretrained(%r)" % (folder, folder, checkpoint))
 

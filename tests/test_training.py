@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from bert.checkpoint import list_checkpoints, read_safetensors
+from bert.checkpoint import list_checkpoints, read_safetensors, save_checkpoint
 from bert.config import parse_command_line
 from bert.engines.torch_engine import find_compiler
 from bert.interrupts import interruptible, protected
@@ -190,6 +190,25 @@ def test_a_finished_run_is_left_alone(tmp_path, shards):
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert main(arguments(tmp_path, shards, resume="auto")) == 0
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_a_run_that_was_stopped_before_its_picture_gets_it_when_it_goes_on(tmp_path, shards):
+    assert main(arguments(tmp_path, shards, training__max_steps=3)) == 0
+    (tmp_path / "run" / "curve.png").unlink()
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert main(arguments(tmp_path, shards, training__max_steps=3, resume="auto")) == 0
+    assert (tmp_path / "run" / "curve.png").exists() and (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_a_signal_during_a_save_is_heeded_after_it_and_nothing_is_saved_twice(tmp_path, shards, monkeypatch):
+    def save_and_signal(*values):
+        path = save_checkpoint(*values)
+        signal.raise_signal(signal.SIGTERM)
+        return path
+
+    monkeypatch.setattr("bert.training.save_checkpoint", save_and_signal)
+    assert main(arguments(tmp_path, shards, training__save_every=2)) == 128 + signal.SIGTERM
+    assert [os.path.basename(path) for path in checkpoints(tmp_path)] == ["step_00000002"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
