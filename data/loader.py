@@ -10,7 +10,6 @@ import json
 import mmap
 import os
 import select
-import signal
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ from data.packing import SAMPLES_PER_ROW, mask_slots_of_row
 from data.ring import ring_bytes, ring_slots, shared_file
 from data.rows import batch_layout, unpacked_batch
 from data.shards import Samples, ShardInfo, check_samples, open_shards, read_samples
+from data.subprocesses import end_process, how_it_ended
 
 __all__ = ["GlobalBatch", "Loader", "batches_in_order"]
 
@@ -126,13 +126,7 @@ class Loader:
         if self._process is None:
             return
         process, self._process, self._slots = self._process, None, None
-        process.kill()
-        process.wait()
-        process.stdout.close()
-        try:
-            process.stdin.close()
-        except BrokenPipeError:
-            pass
+        end_process(process)
 
     def __enter__(self) -> "Loader":
         return self
@@ -148,10 +142,8 @@ class Loader:
             pass  # it ended: why is what `next` reads
 
     def _obituary(self) -> Dict:
-        code = self._process.wait()
-        how = "was killed by %s" % signal.Signals(-code).name if code < 0 else "ended with exit status %d" % code
-        hint = ": the machine may have run out of memory" if code == -signal.SIGKILL else ""
-        return {"error": "the loader's process %s%s. Start again from the last checkpoint" % (how, hint), "bad_input": False}
+        return {"error": "the loader's process %s. Start again from the last checkpoint" % how_it_ended(self._process),
+                "bad_input": False}
 
 
 def batches_in_order(files: Sequence[str], batch_size: int, sequence_length: int, mask_tokens: int,

@@ -18,6 +18,7 @@ from typing import Dict, Sequence
 
 from data.chunks import ChunkMaker, Recipe
 from data.errors import InputError, PrepareStopped
+from data.subprocesses import end_process, how_it_ended
 
 __all__ = ["InlineWorker", "Workers"]
 
@@ -61,15 +62,10 @@ class Workers:
         """Ends all processes at once, whatever they are doing."""
         self.closed = True
         for process in self.processes:
-            process.kill()
+            process.kill()  # first, for the threads wait for their answers
         self.threads.shutdown()
         for process in self.processes:
-            process.wait()
-            process.stdout.close()
-            try:
-                process.stdin.close()
-            except BrokenPipeError:
-                pass
+            end_process(process)
 
     def ask(self, task: bytes) -> None:
         if self.closed:
@@ -82,10 +78,7 @@ class Workers:
             pass  # it ended: the missing answer says so
         line = process.stdout.readline()
         if not line.endswith(b"\n"):
-            code = process.wait()
-            how = "was killed by %s" % signal.Signals(-code).name if code < 0 else "ended with exit status %d" % code
-            hint = ": the machine may have run out of memory; give fewer --workers" if code == -signal.SIGKILL else ""
-            raise PrepareStopped("a process that made samples %s%s" % (how, hint))
+            raise PrepareStopped("a process that made samples %s (fewer --workers take less memory)" % how_it_ended(process))
         answer = json.loads(line)
         if "error" in answer:
             raise (InputError if answer["bad_input"] else PrepareStopped)(answer["error"])
