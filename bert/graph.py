@@ -2,10 +2,11 @@
 
 Parameter names are those of transformers' BertForPreTraining, so that `state_dict()` is a checkpoint.
 
-Shape letters: R rows, L token slots of a row, M mask slots of a row, S samples of a row, H hidden, A heads, D head size, V vocabulary.
+Shape letters: R rows, L token slots of a row, M mask slots of a row, S samples of a row, H hidden, V vocabulary. A batch may also be
+tokens laid end to end (data/rows.py): then R L is one number of tokens T, R M one of masked tokens, R S one of samples.
 """
 
-from typing import Dict, Sequence, Tuple
+from typing import Dict, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +14,11 @@ from torch import nn
 
 from bert.config import ModelConfig
 from bert.stages import Stage, placement
-from ops.attention import attention, same_sample_mask
-from ops.gather import gather_tokens
+from ops.attention import Spans, attention, same_sample_mask
+from ops.dropout import dropout
+from ops.gather import embed, gather_tokens
 from ops.ipu import block, recompute_from
+from ops.linear import linear_dropout_add_norm, linear_gelu, linears
 from ops.mlm_loss import mlm_loss
 
 __all__ = ["Bert", "BertForPretraining", "initialize"]
@@ -30,12 +33,12 @@ class Embeddings(nn.Module):
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = config.hidden_dropout_prob
 
     def forward(self, input_ids, token_type_ids, position_ids):
-        embedded = (self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids)
-                    + self.position_embeddings(position_ids))
-        return self.dropout(self.LayerNorm(embedded))
+        embedded = (embed(input_ids, self.word_embeddings.weight) + embed(token_type_ids, self.token_type_embeddings.weight)
+                    + embed(position_ids, self.position_embeddings.weight))
+        return dropout(self.LayerNorm(embedded), self.dropout if self.training else 0.0)
 
 
 class SelfAttention(nn.Module):
@@ -48,14 +51,10 @@ class SelfAttention(nn.Module):
         self.key = nn.Linear(config.hidden_size, config.hidden_size)
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden, mask):
-        rows, length, size = hidden.shape
-        weight = torch.cat([self.query.weight, self.key.weight, self.value.weight])
-        bias = torch.cat([self.query.bias, self.key.bias, self.value.bias])
-        # [R, L, 3H] -> three of [R, A, L, D]
-        qkv = F.linear(hidden, weight, bias).view(rows, length, 3, self.heads, size // self.heads).permute(2, 0, 3, 1, 4)
-        context = attention(qkv[0], qkv[1], qkv[2], mask, self.dropout if self.training else 0.0)
-        return context.transpose(1, 2).reshape(rows, length, size)
+    def forward(self, hidden, within):
+        layers = self.query, self.key, self.value
+        query, key, value = linears(hidden, [layer.weight for layer in layers], [layer.bias for layer in layers])
+        return attention(query, key, value, within, self.heads, self.dropout if self.training else 0.0)
 
 
 class DenseAddNorm(nn.Module):
@@ -65,10 +64,11 @@ class DenseAddNorm(nn.Module):
         super().__init__()
         self.dense = nn.Linear(size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = config.hidden_dropout_prob
 
     def forward(self, hidden, residual):
-        return self.LayerNorm(self.dropout(self.dense(hidden)) + residual)
+        return linear_dropout_add_norm(hidden, self.dense.weight, self.dense.bias, residual, self.LayerNorm.weight, self.LayerNorm.bias,
+                                       self.LayerNorm.eps, self.dropout if self.training else 0.0)
 
 
 class DenseGelu(nn.Module):
@@ -79,11 +79,11 @@ class DenseGelu(nn.Module):
         self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
 
     def forward(self, hidden):
-        return F.gelu(self.dense(hidden))
+        return linear_gelu(hidden, self.dense.weight, self.dense.bias)
 
 
 class EncoderLayer(nn.Module):
-    """[R, L, H] -> [R, L, H], post-norm as in the paper (arXiv 1810.04805). `mask` is same_sample_mask's."""
+    """[R, L, H] -> [R, L, H], post-norm as in the paper (arXiv 1810.04805). `within` says which tokens are one sample's (ops/attention.py)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -91,8 +91,8 @@ class EncoderLayer(nn.Module):
         self.intermediate = DenseGelu(config)
         self.output = DenseAddNorm(config.intermediate_size, config)
 
-    def forward(self, hidden, mask):
-        hidden = self.attention["output"](self.attention["self"](hidden, mask), hidden)
+    def forward(self, hidden, within):
+        hidden = self.attention["output"](self.attention["self"](hidden, within), hidden)
         return self.output(self.intermediate(hidden), hidden)
 
 
@@ -105,13 +105,14 @@ class Bert(nn.Module):
         self.embeddings = Embeddings(config)
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))})
 
-    def forward(self, input_ids, token_type_ids, position_ids, sample_ids):
+    def forward(self, input_ids, token_type_ids, position_ids, samples: Union[torch.Tensor, Spans]):
+        """`samples` are the rows' sample_ids [R, L], or the spans of samples laid end to end."""
         with block("embeddings", self.ipu_of["embeddings"]):
-            mask = same_sample_mask(sample_ids)
+            within = samples if isinstance(samples, Spans) else same_sample_mask(samples)
             hidden = self.embeddings(input_ids, token_type_ids, position_ids)
         for i, layer in enumerate(self.encoder["layer"]):
             with block("layer%d" % i, self.ipu_of["layer%d" % i]):
-                hidden = layer(hidden, mask)
+                hidden = layer(hidden, within)
                 if self.recompute:
                     hidden = recompute_from(hidden)
         return hidden
@@ -137,7 +138,7 @@ class Transform(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, hidden):
-        return self.LayerNorm(F.gelu(self.dense(hidden)))
+        return self.LayerNorm(linear_gelu(hidden, self.dense.weight, self.dense.bias))
 
 
 class Predictions(nn.Module):
@@ -152,10 +153,10 @@ class Predictions(nn.Module):
 class BertForPretraining(nn.Module):
     """The graph that an engine trains: a batch of rows (data/rows.py) -> the weighted loss and its parts.
 
-    `serialization_factor` is the number of parts that the MLM decoder and its loss are computed in.
+    `serialization_factor` is the number of parts that the MLM decoder and its loss are computed in; None leaves it to ops/mlm_loss.py.
     """
 
-    def __init__(self, config: ModelConfig, stages: Sequence[Stage], serialization_factor: int = 1, recompute: bool = True):
+    def __init__(self, config: ModelConfig, stages: Sequence[Stage], serialization_factor: Optional[int] = None, recompute: bool = True):
         super().__init__()
         self.serialization_factor = serialization_factor
         self.bert = Bert(config, stages, recompute)
@@ -165,19 +166,20 @@ class BertForPretraining(nn.Module):
     def forward(self, batch: Dict[str, torch.Tensor]) -> Tuple[torch.Tensor, Dict[str, torch.Tensor]]:
         """Returns the loss (MLM + NSP, weighted sums) and, as scalars, mlm_loss, nsp_loss, mlm_accuracy and nsp_accuracy.
 
-        Summed over the micro-batches of a global batch these are its means: the weights see to that. `mlm_used` [T], where the
-        shapes may vary, says which of the R * M mask slots hold a masked token: the MLM head computes no others.
+        Summed over the micro-batches of a global batch these are its means: the weights see to that. A batch is rows, or tokens laid
+        end to end. `mlm_used`, in a batch of rows, says which of the R * M mask slots hold a masked token: no others are computed.
         """
-        hidden = self.bert(batch["input_ids"], batch["token_type_ids"], batch["position_ids"], batch["sample_ids"])
+        samples = Spans(batch["starts"], batch["longest"]) if "starts" in batch else batch["sample_ids"]
+        hidden = self.bert(batch["input_ids"], batch["token_type_ids"], batch["position_ids"], samples)
         with block("heads", self.bert.ipu_of["heads"]):
             mlm_hidden, labels, weights = gather_tokens(hidden, batch["mlm_positions"]), batch["mlm_labels"], batch["mlm_weights"]
-            mlm_hidden, labels, weights = mlm_hidden.flatten(0, 1), labels.flatten(), weights.flatten()
+            mlm_hidden, labels, weights = mlm_hidden.flatten(0, -2), labels.flatten(), weights.flatten()
             if "mlm_used" in batch:
                 mlm_hidden, labels, weights = [tensor.index_select(0, batch["mlm_used"]) for tensor in (mlm_hidden, labels, weights)]
             mlm, mlm_correct = mlm_loss(
                 self.cls["predictions"].transform(mlm_hidden), self.bert.embeddings.word_embeddings.weight,
                 self.cls["predictions"].bias, labels, weights, self.serialization_factor)
-            nsp_logits = self.nsp_logits(hidden, batch["cls_positions"]).float().flatten(0, 1)
+            nsp_logits = self.nsp_logits(hidden, batch["cls_positions"]).float().flatten(0, -2)
             nsp_labels, nsp_weights = batch["nsp_labels"].flatten(), batch["nsp_weights"].flatten()
             nsp = (nsp_weights * F.cross_entropy(nsp_logits, nsp_labels.long(), reduction="none")).sum()
             nsp_correct = (nsp_weights * (nsp_logits.argmax(dim=-1) == nsp_labels).float()).sum()
@@ -186,7 +188,7 @@ class BertForPretraining(nn.Module):
 
     def mlm_logits(self, hidden, mlm_positions):
         """hidden [R, L, H] at mlm_positions [R, M] -> logits [R * M, V]; training never holds them, see ops/mlm_loss.py."""
-        transformed = self.cls["predictions"].transform(gather_tokens(hidden, mlm_positions).flatten(0, 1))
+        transformed = self.cls["predictions"].transform(gather_tokens(hidden, mlm_positions).flatten(0, -2))
         return F.linear(transformed, self.bert.embeddings.word_embeddings.weight, self.cls["predictions"].bias)
 
     def nsp_logits(self, hidden, cls_positions):

@@ -18,7 +18,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from data.shards import Samples
 
-__all__ = ["batch_layout", "fill_packed", "fill_unpacked", "unpacked_batch", "weigh"]
+__all__ = ["batch_layout", "end_to_end", "fill_packed", "fill_unpacked", "unpacked_batch", "weigh"]
 
 
 def batch_layout(rows: int, sequence_length: int, mask_slots: int, samples_per_row: int) -> Dict[str, tuple]:
@@ -101,6 +101,38 @@ def unpacked_batch(samples: Samples) -> Dict[str, np.ndarray]:
     fill_unpacked(batch, samples)
     weigh(batch)
     return batch
+
+
+def end_to_end(rows: Dict[str, np.ndarray], static: bool) -> Dict[str, np.ndarray]:
+    """The samples of these rows with their T tokens laid end to end, for kernels that take samples of any length.
+
+        input_ids, token_type_ids, position_ids [T] int32
+        starts [N + 1] int32: sample n has the tokens from starts[n] up to starts[n + 1]; longest: an int that no sample's length exceeds
+        mlm_positions, mlm_labels [K] int32, mlm_weights [K] float32: masked tokens; positions are among the T
+        cls_positions, nsp_labels [C] int32, nsp_weights [C] float32: samples
+
+    Padding is left out. With `static` it stays, so that T = R L and N = R (S + 1) depend on the rows' shape alone: the padding of a row is
+    a sample of its own, and samples without tokens make up the number. Masked tokens and samples of weight 0 are always left out.
+    """
+    sample_ids = rows["sample_ids"]
+    count, length = sample_ids.shape
+    ids = sample_ids.ravel()
+    first = np.empty(ids.size, bool)  # first tokens of samples and of padding
+    first[:1], first[1:] = True, ids[1:] != ids[:-1]
+    first[::length] = True
+    kept = np.arange(ids.size) if static else np.flatnonzero(ids)
+    place = np.cumsum(ids != 0) - 1 if not static else kept
+    starts = np.append(place[np.flatnonzero(first if static else first & (ids != 0))], len(kept)).astype(np.int32)
+    if static:
+        missing = count * (rows["nsp_weights"].shape[1] + 1) + 1 - len(starts)
+        starts = np.concatenate([starts, np.full(missing, len(kept), np.int32)])
+    tokens = {name: rows[name].ravel()[kept] for name in ("input_ids", "token_type_ids", "position_ids")}
+    tokens.update(starts=starts, longest=length)
+    for weights, positions, labels in (("mlm_weights", "mlm_positions", "mlm_labels"), ("nsp_weights", "cls_positions", "nsp_labels")):
+        row, slot = np.nonzero(rows[weights])
+        tokens[positions] = place[row * length + rows[positions][row, slot]].astype(np.int32)
+        tokens[labels], tokens[weights] = rows[labels][row, slot], rows[weights][row, slot]
+    return tokens
 
 
 @lru_cache(maxsize=None)

@@ -1,16 +1,27 @@
-"""Attention within samples: the plain form, and PyTorch's fused one.
+"""Attention within samples: the plain form, PyTorch's fused one on rows, and variable-length kernels for tokens laid end to end.
 
-Shape letters: R rows, A heads, L tokens of a row, D head size.
+Shape letters: R rows, L tokens of a row, T tokens in all, N samples, A heads, D head size.
 """
 
 import math
+from typing import NamedTuple, Union
 
 import torch
 import torch.nn.functional as F
 
 from ops.ipu import is_lowering
+from ops.native import call, draw_seed, is_native
 
-__all__ = ["attention", "attention_plain", "same_sample_mask"]
+__all__ = ["Spans", "attention", "attention_plain", "has_spans_kernel", "same_sample_mask"]
+
+
+class Spans(NamedTuple):
+    """Where the samples are among tokens laid end to end: sample n has those from starts[n] up to starts[n + 1]."""
+
+    starts: torch.Tensor
+    """[N + 1] int32, from 0 to T"""
+    longest: int
+    """no sample has more tokens"""
 
 
 def same_sample_mask(sample_ids: torch.Tensor) -> torch.Tensor:
@@ -21,19 +32,59 @@ def same_sample_mask(sample_ids: torch.Tensor) -> torch.Tensor:
     return (sample_ids[:, :, None] == sample_ids[:, None, :])[:, None]
 
 
-def attention(query, key, value, mask, dropout: float) -> torch.Tensor:
-    """softmax(Q K^T / sqrt(D)) V over [R, A, L, D], where `mask` (bool, broadcastable to [R, A, L, L]) is True (arXiv 1706.03762, eq. 1).
+def has_spans_kernel(device: str, dtype: torch.dtype) -> bool:
+    """Whether `attention` takes `Spans` on this device in this type: the C++ kernel, or CUDA's flash attention in half precision."""
+    if device == "cpu":
+        return is_native(torch.empty(0, dtype=dtype))
+    return dtype in (torch.float16, torch.bfloat16) and torch.cuda.get_device_capability() >= (8, 0)
 
-    `dropout` is the probability that an attention weight is dropped: 0 where the model is not in training.
+
+def attention(query, key, value, within: Union[torch.Tensor, Spans], heads: int, dropout: float) -> torch.Tensor:
+    """softmax(Q K^T / sqrt(D)) V within samples (arXiv 1706.03762, eq. 1).
+
+    Of rows, [R, L, A * D] where `within` is a mask (bool, broadcastable to [R, A, L, L], True where one token sees another); of tokens
+    laid end to end, [T, A * D] where it is `Spans`. `dropout` is the probability that an attention weight is dropped: 0 where the
+    model is not in training.
     """
+    if isinstance(within, Spans):
+        if query.device.type == "cpu":
+            return _SpansAttention.apply(query.contiguous(), key.contiguous(), value.contiguous(), within.starts, heads, dropout)
+        return _flash_attention(query, key, value, within, heads, dropout)
+    query, key, value = [tensor.unflatten(-1, (heads, -1)).transpose(1, 2) for tensor in (query, key, value)]
     if is_lowering():
-        return attention_plain(query, key, value, mask, dropout)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+        context = attention_plain(query, key, value, within, dropout)
+    else:
+        context = F.scaled_dot_product_attention(query, key, value, attn_mask=within, dropout_p=dropout)
+    return context.transpose(1, 2).flatten(2)
 
 
 def attention_plain(query, key, value, mask, dropout: float) -> torch.Tensor:
-    """The same, written out: what PopTorch lowers, and what the fused form is held to."""
+    """The same of [R, A, L, D], written out: what PopTorch lowers, and what the fused forms are held to."""
     scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
     # -1e4 is within float16's range and far below any score: its softmax is 0.
     weights = torch.softmax(scores.masked_fill(~mask, -1e4), dim=-1)
     return F.dropout(weights, dropout) @ value
+
+
+def _flash_attention(query, key, value, spans, heads, dropout):
+    # PyTorch's own flash attention: torch.nn.attention.varlen wraps the same kernel, but without dropout.
+    query, key, value = [tensor.unflatten(-1, (heads, -1)) for tensor in (query, key, value)]
+    return torch.ops.aten._flash_attention_forward(query, key, value, spans.starts, spans.starts, spans.longest, spans.longest,
+                                                   dropout, False, False)[0].flatten(1)
+
+
+class _SpansAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, value, starts, heads, dropout):
+        context, normalizers = torch.empty_like(query), query.new_empty(len(query), heads)
+        ctx.sizes = len(starts) - 1, heads, query.shape[1] // heads, float(dropout), draw_seed() if dropout else 0
+        call("attention_forward", query, key, value, starts, context, normalizers, *ctx.sizes)
+        ctx.save_for_backward(query, key, value, starts, context, normalizers)
+        return context
+
+    @staticmethod
+    def backward(ctx, gradient):
+        query, key, value, starts, context, normalizers = ctx.saved_tensors
+        gradients = [torch.empty_like(query) for _ in range(3)]
+        call("attention_backward", gradient.contiguous(), query, key, value, starts, context, normalizers, *gradients, *ctx.sizes)
+        return (*gradients, None, None, None)

@@ -1,25 +1,47 @@
-"""Selecting tokens of each row: by index, and as a one-hot product for the IPU, which gathers slowly.
+"""Selecting tokens of each row: by index, and as a one-hot product for the IPU, which gathers slowly; and rows of an embedding.
 
-Shape letters: R rows, L tokens of a row, K selected tokens of a row, H hidden.
+Shape letters: R rows, L tokens of a row, K selected tokens of a row, T tokens in all, V vocabulary, H hidden.
 """
 
 import torch
 import torch.nn.functional as F
 
 from ops.ipu import is_lowering
+from ops.native import gradient_of, is_native
 
-__all__ = ["gather_tokens", "gather_tokens_one_hot"]
+__all__ = ["embed", "gather_tokens", "gather_tokens_one_hot"]
 
 
 def gather_tokens(hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """hidden [R, L, H] at positions [R, K] (integers in 0..L-1) -> [R, K, H]."""
+    """hidden [R, L, H] at positions [R, K] (integers in 0..L-1) -> [R, K, H]; hidden [T, H] at positions [K] -> [K, H]."""
     if is_lowering():
         return gather_tokens_one_hot(hidden, positions)
+    if hidden.dim() == 2:
+        return hidden.index_select(0, positions)
     rows, length, _ = hidden.shape
     first = torch.arange(0, rows * length, length, device=hidden.device)[:, None]
     return hidden.flatten(0, 1).index_select(0, (positions + first).flatten()).unflatten(0, positions.shape)
 
 
 def gather_tokens_one_hot(hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """The same as a matrix product: one_hot(positions) @ hidden."""
+    """The same of rows as a matrix product: one_hot(positions) @ hidden."""
     return F.one_hot(positions.long(), hidden.shape[1]).to(hidden.dtype) @ hidden
+
+
+def embed(ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Rows of an embedding: ids (integers, any shape) of weight [V, H] -> ids' shape and H."""
+    return _Embed.apply(ids, weight) if is_native(weight) else F.embedding(ids, weight)
+
+
+class _Embed(torch.autograd.Function):
+    # Adds the few rows that a micro-batch uses to weight.grad, where F.embedding makes a gradient of all V rows.
+    @staticmethod
+    def forward(ctx, ids, weight):
+        ctx.save_for_backward(ids)
+        ctx.weight = weight
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient_of(ctx.weight).index_add_(0, ctx.saved_tensors[0].flatten(), gradient.flatten(0, -2))
+        return None, None

@@ -3,18 +3,22 @@
 Shape letters: T tokens (mask slots), H hidden, V vocabulary.
 """
 
-from typing import Tuple
+from typing import Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 
 from ops.ipu import is_lowering
+from ops.native import call, gradient_of, is_native, product, product_transposed
 
 __all__ = ["mlm_loss", "mlm_loss_plain"]
 
+# Bytes of a part's float32 logits where the factor is left open. On the CPU they stay near the caches, on CUDA the matrix units are busy.
+LOGIT_BYTES = {"cpu": 32 * 2 ** 20, "cuda": 512 * 2 ** 20}
 
-def mlm_loss(hidden, decoder, bias, labels, weights, factor: int) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Weighted cross-entropy of the tied decoder, in `factor` parts.
+
+def mlm_loss(hidden, decoder, bias, labels, weights, factor: Optional[int] = None) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Weighted cross-entropy of the tied decoder, in `factor` parts; None: in as many as keep a part's logits small.
 
     hidden [T, H], decoder [V, H] (the word embedding), bias [V], labels [T] integers, weights [T] float32.
     Returns sum(weights * cross-entropy) and sum(weights * (argmax == label)), float32 scalars; the second has no gradient.
@@ -24,9 +28,13 @@ def mlm_loss(hidden, decoder, bias, labels, weights, factor: int) -> Tuple[torch
     """
     if is_lowering():
         return mlm_loss_plain(hidden, decoder, bias, labels, weights)
+    if factor is None:
+        factor = max(1, -(-4 * len(hidden) * len(decoder) // LOGIT_BYTES[hidden.device.type]))
     if not (torch.is_grad_enabled() and hidden.requires_grad):
         parts = [mlm_loss_plain(*part) for part in _parts(hidden, decoder, bias, labels, weights, factor)]
         return sum(loss for loss, _ in parts), sum(correct for _, correct in parts)
+    if is_native(hidden, decoder, bias):
+        return _NativeLoss.apply(hidden, decoder, bias, labels, weights, factor)
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, decoder = hidden.to(dtype), decoder.to(dtype)
@@ -80,3 +88,34 @@ class _SerializedLoss(torch.autograd.Function):
     def backward(ctx, loss_gradient, _):
         hidden, decoder, bias = ctx.saved_tensors
         return hidden * loss_gradient, decoder * loss_gradient, bias * loss_gradient, None, None, None
+
+
+class _NativeLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, decoder, bias, labels, weights, factor):
+        hidden_gradients, decoder_gradient, bias_gradient = [], torch.empty_like(decoder), torch.zeros_like(bias)
+        losses, correct = torch.empty_like(weights), torch.empty_like(weights)
+        first = 0
+        for x, _, _, y, w in _parts(hidden, decoder, bias, labels, weights, factor):
+            part = slice(first, first + len(x))
+            first += len(x)
+            logits = product(x, decoder, bias)  # become their gradients
+            call("cross_entropy", logits, y.long(), w, losses[part], correct[part], *logits.shape)
+            hidden_gradients.append(product_transposed(logits, decoder))
+            bias_gradient += logits.sum(dim=0)
+            if part.start == 0:
+                torch.mm(logits.t(), x, out=decoder_gradient)
+            else:
+                decoder_gradient.addmm_(logits.t(), x)
+        ctx.save_for_backward(torch.cat(hidden_gradients), decoder_gradient, bias_gradient)
+        ctx.decoder, ctx.bias = decoder, bias
+        correct = torch.dot(weights, correct)
+        ctx.mark_non_differentiable(correct)
+        return torch.dot(weights, losses), correct
+
+    @staticmethod
+    def backward(ctx, loss_gradient, _):
+        hidden, decoder, bias = ctx.saved_tensors
+        for parameter, gradient in ((ctx.decoder, decoder), (ctx.bias, bias)):
+            gradient_of(parameter).add_(gradient, alpha=loss_gradient.item())
+        return hidden * loss_gradient, None, None, None, None, None

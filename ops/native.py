@@ -1,6 +1,7 @@
 """The C++ kernels beside this file, built at first use with torch's extension loader; plain C functions, called through ctypes.
 
-They take pointers and sizes, not tensors, and include nothing of torch: they build in seconds and work with any torch.
+They take pointers and sizes, not tensors, and include nothing of torch: they build in seconds and work with any torch. The operations
+that use them add the gradients of parameters to `parameter.grad` in place, as part of the matrix product.
 """
 
 import ctypes
@@ -13,9 +14,11 @@ from typing import Optional
 
 import torch
 
-__all__ = ["native", "pointer"]
+from ops.ipu import is_lowering
 
-SOURCES = ("lamb.cpp",)
+__all__ = ["add_product", "call", "draw_seed", "gradient_of", "is_native", "native", "pointer", "product", "product_transposed"]
+
+SOURCES = ("encoder.cpp",)
 # Sums may be reordered, so that loops vectorise; NaN and infinity keep their meaning (-ffast-math takes it away, for the whole process).
 MATH = ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math")
 
@@ -46,6 +49,53 @@ def pointer(tensor: Optional[torch.Tensor]) -> ctypes.c_void_p:
     if tensor.device.type != "cpu" or not tensor.is_contiguous():
         raise ValueError("a kernel needs a contiguous tensor on the CPU, not one on %s with strides %s" % (tensor.device, tensor.stride()))
     return ctypes.c_void_p(tensor.data_ptr())
+
+
+def is_native(*tensors: torch.Tensor) -> bool:
+    """Whether the kernels take these tensors: float32 on the CPU, not while anything traces the graph."""
+    return (not is_lowering() and all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
+            and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu") and native() is not None)
+
+
+def call(name: str, *arguments) -> None:
+    """Calls a kernel: tensors as pointers, int as long, float as double."""
+    convert = {int: ctypes.c_long, float: ctypes.c_double}
+    getattr(native(), name)(*(convert.get(type(argument), pointer)(argument) for argument in arguments))
+
+
+def draw_seed() -> int:
+    """A seed for a kernel's dropout, from torch's generator."""
+    return int(torch.randint(2 ** 62, ()))
+
+
+def product(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
+    """x [T, I] times weight [O, I] transposed, plus bias [O]: oneDNN's, which on AVX-512 machines of any maker is the fastest."""
+    if torch.backends.mkldnn.is_available() and x.numel() > 0:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+def product_transposed(gradient: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """gradient [T, O] times weight [O, I]."""
+    return product(gradient, weight.t(), None)
+
+
+def add_product(parameter: torch.Tensor, gradient: torch.Tensor, x: torch.Tensor) -> None:
+    """Adds gradient [T, O] transposed times x [T, I] to the gradient of `parameter` [O, I]."""
+    if parameter.requires_grad:
+        if parameter.grad is None:
+            parameter.grad = torch.mm(gradient.t(), x)
+        else:
+            parameter.grad.addmm_(gradient.t(), x)
+
+
+def gradient_of(parameter: torch.Tensor) -> torch.Tensor:
+    """`parameter.grad`, zeros where there was none; what is added to it counts nowhere if the parameter is frozen."""
+    if not parameter.requires_grad:
+        return torch.zeros_like(parameter)
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
 
 
 def _processor() -> str:

@@ -8,6 +8,7 @@ from transformers import BertConfig, BertForPreTraining
 from bert.config import ModelConfig
 from bert.graph import BertForPretraining, initialize
 from bert.stages import make_stages
+from data.rows import end_to_end
 from ops.ipu import lowering
 
 VOCAB, MASKS = 211, 9
@@ -148,6 +149,23 @@ def test_packed_rows_give_the_same_losses_and_gradients():
     for name in metrics:
         assert torch.isclose(packed_metrics[name], metrics[name], rtol=1e-5), name
     assert_same_gradients(graph, unpacked)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_tokens_laid_end_to_end_give_the_same_losses_and_gradients(static):
+    graph = make_graph(small_config())
+    rows, _ = random_batch(7, 64, seed=17)
+    rows = pack(rows, [[3, 0, 5], [1], [6, 2], [4]])
+    loss, metrics = graph(rows)
+    loss.backward()
+    expected = {name: parameter.grad.clone() for name, parameter in graph.named_parameters()}
+    graph.zero_grad()
+    tokens = end_to_end({name: tensor.numpy() for name, tensor in rows.items()}, static)
+    tokens_loss, tokens_metrics = graph({name: value if name == "longest" else torch.from_numpy(value) for name, value in tokens.items()})
+    tokens_loss.backward()
+    for name in metrics:
+        assert torch.isclose(tokens_metrics[name], metrics[name], rtol=1e-5), name
+    assert_same_gradients(graph, expected)
 
 
 def test_leaving_out_empty_mask_slots_changes_nothing():

@@ -1,5 +1,6 @@
 """Each fast form of an operation against its plain one, on fresh random inputs."""
 
+import contextlib
 import sys
 import types
 
@@ -16,26 +17,39 @@ def relative_error(found, expected):
     return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
+def gradients(output, inputs, direction):
+    """The gradients of sum(output * direction), also of what the operation adds to `.grad` in place."""
+    for tensor in inputs:
+        tensor.grad = None
+    output.backward(direction)
+    return [tensor.grad for tensor in inputs]
+
+
+def to_heads(tensor, heads):
+    return tensor.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
 @pytest.mark.parametrize("rows, heads, length, size", [(2, 3, 17, 8), (4, 2, 128, 64), (1, 12, 512, 64)])
-def test_attention_forms_agree(rows, heads, length, size):
-    q, k, v = (torch.randn(rows, heads, length, size, requires_grad=True) for _ in range(3))
+def test_attention_forms_agree_on_rows(rows, heads, length, size):
+    inputs = [torch.randn(rows, length, heads * size, requires_grad=True) for _ in range(3)]
     mask = same_sample_mask(torch.randint(0, 4, (rows, length)).sort(1).values)
-    out, plain = attention(q, k, v, mask, 0.0), attention_plain(q, k, v, mask, 0.0)
-    direction = torch.randn_like(out)
-    assert relative_error(out, plain) < 1e-5
-    for fast, slow in zip(torch.autograd.grad(out, (q, k, v), direction), torch.autograd.grad(plain, (q, k, v), direction)):
+    plain = attention_plain(*[to_heads(tensor, heads) for tensor in inputs], mask, 0.0).transpose(1, 2).flatten(2)
+    direction = torch.randn_like(plain)
+    expected = gradients(plain, inputs, direction)
+    fused = attention(*inputs, mask, heads, 0.0)
+    assert relative_error(fused, plain) < 1e-5
+    for fast, slow in zip(gradients(fused, inputs, direction), expected):
         assert relative_error(fast, slow) < 1e-5
 
 
-def test_attention_drops_the_share_of_weights_that_it_is_told_to():
-    q, k = torch.zeros(1, 1, 256, 8), torch.zeros(1, 1, 256, 8)
-    v = torch.ones(1, 1, 256, 8)
+@pytest.mark.parametrize("form", ["rows", "lowered"])
+def test_attention_drops_the_share_of_weights_that_it_is_told_to(form):
+    q, k, v = torch.zeros(1, 256, 8), torch.zeros(1, 256, 8), torch.ones(1, 256, 8)
     mask = same_sample_mask(torch.ones(1, 256))
-    for form in (attention, attention_plain):
-        torch.manual_seed(0)
-        dropped = form(q, k, v, mask, 0.25)
-        assert dropped.std() > 0.01 and abs(dropped.mean() - 1) < 0.02, form  # each token's weights sum to about 1, not to 1
-        assert torch.allclose(form(q, k, v, mask, 0.0), v)
+    with lowering() if form == "lowered" else contextlib.nullcontext():
+        dropped = attention(q, k, v, mask, 1, 0.25)
+        assert dropped.std() > 0.01 and abs(dropped.mean() - 1) < 0.02  # each token's weights sum to about 1, not to 1
+        assert torch.allclose(attention(q, k, v, mask, 1, 0.0), v)
 
 
 def test_gather_forms_agree():
@@ -47,15 +61,19 @@ def test_gather_forms_agree():
     assert torch.allclose(torch.autograd.grad(found, hidden, direction)[0], torch.autograd.grad(expected, hidden, direction)[0], atol=1e-6)
 
 
-@pytest.mark.parametrize("factor", [1, 2, 3, 6, 100])
+@pytest.mark.parametrize("factor", [None, 1, 2, 3, 6, 100])
 @pytest.mark.parametrize("tokens, size, vocab", [(60, 32, 501), (7, 16, 97)])
-def test_serialized_mlm_loss_agrees_with_the_plain_one(factor, tokens, size, vocab):
+@pytest.mark.parametrize("kernels", [True, False])
+def test_serialized_mlm_loss_agrees_with_the_plain_one(monkeypatch, kernels, factor, tokens, size, vocab):
+    if not kernels:
+        monkeypatch.setattr("ops.mlm_loss.is_native", lambda *tensors: False)
     inputs = [torch.randn(tokens, size, requires_grad=True), torch.randn(vocab, size, requires_grad=True),
               torch.randn(vocab, requires_grad=True)]
     labels, weights = torch.randint(0, vocab, (tokens,), dtype=torch.int32), torch.rand(tokens) * (torch.rand(tokens) > 0.3)
     (loss, correct), (expected, expected_correct) = mlm_loss(*inputs, labels, weights, factor), mlm_loss_plain(*inputs, labels, weights)
     assert torch.isclose(loss, expected, rtol=1e-6) and torch.isclose(correct, expected_correct)
-    for fast, slow in zip(torch.autograd.grad(3 * loss, inputs), torch.autograd.grad(3 * expected, inputs)):
+    slow = gradients(expected, inputs, torch.tensor(3.0))
+    for fast, slow in zip(gradients(loss, inputs, torch.tensor(3.0)), slow):
         assert relative_error(fast, slow) < 1e-5
     with torch.no_grad():
         assert torch.isclose(mlm_loss(*inputs, labels, weights, factor)[0], expected, rtol=1e-6)

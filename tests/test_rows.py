@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.rows import batch_layout, fill_unpacked, unpacked_batch, weigh
+from data.rows import batch_layout, end_to_end, fill_unpacked, unpacked_batch, weigh
 from tests.make_samples import random_samples
 
 SHAPES = st.tuples(st.integers(1, 40), st.integers(2, 40), st.integers(1, 8), st.sampled_from([50, 30522, 70000]))
@@ -78,3 +78,44 @@ def test_samples_come_back_from_their_rows(shape, seed):
     np.testing.assert_array_equal(batch["mlm_positions"], samples.mlm_positions)
     np.testing.assert_array_equal(batch["mlm_labels"], samples.mlm_labels)
     np.testing.assert_array_equal(batch["nsp_labels"][:, 0], samples.nsp_labels)
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=st.lists(st.lists(st.integers(1, 9), min_size=0, max_size=3), min_size=1, max_size=5), static=st.booleans(), seed=st.integers(0, 99))
+def test_tokens_end_to_end_are_those_of_the_rows(rows, static, seed):
+    length, slots, per_row = 28, 6, 4
+    rng = np.random.default_rng(seed)
+    batch = {name: np.zeros(shape, dtype) for name, (shape, dtype) in batch_layout(len(rows), length, slots, per_row).items()}
+    samples = []  # of each its row, its tokens' slots
+    for r, lengths in enumerate(rows):
+        start = 0
+        for s, n in enumerate(lengths):
+            samples.append((r, range(start, start + n)))
+            batch["sample_ids"][r, start:start + n] = s + 1
+            batch["cls_positions"][r, s], batch["nsp_labels"][r, s], batch["nsp_weights"][r, s] = start, rng.integers(2), rng.random() + 0.1
+            start += n
+        for name in ("input_ids", "token_type_ids", "position_ids"):
+            batch[name][r, :start] = rng.integers(1, 99, start)
+        used = rng.integers(0, slots) if start else 0
+        batch["mlm_positions"][r, :used] = rng.integers(0, start, used) if start else 0
+        batch["mlm_labels"][r, :used], batch["mlm_weights"][r, :used] = rng.integers(1, 99, used), rng.random(used) + 0.1
+    found = end_to_end(batch, static)
+
+    spans = [(a, b) for a, b in zip(found["starts"], found["starts"][1:])]
+    assert found["longest"] == length and found["starts"].dtype == np.int32
+    if static:
+        assert len(found["input_ids"]) == len(rows) * length == spans[-1][1] and len(spans) == len(rows) * (per_row + 1)
+        spans = [(a, b) for a, b in spans if b > a and batch["sample_ids"].ravel()[a]]  # without padding
+    else:
+        assert len(found["input_ids"]) == sum(len(slots) for _, slots in samples)
+    assert len(spans) == len(samples)
+    where = {}  # (row, slot) -> place
+    for (a, b), (r, slots_of_sample) in zip(spans, samples):
+        assert b - a == len(slots_of_sample)
+        where.update(((r, slot), a + i) for i, slot in enumerate(slots_of_sample))
+    for (r, slot), place in where.items():
+        for name in ("input_ids", "token_type_ids", "position_ids"):
+            assert found[name][place] == batch[name][r, slot]
+    for weights, positions, labels in (("mlm_weights", "mlm_positions", "mlm_labels"), ("nsp_weights", "cls_positions", "nsp_labels")):
+        expected = [(where[r, batch[positions][r, m]], batch[labels][r, m], batch[weights][r, m]) for r, m in zip(*np.nonzero(batch[weights]))]
+        assert list(zip(found[positions], found[labels], found[weights])) == expected

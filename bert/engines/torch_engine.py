@@ -1,5 +1,6 @@
 """The engine for CUDA and CPU: a step is a loop over micro-batches."""
 
+import ctypes
 import os
 import shutil
 from typing import Callable, Dict, Optional, Sequence, Tuple
@@ -10,6 +11,8 @@ from torch import nn
 
 from bert.interrupts import cancellable, protected
 from data.errors import InputError
+from data.rows import end_to_end
+from ops.attention import has_spans_kernel
 from ops.lamb import Lamb
 
 __all__ = ["TorchEngine"]
@@ -25,12 +28,16 @@ class TorchEngine:
 
     def __init__(self, graph: nn.Module, groups, device: str, betas, eps: float, seed: int, micro_batch_size: int,
                  precision: str = "auto", compile: str = "auto", layers: Sequence[nn.Module] = ()):
+        if device == "cpu":
+            keep_memory()
         self.device, self.seed, self.micro_batch_size = torch.device(device), seed, micro_batch_size
         self.graph = graph.to(self.device)
         self.autocast = uses_bfloat16(device, precision)
         self.optimizer = Lamb(groups, lr=0.0, betas=betas, eps=eps)
         self.steps_done = 0
         self.compiled, self.compile_line = wants_compile(compile, device)
+        # Traced code knows no kernels of ours on the CPU.
+        self.spans = has_spans_kernel(device, torch.bfloat16 if self.autocast else torch.float32) and not (self.compiled and device == "cpu")
         if self.compiled:
             for layer in layers:
                 layer.compile(dynamic=False)
@@ -84,16 +91,21 @@ class TorchEngine:
 
     def micro_batches(self, batch):
         for first in range(0, len(batch["input_ids"]), self.micro_batch_size):
-            rows = slice(first, first + self.micro_batch_size)
-            part = {name: torch.from_numpy(array[rows]) for name, array in batch.items()}
+            part = {name: array[first:first + self.micro_batch_size] for name, array in batch.items()}
             missing = self.micro_batch_size - len(part["input_ids"])
             if missing and self.compiled:  # one shape, or each step would compile its last micro-batch anew: fill up with empty rows
-                part = {name: torch.cat([tensor, tensor.new_zeros(missing, tensor.shape[1])]) for name, tensor in part.items()}
+                part = {name: np.concatenate([array, np.zeros((missing, array.shape[1]), array.dtype)]) for name, array in part.items()}
             # Found on the host, where it costs no wait for the device.
-            part["mlm_used"] = part["mlm_weights"].flatten().nonzero().flatten()
-            yield first, {name: self.to_device(tensor) for name, tensor in part.items()}
+            if self.spans:
+                part = end_to_end(part, static=self.compiled)
+            else:
+                part["mlm_used"] = np.flatnonzero(part["mlm_weights"])
+            yield first, {name: self.to_device(array) for name, array in part.items()}
 
-    def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+    def to_device(self, array):
+        if isinstance(array, int):
+            return array
+        tensor = torch.from_numpy(array)
         if self.device.type == "cpu":
             return tensor
         # From pinned memory the copy runs while the device computes the micro-batch before.
@@ -124,6 +136,20 @@ class TorchEngine:
     def named_in_groups(self):
         for group in self.optimizer.param_groups:
             yield from zip(group["names"], group["params"])
+
+
+def keep_memory() -> None:
+    """Has the C library (glibc; others are left alone) keep the memory of freed tensors.
+
+    Else each micro-batch's activations are mapped anew, page by page: a tenth of a step of BERT-base.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:
+        return
+    trim_threshold, mmap_max = -1, -4  # as malloc.h numbers them
+    mallopt(trim_threshold, 2 ** 31 - 1)
+    mallopt(mmap_max, 0)
 
 
 def uses_bfloat16(device: str, precision: str) -> bool:
