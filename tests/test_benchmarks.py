@@ -44,6 +44,9 @@ def test_the_pretraining_benchmark_measures_both_on_the_same_samples(tmp_path, t
         assert way["parts"].keys() == {"data", "forward", "backward", "optimizer"} and min(way["parts"].values()) > 0
         assert sum(way["parts"].values()) < 3 * max(way["rounds"]) and 2e7 < way["peak_bytes"] < 4e9
     assert found["ways"]["transformers"]["micro_batches_tried"].keys() == {"16", "32"}  # 1024 and 2048 token slots in rows of 64
+    picture = tmp_path / "bars.png"
+    subprocess.run([sys.executable, "benchmarks/plot.py", tmp_path / "result.json", "--output", picture], cwd=ROOT, check=True)
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_pretraining_benchmark_takes_the_samples_that_it_is_told_to(tmp_path, tiny):
@@ -73,6 +76,17 @@ def test_random_samples_have_the_lengths_that_are_asked_for(distribution, longes
     samples = random_samples(distribution, 20000, longest, longest // 6, 30522, np.random.default_rng())
     check_samples(samples, 30522, "random", 0)
     assert samples.lengths.mean() == pytest.approx(mean, rel=0.02)
+
+
+def test_the_ops_benchmark_measures_every_operation_in_both_shapes(tmp_path):
+    picture = tmp_path / "ops.png"
+    found, printed = run(tmp_path, "benchmarks/ops.py", "--device", "cpu", "--rounds", 1, "--plot", picture)
+    from benchmarks.ops import CASES
+    assert {(case["operation"], case["phase"]) for case in found["cases"]} == {(name, phase) for name in CASES
+                                                                             for phase in ("phase 1", "phase 2")}
+    for case in found["cases"]:
+        assert "plain" in case["ways"] and len(case["ways"]) > 1 and all(way["seconds"] > 0 for way in case["ways"].values())
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_loader_benchmark_measures_every_way(tmp_path):

@@ -1,0 +1,143 @@
+"""The operations of ops/, forward and backward, beside plain PyTorch's, over the shapes of both phases.
+
+    python benchmarks/ops.py --json ops.json --plot ops.png
+
+All ways of an operation get the same random tensors and take turns. Gradients of parameters are added to those that are there, as between
+the micro-batches of a step. FLOP/s count useful work only (attention within samples), bytes what must be read and written at least:
+inputs and outputs of both passes and, once, what lies between them. They are held against a matrix product, and a copy of as many bytes.
+
+Shape letters: R rows, L tokens of a row, T tokens in all (R * L; here no row has padding), H hidden, A heads, D head size, V vocabulary.
+"""
+
+import argparse
+import functools
+import os
+import sys
+from typing import Callable, Dict, List, NamedTuple, Optional
+
+import numpy as np
+import torch
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from benchmarks.plot import draw_bars  # noqa: E402
+from benchmarks.report import median, print_table, write_json  # noqa: E402
+from benchmarks.synthetic import draw_lengths  # noqa: E402
+from benchmarks.timing import copy_rate, gemm_rate, timed  # noqa: E402
+from ops.attention import attention, attention_plain, same_sample_mask  # noqa: E402
+from ops.mlm_loss import mlm_loss, mlm_loss_plain  # noqa: E402
+
+HIDDEN, HEADS, VOCAB, DROPOUT = 768, 12, 30522, 0.1
+# Rows and their length: a micro-batch that is good for the device.
+SHAPES = {"cpu": {"phase 1": (8, 128), "phase 2": (2, 512)}, "cuda": {"phase 1": (512, 128), "phase 2": (128, 512)}}
+GEMM_SHAPE = {"cpu": (1024, 768, 3072), "cuda": (65536, 768, 3072)}
+
+
+class Case(NamedTuple):
+    """An operation at one shape."""
+
+    ways: Dict[str, Callable[[], torch.Tensor]]
+    """the forward pass, among them "plain" """
+    activations: List[torch.Tensor]
+    """inputs whose gradients are not added up"""
+    flops: Optional[float] = None
+    """of both passes, where they are matrix products"""
+    bytes: Optional[float] = None
+    """of both passes, where they are not"""
+
+
+def attention_case(rows, length, random):
+    samples = sample_ids(rows, length)
+    mask = same_sample_mask(torch.from_numpy(samples)).to(random(1).device)
+    qkv = random(rows * length, 3, HEADS, HIDDEN // HEADS)
+
+    def in_rows(form):
+        query, key, value = qkv.view(rows, length, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+        return form(query, key, value, mask, DROPOUT).transpose(1, 2).reshape(rows * length, HIDDEN)
+
+    _, lengths = np.unique(samples + 1000 * np.arange(rows)[:, None], return_counts=True)
+    return Case({"plain": lambda: in_rows(attention_plain), "fused, with a mask": lambda: in_rows(attention)}, [qkv],
+                flops=12 * HIDDEN * np.square(lengths, dtype=np.float64).sum())
+
+
+def mlm_loss_case(rows, length, random):
+    slots = int(0.15 * rows * length)
+    hidden, decoder, bias = random(slots, HIDDEN), random(VOCAB, HIDDEN, std=0.02), random(VOCAB, std=0.02)
+    labels, weights = torch.randint(VOCAB, (slots,), device=hidden.device), torch.rand(slots, device=hidden.device) / slots
+    ways = {"plain": lambda: mlm_loss_plain(hidden, decoder, bias, labels, weights)[0]}
+    for factor in (1, 4):
+        ways["in %d" % factor] = lambda factor=factor: mlm_loss(hidden, decoder, bias, labels, weights, factor)[0]
+    return Case(ways, [hidden], flops=6 * slots * HIDDEN * VOCAB)
+
+
+CASES = {"attention": attention_case, "MLM loss": mlm_loss_case}
+
+
+def sample_ids(rows, length):
+    """[R, L] of rows without padding, with samples of Wikipedia's lengths: the last one of a row is cut where it ends."""
+    rng = np.random.default_rng(0)
+    ends = np.cumsum([draw_lengths("wikipedia", length, length, rng) for _ in range(rows)], axis=1, dtype=np.int64)
+    return np.stack([1 + np.searchsorted(row, np.arange(length), side="right") for row in ends])
+
+
+def forward_backward(case, way, direction):
+    for tensor in case.activations:
+        tensor.grad = None
+    case.ways[way]().backward(direction)
+
+
+def measure(case, device, rounds):
+    """Way -> seconds of both passes, the median over rounds; they take turns."""
+    direction = torch.randn_like(case.ways["plain"]())
+    passes = {way: functools.partial(forward_backward, case, way, direction) for way in case.ways}
+    seconds, repeat = {way: [] for way in passes}, {}
+    for way, work in passes.items():
+        work()
+        repeat[way] = max(1, int(0.05 / timed(device, work)))
+    for _ in range(rounds):
+        for way, work in passes.items():
+            seconds[way].append(timed(device, work, repeat[way]))
+    return {way: median(values) for way, values in seconds.items()}
+
+
+def run(arguments):
+    device = arguments.device
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+
+    def random(*shape, std=1.0):
+        return torch.randn(*shape, device=device, dtype=dtype).mul_(std).requires_grad_()
+
+    gemm = gemm_rate(device, GEMM_SHAPE[device], dtype)
+    cases, table, faster = [], [], {}
+    for name, make in CASES.items():
+        for phase, (rows, length) in SHAPES[device].items():
+            case = make(rows, length, random)
+            work, limit, unit = (case.flops, gemm, "TFLOP/s") if case.flops else (case.bytes, copy_rate(device, case.bytes), "TB/s")
+            ways = {}
+            for way, seconds in measure(case, device, arguments.rounds).items():
+                ways[way] = {"seconds": seconds, "rate": work / seconds, "share": work / seconds / limit}
+                times = ways["plain"]["seconds"] / seconds
+                table.append(["%s, %d x %d, %s" % (name, rows, length, way), "%.3f" % (1e3 * seconds), "%.2f" % times,
+                              "%.3f %s" % (work / seconds / 1e12, unit), "%.0f %%" % (100 * work / seconds / limit)])
+                faster.setdefault("%s, %s" % (name, phase), {})[way] = times
+            cases.append({"operation": name, "phase": phase, "rows": rows, "length": length, "limit": limit, "unit": unit, "ways": ways})
+    print("matrix product: %.4g TFLOP/s, %d x %d by %d x %d, %s; medians of %d rounds" % (
+        (gemm / 1e12,) + GEMM_SHAPE[device][:2] + GEMM_SHAPE[device][1:] + (dtype, arguments.rounds)))
+    print_table(["forward and backward", "ms", "plain / it", "rate", "of the machine's"], table)
+    if arguments.plot:
+        draw_bars(arguments.plot, "times as fast as plain PyTorch, forward and backward", faster)
+    write_json(arguments.json, {"gemm_flops_per_second": gemm, "dtype": str(dtype), "cases": cases}, torch=torch.__version__,
+               device=torch.cuda.get_device_name() if device == "cuda" else "cpu")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="(default here: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
+    parser.add_argument("--json", help="write the figures here")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw them here")
+    run(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()
