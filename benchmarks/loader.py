@@ -179,8 +179,8 @@ def main():
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if arguments.files is None:
-            arguments.files = [write_data_set(folder, "wikipedia", arguments.samples, arguments.sequence_length, arguments.mask_tokens,
-                                              30522)]
+            arguments.files = [write_data_set(folder, "wikipedia", arguments.samples, arguments.sequence_length,
+                                              arguments.mask_tokens, 30522)]
         arguments.files = expand(arguments.files)
         run(arguments, folder)
 

@@ -4,13 +4,14 @@
     python benchmarks/pretraining.py --config pod16_phase2.json --lengths 369 --against transformers
     python benchmarks/pretraining.py --config gpu_phase1.json --data.files 'shards/train-*.h5' --json result.json
 
-Options are run_pretraining.py's, and those below. Samples come from the config's shards where they are there and no --lengths asks for
-random ones. Each way runs in a process of its own, so that memory, allocator settings and compiled code are its own; they take turns,
-and the others idle. A peer gets the same samples, padded, as its users do; both begin with arrays on the host and end with new weights.
+Options are run_pretraining.py's, and those below. Samples come from the config's shards where they are there and no --lengths asks
+for random ones. Each way runs in a process of its own, so that memory, allocator settings and compiled code are its own; they take
+turns, and the others idle. A peer gets the same samples, padded, as its users do; both begin with arrays on the host and end with
+new weights.
 
-Useful work is counted by samples alone: 6 FLOPs for each weight that a token passes and 12 L H for the attention products of each layer
-and token; padding does not count. The parts of a step are timed in rounds of their own, for that takes waiting for the device between
-them. An optimizer step is shared by the samples of the config's global batch, which are more than are measured here.
+Useful work is counted by samples alone: 6 FLOPs for each weight that a token passes and 12 L H for the attention products of each
+layer and token; padding does not count. The parts of a step are timed in rounds of their own, for that takes waiting for the device
+between them. An optimizer step is shared by the samples of the config's global batch, which are more than are measured here.
 """
 
 import argparse
@@ -157,14 +158,19 @@ class Transformers:
         return tried
 
 
+def free(way):
+    """Gives a CUDA device's unused memory to the other ways, between turns."""
+    if way.device == "cuda":
+        torch.cuda.empty_cache()
+
+
 @contextlib.contextmanager
 def turn(way):
-    """While open, `way` has the whole CUDA device: a step has brought memory and clocks back, and the memory is freed at the end."""
+    """While open, `way` has the device. On CUDA an untimed step brings clocks and memory back first."""
     if way.device == "cuda":
         way.step()
     yield
-    if way.device == "cuda":
-        torch.cuda.empty_cache()
+    free(way)
 
 
 def timed_step(way):
@@ -186,7 +192,8 @@ def timed_parts(way):
 
 
 def first_step(way):
-    way.step()  # compiles, allocates
+    way.step()  # compiles
+    free(way)
     return way.describe()
 
 
@@ -248,10 +255,10 @@ def run(own, config, named_files):
         len(samples), mean_length, config.data.sequence_length, origin, own.rounds))
     print("matrix product: %.4g TFLOP/s, %d x %d by %d x %d, %s" % (
         (gemm["flops_per_second"] / 1e12,) + gemm["shape"][:2] + gemm["shape"][1:] + (gemm["dtype"],)))
-    print_table(["", "sequences/s", "tokens/s", "of that rate"] + ["%s, s" % part for part in PARTS] + ["peak, GB", "ours is faster by"],
+    print_table(["", "sequences/s", "tokens/s", "of that rate", *("%s, s" % part for part in PARTS), "peak, GB", "ours is faster by"],
                 rows)
-    about = {"samples": len(samples), "samples_from": origin, "mean_length": mean_length, "sequence_length": config.data.sequence_length,
-             "precision": config.training.precision, "model": dataclasses.asdict(config.model)}
+    about = {"samples": len(samples), "samples_from": origin, "mean_length": mean_length, "precision": config.training.precision,
+             "sequence_length": config.data.sequence_length, "model": dataclasses.asdict(config.model)}
     write_json(own.json, {**about, **found}, torch=torch.__version__,
                device=torch.cuda.get_device_name() if device == "cuda" else "cpu")
 
@@ -260,7 +267,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--samples", type=int, help="samples of a step (default: 32 on the CPU, 4096 on CUDA)")
     parser.add_argument("--lengths", type=length_distribution, metavar="full|MEAN|wikipedia",
-                        help="random samples of this length distribution (default: the config's shards, or wikipedia where there are none)")
+                        help="random samples of these lengths (default: the config's shards, or wikipedia where there are none)")
     parser.add_argument("--against", choices=["transformers"], help="measure this peer in turns")
     parser.add_argument("--peer-compile", action="store_true", help="torch.compile the peer")
     parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")

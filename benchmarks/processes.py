@@ -1,4 +1,4 @@
-"""What is measured beside others, in a process of its own: its memory, allocator settings and compiled code are then its own too."""
+"""A process for each of what is measured in turns: memory, allocator settings and compiled code are then its own."""
 
 import multiprocessing
 import sys

@@ -24,9 +24,9 @@ def length_distribution(text):
 def draw_lengths(distribution, count, longest, rng):
     """[count] lengths of 5 to `longest` tokens.
 
-    "wikipedia" is a model of English Wikipedia's samples: BERT aims a tenth of them at a random length; beyond 128 tokens most of the
-    others end with their document, log-normal, so that at 512 half of all slots is padding (as arXiv 2107.02027 found) and 22 % of
-    the samples are full. Up to 128, documents are taken to be longer than a sample: 95 % of the slots are filled, no easy case.
+    "wikipedia" is a model of English Wikipedia's samples: BERT aims a tenth of them at a random length; beyond 128 tokens most of
+    the others end with their document, log-normal, so that at 512 half of all slots is padding (as arXiv 2107.02027 found) and 22 %
+    of the samples are full. Up to 128, documents are taken to be longer than a sample: 95 % of the slots are filled, no easy case.
     """
     if distribution == "full":
         return np.full(count, longest, np.uint16)
