@@ -24,7 +24,8 @@ def run(own, options):
     config = parse_command_line(options)
     count = own.steps * config.training.global_batch_size
     with tempfile.TemporaryDirectory() as folder:
-        shards = write_data_set(folder, own.lengths, count, config.data.sequence_length, config.data.mask_tokens, config.model.vocab_size)
+        shards = write_data_set(folder, own.lengths, count, config.data.sequence_length, config.data.mask_tokens,
+                                config.model.vocab_size)
         output = os.path.join(folder, "run")
         options = options + ["--data.files", shards, "--training.output", output, "--training.max_steps", str(own.steps),
                              "--training.log_every", "1"]

@@ -2,18 +2,17 @@
 
     python benchmarks/ops.py --json ops.json --plot ops.png
 
-All ways of an operation get the same random tensors and take turns. Gradients of parameters are added to those that are there, as between
-the micro-batches of a step. FLOP/s count useful work only (attention within samples), bytes what must be read and written at least:
-inputs and outputs of both passes and, once, what lies between them. They are held against a matrix product, and a copy of as many bytes.
+All ways of an operation get the same random tensors and take turns. Gradients of parameters are added to those that are there, as
+between the micro-batches of a step. FLOP/s count useful work only (attention within samples) and are held against a matrix product.
 
-Shape letters: R rows, L tokens of a row, T tokens in all (R * L; here no row has padding), H hidden, A heads, D head size, V vocabulary.
+Shape letters: R rows, L tokens of a row, T tokens in all (R * L: no row has padding), H hidden, A heads, D head size, V vocabulary.
 """
 
 import argparse
 import functools
 import os
 import sys
-from typing import Callable, Dict, List, NamedTuple, Optional
+from typing import Callable, Dict, List, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from benchmarks.plot import draw_bars  # noqa: E402
 from benchmarks.report import median, print_table, write_json  # noqa: E402
 from benchmarks.synthetic import draw_lengths  # noqa: E402
-from benchmarks.timing import copy_rate, gemm_rate, timed  # noqa: E402
+from benchmarks.timing import gemm_rate, timed  # noqa: E402
 from ops.attention import attention, attention_plain, same_sample_mask  # noqa: E402
 from ops.mlm_loss import mlm_loss, mlm_loss_plain  # noqa: E402
 
@@ -39,10 +38,8 @@ class Case(NamedTuple):
     """the forward pass, among them "plain" """
     activations: List[torch.Tensor]
     """inputs whose gradients are not added up"""
-    flops: Optional[float] = None
-    """of both passes, where they are matrix products"""
-    bytes: Optional[float] = None
-    """of both passes, where they are not"""
+    flops: float
+    """of both passes"""
 
 
 def attention_case(rows, length, random):
@@ -111,18 +108,18 @@ def run(arguments):
     for name, make in CASES.items():
         for phase, (rows, length) in SHAPES[device].items():
             case = make(rows, length, random)
-            work, limit, unit = (case.flops, gemm, "TFLOP/s") if case.flops else (case.bytes, copy_rate(device, case.bytes), "TB/s")
             ways = {}
             for way, seconds in measure(case, device, arguments.rounds).items():
-                ways[way] = {"seconds": seconds, "rate": work / seconds, "share": work / seconds / limit}
+                rate = case.flops / seconds
+                ways[way] = {"seconds": seconds, "flops_per_second": rate, "share_of_gemm_rate": rate / gemm}
                 times = ways["plain"]["seconds"] / seconds
                 table.append(["%s, %d x %d, %s" % (name, rows, length, way), "%.3f" % (1e3 * seconds), "%.2f" % times,
-                              "%.3f %s" % (work / seconds / 1e12, unit), "%.0f %%" % (100 * work / seconds / limit)])
+                              "%.3g" % (rate / 1e12), "%.0f %%" % (100 * rate / gemm)])
                 faster.setdefault("%s, %s" % (name, phase), {})[way] = times
-            cases.append({"operation": name, "phase": phase, "rows": rows, "length": length, "limit": limit, "unit": unit, "ways": ways})
+            cases.append({"operation": name, "phase": phase, "rows": rows, "length": length, "ways": ways})
     print("matrix product: %.4g TFLOP/s, %d x %d by %d x %d, %s; medians of %d rounds" % (
         (gemm / 1e12,) + GEMM_SHAPE[device][:2] + GEMM_SHAPE[device][1:] + (dtype, arguments.rounds)))
-    print_table(["forward and backward", "ms", "plain / it", "rate", "of the machine's"], table)
+    print_table(["forward and backward", "ms", "plain / it", "TFLOP/s", "of the matrix rate"], table)
     if arguments.plot:
         draw_bars(arguments.plot, "times as fast as plain PyTorch, forward and backward", faster)
     write_json(arguments.json, {"gemm_flops_per_second": gemm, "dtype": str(dtype), "cases": cases}, torch=torch.__version__,

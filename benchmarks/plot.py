@@ -18,7 +18,8 @@ __all__ = ["draw_bars"]
 def draw_bars(path, title, groups):
     """Draws {group: {way: value}} as a picture: a row of bars for each group, each with its value; ways keep their colour."""
     ways = list(dict.fromkeys(way for values in groups.values() for way in values))
-    figure, axes = plt.subplots(figsize=(8, 1 + 0.35 * sum(len(values) + 1 for values in groups.values())), constrained_layout=True)
+    height = 1 + 0.35 * sum(len(values) + 1 for values in groups.values())
+    figure, axes = plt.subplots(figsize=(8, height), constrained_layout=True)
     place, ticks = 0, []
     for group, values in groups.items():
         ticks.append((place + (len(values) - 1) / 2, group))

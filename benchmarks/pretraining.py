@@ -4,10 +4,10 @@
     python benchmarks/pretraining.py --config pod16_phase2.json --lengths 369 --against transformers
     python benchmarks/pretraining.py --config gpu_phase1.json --data.files 'shards/train-*.h5' --json result.json
 
-Options are run_pretraining.py's, and those below. Samples come from the config's shards where they are there and no --lengths asks
-for random ones. Each way runs in a process of its own, so that memory, allocator settings and compiled code are its own; they take
-turns, and the others idle. A peer gets the same samples, padded, as its users do; both begin with arrays on the host and end with
-new weights.
+Options are run_pretraining.py's, and those below. Samples come from the config's shards where they are there and no --lengths
+asks for random ones. Each way runs in a process of its own, so that memory, allocator settings and compiled code are its own; they
+take turns, and the others idle. A peer gets the same samples, padded, as its users do; both begin with arrays on the host and end
+with new weights.
 
 Useful work is counted by samples alone: 6 FLOPs for each weight that a token passes and 12 L H for the attention products of each
 layer and token; padding does not count. The parts of a step are timed in rounds of their own, for that takes waiting for the device
@@ -255,8 +255,8 @@ def run(own, config, named_files):
         len(samples), mean_length, config.data.sequence_length, origin, own.rounds))
     print("matrix product: %.4g TFLOP/s, %d x %d by %d x %d, %s" % (
         (gemm["flops_per_second"] / 1e12,) + gemm["shape"][:2] + gemm["shape"][1:] + (gemm["dtype"],)))
-    print_table(["", "sequences/s", "tokens/s", "of that rate", *("%s, s" % part for part in PARTS), "peak, GB", "ours is faster by"],
-                rows)
+    parts = ["%s, s" % part for part in PARTS]
+    print_table(["", "sequences/s", "tokens/s", "of that rate"] + parts + ["peak, GB", "ours is faster by"], rows)
     about = {"samples": len(samples), "samples_from": origin, "mean_length": mean_length, "precision": config.training.precision,
              "sequence_length": config.data.sequence_length, "model": dataclasses.asdict(config.model)}
     write_json(own.json, {**about, **found}, torch=torch.__version__,

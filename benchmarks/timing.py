@@ -5,7 +5,7 @@ import time
 
 import torch
 
-__all__ = ["Stopwatch", "copy_rate", "gemm_rate", "timed"]
+__all__ = ["Stopwatch", "gemm_rate", "timed"]
 
 
 def synchronize(device):
@@ -23,25 +23,13 @@ def timed(device, work, repeat=1):
     return (time.perf_counter() - began) / repeat
 
 
-def best_seconds(device, work):
-    """Of one call: the best of five times a tenth of a second."""
-    timed(device, work)
-    repeat = max(1, int(0.1 / timed(device, work)))
-    return min(timed(device, work, repeat) for _ in range(5))
-
-
 def gemm_rate(device, shape, dtype):
-    """FLOP/s of a matrix product on random data; `shape`: rows, common size, columns."""
+    """FLOP/s of a matrix product on random data, the best of five times a tenth of a second; `shape`: rows, common size, columns."""
     rows, common, columns = shape
     a, b = torch.randn(rows, common, device=device, dtype=dtype), torch.randn(common, columns, device=device, dtype=dtype)
-    return 2 * rows * common * columns / best_seconds(device, lambda: torch.mm(a, b))
-
-
-def copy_rate(device, size):
-    """Bytes/s, read and written, of a copy that reads and writes `size` bytes in all."""
-    source = torch.randn(size // 8, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / best_seconds(device, lambda: target.copy_(source))
+    timed(device, lambda: torch.mm(a, b))
+    repeat = max(1, int(0.1 / timed(device, lambda: torch.mm(a, b))))
+    return 2 * rows * common * columns / min(timed(device, lambda: torch.mm(a, b), repeat) for _ in range(5))
 
 
 class Stopwatch:

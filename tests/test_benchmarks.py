@@ -55,8 +55,8 @@ def test_the_pretraining_benchmark_takes_the_samples_that_it_is_told_to(tmp_path
     shards = write_data_set(str(tmp_path), "full", 20, 64, 10, 300)
     found, _ = run(tmp_path, "benchmarks/pretraining.py", "--config", tiny, "--samples", 12, "--rounds", 1, "--data.files", shards)
     assert found["samples_from"] == str(tmp_path / "train-00000.h5") and found["samples"] == 12 and found["mean_length"] == 64
-    done = subprocess.run([sys.executable, "benchmarks/pretraining.py", "--config", tiny, "--data.files", tmp_path / "none-*.h5"], cwd=ROOT,
-                          capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "benchmarks/pretraining.py", "--config", tiny, "--data.files", tmp_path / "none-*.h5"],
+                          cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and "none-*.h5" in done.stderr
 
 
@@ -106,11 +106,14 @@ exit 0
 """
 
 
+def run_gpu_sh(**environment):
+    return subprocess.run(["bash", "benchmarks/gpu.sh"], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
+
+
 def test_gpu_sh_runs_every_part_goes_on_after_one_that_fails_and_names_it(tmp_path):
     (tmp_path / "python").write_text(STUB)
     (tmp_path / "python").chmod(0o755)
-    done = subprocess.run(["bash", "benchmarks/gpu.sh"], cwd=ROOT, env={**os.environ, "PYTHON": str(tmp_path / "python"), "OUT": str(tmp_path)},
-                          capture_output=True, text=True)
+    done = run_gpu_sh(PYTHON=str(tmp_path / "python"), OUT=str(tmp_path))
     assert done.returncode == 1 and done.stdout.rstrip().endswith("failed: ops")
     assert (tmp_path / "log.txt").read_text() == done.stdout
     called = [line.split()[1:3] for line in done.stdout.splitlines() if line.startswith("called: ")]
@@ -121,7 +124,7 @@ def test_gpu_sh_runs_every_part_goes_on_after_one_that_fails_and_names_it(tmp_pa
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_gpu_sh_says_what_is_missing():
-    done = subprocess.run(["bash", "benchmarks/gpu.sh"], cwd=ROOT, env={**os.environ, "PYTHON": sys.executable}, capture_output=True, text=True)
+    done = run_gpu_sh(PYTHON=sys.executable)
     assert done.returncode == 2 and "error: " in done.stderr
 
 
