@@ -103,20 +103,23 @@ def run(arguments):
     def random(*shape, std=1.0):
         return torch.randn(*shape, device=device, dtype=dtype).mul_(std).requires_grad_()
 
-    gemm = gemm_rate(device, GEMM_SHAPE[device], dtype)
-    cases, table, faster = [], [], {}
+    cases, rates, table, faster = [], [], [], {}
     for name, make in CASES.items():
         for phase, (rows, length) in SHAPES[device].items():
             case = make(rows, length, random)
-            ways = {}
-            for way, seconds in measure(case, device, arguments.rounds).items():
-                rate = case.flops / seconds
-                ways[way] = {"seconds": seconds, "flops_per_second": rate, "share_of_gemm_rate": rate / gemm}
-                times = ways["plain"]["seconds"] / seconds
-                table.append(["%s, %d x %d, %s" % (name, rows, length, way), "%.3f" % (1e3 * seconds), "%.2f" % times,
-                              "%.3g" % (rate / 1e12), "%.0f %%" % (100 * rate / gemm)])
-                faster.setdefault("%s, %s" % (name, phase), {})[way] = times
-            cases.append({"operation": name, "phase": phase, "rows": rows, "length": length, "ways": ways})
+            rates.append(gemm_rate(device, GEMM_SHAPE[device], dtype))
+            seconds = measure(case, device, arguments.rounds)
+            cases.append({"operation": name, "phase": phase, "rows": rows, "length": length, "ways": {
+                way: {"seconds": one, "flops_per_second": case.flops / one} for way, one in seconds.items()}})
+    gemm = median(rates)
+    for case in cases:
+        plain = case["ways"]["plain"]["seconds"]
+        for way, one in case["ways"].items():
+            one["share_of_gemm_rate"], one["times_as_fast"] = one["flops_per_second"] / gemm, plain / one["seconds"]
+            table.append(["{operation}, {rows} x {length}, ".format(**case) + way, "%.3f" % (1e3 * one["seconds"]),
+                          "%.2f" % one["times_as_fast"], "%.3g" % (one["flops_per_second"] / 1e12),
+                          "%.0f %%" % (100 * one["share_of_gemm_rate"])])
+            faster.setdefault("{operation}, {phase}".format(**case), {})[way] = one["times_as_fast"]
     print("matrix product: %.4g TFLOP/s, %d x %d by %d x %d, %s; medians of %d rounds" % (
         (gemm / 1e12,) + GEMM_SHAPE[device][:2] + GEMM_SHAPE[device][1:] + (dtype, arguments.rounds)))
     print_table(["forward and backward", "ms", "plain / it", "TFLOP/s", "of the matrix rate"], table)

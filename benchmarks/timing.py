@@ -1,6 +1,7 @@
 """Seconds of work on a device, of the parts of a step, and the machine's own rates to hold them against."""
 
 import contextlib
+import functools
 import time
 
 import torch
@@ -24,12 +25,17 @@ def timed(device, work, repeat=1):
 
 
 def gemm_rate(device, shape, dtype):
-    """FLOP/s of a matrix product on random data, the best of five times a tenth of a second; `shape`: rows, common size, columns."""
+    """FLOP/s of a matrix product of random data into memory that is there already, the best of five times a tenth of a second.
+
+    `shape`: rows, common size, columns.
+    """
     rows, common, columns = shape
     a, b = torch.randn(rows, common, device=device, dtype=dtype), torch.randn(common, columns, device=device, dtype=dtype)
-    timed(device, lambda: torch.mm(a, b))
-    repeat = max(1, int(0.1 / timed(device, lambda: torch.mm(a, b))))
-    return 2 * rows * common * columns / min(timed(device, lambda: torch.mm(a, b), repeat) for _ in range(5))
+    product = torch.empty(rows, columns, device=device, dtype=dtype)
+    work = functools.partial(torch.mm, a, b, out=product)
+    timed(device, work)
+    repeat = max(1, int(0.1 / timed(device, work)))
+    return 2 * rows * common * columns / min(timed(device, work, repeat) for _ in range(5))
 
 
 class Stopwatch:
