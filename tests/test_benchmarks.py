@@ -44,7 +44,7 @@ def test_the_pretraining_benchmark_measures_both_on_the_same_samples(tmp_path, t
         assert way["sequences_per_second"] > 0 and 0 < way["share_of_gemm_rate"] < 1
         assert way["tokens_per_second"] == pytest.approx(way["sequences_per_second"] * found["mean_length"])
         assert way["parts"].keys() == {"data", "forward", "backward", "optimizer"} and min(way["parts"].values()) > 0
-        assert sum(way["parts"].values()) < 3 * max(way["rounds"]) and 2e7 < way["peak_bytes"] < 4e9
+        assert 2e7 < way["peak_bytes"] < 4e9
     assert found["ways"]["transformers"]["micro_batches_tried"].keys() == {"16", "32"}  # 1024 and 2048 token slots in rows of 64
     picture = tmp_path / "bars.png"
     subprocess.run([sys.executable, "benchmarks/plot.py", tmp_path / "result.json", "--output", picture], cwd=ROOT, check=True)
