@@ -22,7 +22,9 @@ from benchmarks.plot import draw_bars  # noqa: E402
 from benchmarks.report import median, print_table, write_json  # noqa: E402
 from benchmarks.synthetic import draw_lengths  # noqa: E402
 from benchmarks.timing import gemm_rate, timed  # noqa: E402
-from ops.attention import attention, attention_plain, same_sample_mask  # noqa: E402
+from ops.attention import Spans, attention, attention_plain, has_spans_kernel, same_sample_mask  # noqa: E402
+from ops.linear import linear_dropout_add_norm, linear_dropout_add_norm_plain  # noqa: E402
+from ops.linear import linear_gelu, linear_gelu_plain, linears, linears_plain  # noqa: E402
 from ops.mlm_loss import mlm_loss, mlm_loss_plain  # noqa: E402
 
 HIDDEN, HEADS, VOCAB, DROPOUT = 768, 12, 30522, 0.1
@@ -43,17 +45,44 @@ class Case(NamedTuple):
 
 
 def attention_case(rows, length, random):
+    query, key, value = [random(rows * length, HIDDEN) for _ in range(3)]
     samples = sample_ids(rows, length)
-    mask = same_sample_mask(torch.from_numpy(samples)).to(random(1).device)
-    qkv = random(rows * length, 3, HEADS, HIDDEN // HEADS)
-
-    def in_rows(form):
-        query, key, value = qkv.view(rows, length, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
-        return form(query, key, value, mask, DROPOUT).transpose(1, 2).reshape(rows * length, HIDDEN)
-
+    mask = same_sample_mask(torch.from_numpy(samples)).to(query.device)
     _, lengths = np.unique(samples + 1000 * np.arange(rows)[:, None], return_counts=True)
-    return Case({"plain": lambda: in_rows(attention_plain), "fused, with a mask": lambda: in_rows(attention)}, [qkv],
-                flops=12 * HIDDEN * np.square(lengths, dtype=np.float64).sum())
+    starts = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)).to(query.device)
+
+    def plain():
+        in_heads = [tensor.view(rows, length, HEADS, -1).transpose(1, 2) for tensor in (query, key, value)]
+        return attention_plain(*in_heads, mask, DROPOUT).transpose(1, 2).flatten(2).flatten(0, 1)
+
+    def in_rows():
+        return attention(*(tensor.view(rows, length, -1) for tensor in (query, key, value)), mask, HEADS, DROPOUT).flatten(0, 1)
+
+    ways = {"plain": plain, "rows with a mask": in_rows}
+    if has_spans_kernel(query.device.type, query.dtype):
+        ways["end to end"] = lambda: attention(query, key, value, Spans(starts, int(lengths.max())), HEADS, DROPOUT)
+    return Case(ways, [query, key, value], flops=12 * HIDDEN * np.square(lengths, dtype=np.float64).sum())
+
+
+def linears_case(rows, length, random):
+    x = random(rows * length, HIDDEN)
+    arguments = x, [random(HIDDEN, HIDDEN, std=0.02) for _ in range(3)], [random(HIDDEN) for _ in range(3)]
+    return Case({"plain": lambda: linears_plain(*arguments), "this project's": lambda: linears(*arguments)}, [x],
+                flops=6 * rows * length * 3 * HIDDEN * HIDDEN)
+
+
+def linear_gelu_case(rows, length, random):
+    arguments = x, _, _ = random(rows * length, HIDDEN), random(4 * HIDDEN, HIDDEN, std=0.02), random(4 * HIDDEN)
+    return Case({"plain": lambda: linear_gelu_plain(*arguments), "this project's": lambda: linear_gelu(*arguments)}, [x],
+                flops=6 * rows * length * 4 * HIDDEN * HIDDEN)
+
+
+def linear_norm_case(rows, length, random):
+    x, residual, weight = random(rows * length, 4 * HIDDEN), random(rows * length, HIDDEN), random(HIDDEN, 4 * HIDDEN, std=0.02)
+    arguments = x, weight, random(HIDDEN), residual, random(HIDDEN), random(HIDDEN), 1e-3, DROPOUT
+    return Case({"plain": lambda: linear_dropout_add_norm_plain(*arguments),
+                 "this project's": lambda: linear_dropout_add_norm(*arguments)}, [x, residual],
+                flops=6 * rows * length * 4 * HIDDEN * HIDDEN)
 
 
 def mlm_loss_case(rows, length, random):
@@ -61,12 +90,13 @@ def mlm_loss_case(rows, length, random):
     hidden, decoder, bias = random(slots, HIDDEN), random(VOCAB, HIDDEN, std=0.02), random(VOCAB, std=0.02)
     labels, weights = torch.randint(VOCAB, (slots,), device=hidden.device), torch.rand(slots, device=hidden.device) / slots
     ways = {"plain": lambda: mlm_loss_plain(hidden, decoder, bias, labels, weights)[0]}
-    for factor in (1, 4):
-        ways["in %d" % factor] = lambda factor=factor: mlm_loss(hidden, decoder, bias, labels, weights, factor)[0]
+    for way, factor in (("this project's", None), ("in 1 part", 1), ("in 4 parts", 4)):
+        ways[way] = lambda factor=factor: mlm_loss(hidden, decoder, bias, labels, weights, factor)[0]
     return Case(ways, [hidden], flops=6 * slots * HIDDEN * VOCAB)
 
 
-CASES = {"attention": attention_case, "MLM loss": mlm_loss_case}
+CASES = {"attention": attention_case, "query, key, value": linears_case, "linear, GELU": linear_gelu_case,
+         "linear, dropout, add, norm": linear_norm_case, "MLM loss": mlm_loss_case}
 
 
 def sample_ids(rows, length):
@@ -76,16 +106,20 @@ def sample_ids(rows, length):
     return np.stack([1 + np.searchsorted(row, np.arange(length), side="right") for row in ends])
 
 
-def forward_backward(case, way, direction):
+def forward_backward(case, way, directions):
     for tensor in case.activations:
         tensor.grad = None
-    case.ways[way]().backward(direction)
+    torch.autograd.backward(as_tuple(case.ways[way]()), directions)
+
+
+def as_tuple(outputs):
+    return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
 def measure(case, device, rounds):
     """Way -> seconds of both passes, the median over rounds; they take turns."""
-    direction = torch.randn_like(case.ways["plain"]())
-    passes = {way: functools.partial(forward_backward, case, way, direction) for way in case.ways}
+    directions = tuple(torch.randn_like(output) for output in as_tuple(case.ways["plain"]()))
+    passes = {way: functools.partial(forward_backward, case, way, directions) for way in case.ways}
     seconds, repeat = {way: [] for way in passes}, {}
     for way, work in passes.items():
         work()
