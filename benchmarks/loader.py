@@ -20,10 +20,11 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from benchmarks.report import median, print_table, write_json  # noqa: E402
+from benchmarks.synthetic import write_data_set  # noqa: E402
 from data.bert_layout import BERT_FEATURES  # noqa: E402
 from data.loader import Loader  # noqa: E402
 from data.nvidia import write_nvidia  # noqa: E402
-from data.shards import FIELDS, Samples, expand, layout, open_shards, read_samples, write_shard  # noqa: E402
+from data.shards import FIELDS, expand, layout, open_shards, read_samples  # noqa: E402
 
 
 class H5pyDataset(torch.utils.data.Dataset):
@@ -130,22 +131,6 @@ def in_memory(path):
     return kinds[folder] in ("tmpfs", "ramfs")
 
 
-def make_data_set(folder, samples, sequence_length, mask_tokens):
-    """Shards of random samples: nine tenths full, the others of any length, 15 % masked."""
-    rng, vocab_size, per_shard = np.random.default_rng(0), 30522, 262144
-    for number, first in enumerate(range(0, samples, per_shard)):
-        count = min(per_shard, samples - first)
-        lengths = np.where(rng.random(count) < 0.9, sequence_length, rng.integers(8, sequence_length + 1, count)).astype(np.uint16)
-        counts = np.clip(np.round(0.15 * lengths), 1, mask_tokens).astype(np.uint16)
-        used, inside = np.arange(mask_tokens) < counts[:, None], np.arange(sequence_length) < lengths[:, None]
-        positions = np.arange(mask_tokens) * (lengths // (counts + 1))[:, None] + 1
-        write_shard(os.path.join(folder, "train-%05d.h5" % number), Samples(
-            (rng.integers(1000, vocab_size, (count, sequence_length)) * inside).astype(np.uint16), lengths,
-            (lengths // 2).astype(np.uint16), (positions * used).astype(np.uint16),
-            (rng.integers(1000, vocab_size, (count, mask_tokens)) * used).astype(np.uint16), counts,
-            rng.integers(0, 2, count).astype(np.uint8)), vocab_size, "0" * 64, {"random": 0})
-
-
 def run(arguments, folder):
     shards = open_shards(arguments.files)
     info = shards[0]
@@ -194,8 +179,8 @@ def main():
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if arguments.files is None:
-            make_data_set(folder, arguments.samples, arguments.sequence_length, arguments.mask_tokens)
-            arguments.files = [os.path.join(folder, "train-*.h5")]
+            arguments.files = [write_data_set(folder, "wikipedia", arguments.samples, arguments.sequence_length,
+                                              arguments.mask_tokens, 30522)]
         arguments.files = expand(arguments.files)
         run(arguments, folder)
 

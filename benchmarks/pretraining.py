@@ -4,48 +4,55 @@
     python benchmarks/pretraining.py --config pod16_phase2.json --lengths 369 --against transformers
     python benchmarks/pretraining.py --config gpu_phase1.json --data.files 'shards/train-*.h5' --json result.json
 
-Options are run_pretraining.py's, and those below. Samples come from --data.files where they are there, else they are random, of a
-given mean length. A peer gets the same samples, padded, as its users do. Useful work is counted by samples alone: 6 FLOPs for each
-weight that a token passes and 12 L H for the attention products of each layer and token; padding does not count.
+Options are run_pretraining.py's, and those below. Samples come from the config's shards where they are there and no --lengths
+asks for random ones. Each way runs in a process of its own, so that memory, allocator settings and compiled code are its own; they
+take turns, and the others idle. A peer gets the same samples, padded, as its users do; both begin with arrays on the host and end
+with new weights.
+
+Useful work is counted by samples alone: 6 FLOPs for each weight that a token passes and 12 L H for the attention products of each
+layer and token; padding does not count. The parts of a step are timed in rounds of their own, for that takes waiting for the device
+between them. An optimizer step is shared by the samples of the config's global batch, which are more than are measured here.
 """
 
 import argparse
+import contextlib
+import dataclasses
 import glob
 import os
 import sys
-import time
 
 import numpy as np
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from benchmarks.processes import Worker  # noqa: E402
 from benchmarks.report import median, print_table, write_json  # noqa: E402
+from benchmarks.synthetic import length_distribution, random_samples  # noqa: E402
+from benchmarks.timing import Stopwatch, gemm_rate, timed  # noqa: E402
 from bert.config import parse_command_line  # noqa: E402
 from bert.engines import choose_device  # noqa: E402
 from bert.training import make_engine  # noqa: E402
+from data.errors import InputError  # noqa: E402
+from data.loader import read_checked  # noqa: E402
 from data.packing import mask_slots_of_row, pack  # noqa: E402
 from data.rows import batch_layout, fill_packed, unpacked_batch, weigh  # noqa: E402
-from data.shards import Samples, open_shards, read_samples, token_dtype  # noqa: E402
+from data.shards import open_shards  # noqa: E402
+
+PARTS = ("data", "forward", "backward", "optimizer")
+# Rows x common size x columns. On CUDA the best of them counts, for which shape is best depends on the card.
+GEMM_SHAPES = {"cpu": [(1024, 768, 3072)], "cuda": [(8192, 8192, 8192), (16384, 4096, 4096), (65536, 768, 3072)]}
+# Token slots of the micro-batches that the peer tries: 8 and 16 rows of 128 on the CPU, 64 to 512 on CUDA.
+PEER_TOKENS = {"cpu": [1024, 2048], "cuda": [8192, 16384, 32768, 65536]}
 
 
-def make_samples(config, count, mean_length):
-    """Samples of the data set, or random ones: all as long as can be, or lengths spread evenly around a mean."""
+def make_samples(config, count, lengths):
+    """(samples, where they are from): the first of the config's shards, or random ones where `lengths` is a distribution."""
     data, vocab_size = config.data, config.model.vocab_size
-    length, masks = data.sequence_length, data.mask_tokens
-    if any(glob.glob(pattern) for pattern in data.files):
-        shard = open_shards(data.files, length, masks, vocab_size)[0]
-        return read_samples(shard.path, 0, count)
-    rng = np.random.default_rng(0)
-    mean = mean_length or length
-    lengths = rng.integers(max(8, 2 * mean - length), length + 1, count).astype(np.uint16)
-    counts = np.clip(np.round(0.15 * lengths), 1, masks).astype(np.uint16)
-    inside, used = np.arange(length) < lengths[:, None], np.arange(masks) < counts[:, None]
-    positions = 1 + np.arange(masks) * (lengths // (counts + 1))[:, None]
-    ids = token_dtype(vocab_size)
-    return Samples((rng.integers(min(1000, vocab_size // 2), vocab_size, (count, length)) * inside).astype(ids), lengths,
-                   (lengths // 2).astype(np.uint16), (positions * used).astype(np.uint16),
-                   (rng.integers(min(1000, vocab_size // 2), vocab_size, (count, masks)) * used).astype(ids), counts,
-                   rng.integers(0, 2, count).astype(np.uint8))
+    if lengths is None:
+        shard = open_shards(data.files, data.sequence_length, data.mask_tokens, vocab_size)[0]
+        return read_checked(shard, 0, min(count, shard.num_samples), 0), shard.path
+    samples = random_samples(lengths, count, data.sequence_length, data.mask_tokens, vocab_size, np.random.default_rng(0))
+    return samples, "random, lengths: %s" % lengths
 
 
 def make_batch(config, samples):
@@ -70,126 +77,206 @@ def useful_flops(model, samples):
     return encoder + 6 * samples.mlm_counts.sum(dtype=np.float64) * (hidden * hidden + hidden * model.vocab_size)
 
 
-def synchronize(device):
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def timed(device, work):
-    synchronize(device)
-    began = time.perf_counter()
-    work()
-    synchronize(device)
-    return time.perf_counter() - began
-
-
-def gemm_rate(device, hidden, intermediate, bfloat16, tokens):
-    """FLOP/s of one matrix product as the feed-forward layer has it, on random data, over about a second; the best of five."""
-    dtype = torch.bfloat16 if bfloat16 else torch.float32
-    a = torch.randn(tokens, hidden, device=device, dtype=dtype)
-    b = torch.randn(hidden, intermediate, device=device, dtype=dtype)
-    flops = 2 * tokens * hidden * intermediate
-    timed(device, lambda: a @ b)
-    repeat = max(1, int(0.2 / timed(device, lambda: a @ b)))
-    return max(flops * repeat / timed(device, lambda: [a @ b for _ in range(repeat)]) for _ in range(5))
+def in_bfloat16(config, device):
+    """Whether matrix products are, here and in the peer; in a float8 run the peer's and the measured rate are bfloat16."""
+    return config.training.precision != "float32" and (device == "cuda" or config.training.precision != "auto")
 
 
 class Ours:
     """This project's engine: the micro-batches of a packed batch, then LAMB."""
 
-    def __init__(self, config, device, samples):
-        self.engine, self.batch = make_engine(config, device), make_batch(config, samples)
-        self.update, self.update_seconds = self.engine.optimizer.step, []
-        self.engine.optimizer.step = lambda: self.update_seconds.append(timed(device, self.update))
+    def __init__(self, device, config, samples):
+        self.device, self.engine, self.batch = device, make_engine(config, device), make_batch(config, samples)
+        self.parts = {"data": (self.engine, "micro_batches"), "forward": (self.engine, "forward"),
+                      "optimizer": (self.engine.optimizer, "step")}
+
+    def describe(self):
+        return "%s; %d rows" % (self.engine.describe(), len(self.batch["input_ids"]))
 
     def step(self):
         self.engine.step(self.batch, 1e-4, self.engine.steps_done + 1)
 
 
 class Transformers:
-    """transformers' BertForPreTraining on padded samples: SDPA, bfloat16 on CUDA, fused AdamW."""
+    """transformers' BertForPreTraining on padded samples: SDPA, autocast where this project has it, fused AdamW.
 
-    def __init__(self, config, device, samples, compiled):
+    `rows` is the size of its micro-batches; `choose_rows` finds the best.
+    """
+
+    def __init__(self, device, config, samples, compiled, rows=None):
         from transformers import BertConfig, BertForPreTraining
-        model, self.device = config.model, device
+        self.device, self.compiled, self.rows, self.bfloat16 = device, compiled, rows, in_bfloat16(config, device)
         names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "layer_norm_eps",
                  "max_position_embeddings", "hidden_dropout_prob", "attention_probs_dropout_prob")
-        self.model = BertForPreTraining(BertConfig(**{name: getattr(model, name) for name in names}, attn_implementation="sdpa"))
-        self.model = self.model.to(device).train()
-        self.forward = torch.compile(self.model) if compiled else self.model
-        optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
-        self.update, self.update_seconds = optimizer.step, []
+        settings = {name: getattr(config.model, name) for name in names}
+        self.model = BertForPreTraining(BertConfig(**settings, attn_implementation="sdpa")).to(device).train()
+        # Every micro-batch but a last, smaller one has the same shape: code for that shape is faster than for any.
+        self.run = torch.compile(self.model, dynamic=False) if compiled else self.model
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
         batch = unpacked_batch(samples)
         labels = np.full(batch["input_ids"].shape, -100, np.int64)
-        rows, slots = np.nonzero(batch["mlm_weights"])
-        labels[rows, batch["mlm_positions"][rows, slots]] = batch["mlm_labels"][rows, slots]
+        at, slots = np.nonzero(batch["mlm_weights"])
+        labels[at, batch["mlm_positions"][at, slots]] = batch["mlm_labels"][at, slots]
         self.batch = {"input_ids": batch["input_ids"].astype(np.int64), "attention_mask": batch["sample_ids"].astype(np.int64),
                       "token_type_ids": batch["token_type_ids"].astype(np.int64), "labels": labels,
                       "next_sentence_label": batch["nsp_labels"][:, 0].astype(np.int64)}
-        self.micro_batch_size = max(1, (2 ** 20 if device == "cpu" else 24 * 2 ** 20) // (labels.shape[1] * model.hidden_size))
+        self.parts = {"data": (self, "micro_batches"), "forward": (self, "forward"), "optimizer": (self.optimizer, "step")}
+
+    def describe(self):
+        return "%s, SDPA, micro-batches of %d rows, %s; %d rows" % (
+            "bfloat16 autocast" if self.bfloat16 else "float32", self.rows, "torch.compile" if self.compiled else "not compiled",
+            len(self.batch["labels"]))
 
     def step(self):
-        rows = len(self.batch["labels"])
-        for first in range(0, rows, self.micro_batch_size):
-            part = {name: torch.from_numpy(array[first:first + self.micro_batch_size]).to(self.device)
-                    for name, array in self.batch.items()}
-            with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
-                loss = self.forward(**part).loss
-            (loss * len(part["labels"]) / rows).backward()
-        self.update_seconds.append(timed(self.device, self.update))
+        self.passes(len(self.batch["labels"]))
+        self.optimizer.step()
         self.model.zero_grad()
 
+    def passes(self, count):
+        for part in self.micro_batches(count):
+            (self.forward(part) * (len(part["labels"]) / count)).backward()
 
-def run(own, config):
-    device, _ = choose_device(config.device)
-    samples = make_samples(config, own.samples or (32 if device == "cpu" else 4096), own.lengths)
-    ways = {"this project": Ours(config, device, samples)}
-    if own.against:
-        ways["transformers"] = Transformers(config, device, samples, own.peer_compile)
-    bfloat16 = device == "cuda"
-    seconds, updates, rates = {name: [] for name in ways}, {}, []
-    for way in ways.values():
-        way.step()  # compiles, allocates
-        way.update_seconds.clear()
-    for _ in range(own.rounds):
-        rates.append(gemm_rate(device, config.model.hidden_size, config.model.intermediate_size, bfloat16,
-                               1024 if device == "cpu" else 16384))
+    def micro_batches(self, count):
+        for first in range(0, count, self.rows):
+            rows = slice(first, min(first + self.rows, count))
+            yield {name: torch.from_numpy(array[rows]).to(self.device) for name, array in self.batch.items()}
+
+    def forward(self, part):
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.bfloat16):
+            return self.run(**part).loss
+
+    def choose_rows(self):
+        """Tries micro-batches, each over as many rows as the largest has, and returns {rows: seconds}."""
+        count, length = self.batch["labels"].shape
+        sizes, tried = sorted({min(count, max(1, tokens // length)) for tokens in PEER_TOKENS[self.device]}), {}
+        for self.rows in sizes:
+            try:
+                self.passes(self.rows)  # the first of a size is slow
+                tried[self.rows] = timed(self.device, lambda: self.passes(sizes[-1]))
+            except torch.cuda.OutOfMemoryError:
+                break  # a larger one will not fit either
+        return tried
+
+
+def free(way):
+    """Gives a CUDA device's unused memory to the other ways, between turns."""
+    if way.device == "cuda":
+        torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def turn(way):
+    """While open, `way` has the device. On CUDA an untimed step brings clocks and memory back first."""
+    if way.device == "cuda":
+        way.step()
+    yield
+    free(way)
+
+
+def timed_step(way):
+    with turn(way):
+        return timed(way.device, way.step)
+
+
+def timed_parts(way):
+    """Seconds of each part of a step; what is in no other part is the backward pass."""
+    stopwatch = Stopwatch(way.device)
+    with turn(way):
+        for name, (owner, method) in way.parts.items():
+            around = stopwatch.around_each if name == "data" else stopwatch.around
+            setattr(owner, method, around(name, getattr(owner, method)))
+        total = timed(way.device, way.step)
+        for owner, method in way.parts.values():
+            delattr(owner, method)
+    return {**stopwatch.seconds, "backward": total - sum(stopwatch.seconds.values())}
+
+
+def first_step(way):
+    way.step()  # compiles
+    free(way)
+    return way.describe()
+
+
+def peak_bytes(way):
+    """Of the device, or on the CPU of the process with all that it imports."""
+    if way.device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    with open("/proc/self/status") as lines:
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+
+
+def measure(own, config, device, samples):
+    """{"gemm": ..., "ways": {name: ...}}, all measured in turns."""
+    tried, dtype = None, torch.bfloat16 if in_bfloat16(config, device) else torch.float32
+    with contextlib.ExitStack() as closing:
+        if own.against:
+            with Worker(Transformers, device, config, samples, False) as chooser:
+                tried = chooser.ask(Transformers.choose_rows)
+        ways = {"this project": closing.enter_context(Worker(Ours, device, config, samples))}
+        if own.against:
+            ways["transformers"] = closing.enter_context(
+                Worker(Transformers, device, config, samples, own.peer_compile, min(tried, key=tried.get)))
+        found = {name: {"settings": way.ask(first_step), "rounds": []} for name, way in ways.items()}
+        gemm = {shape: [] for shape in GEMM_SHAPES[device]}
+        for _ in range(own.rounds):
+            for shape, rates in gemm.items():
+                rates.append(gemm_rate(device, shape, dtype))
+            for name, way in ways.items():
+                found[name]["rounds"].append(way.ask(timed_step))
         for name, way in ways.items():
-            seconds[name].append(timed(device, way.step))
-    flops, rows, gemm = useful_flops(config.model, samples), [], median(rates)
-    results = {"gemm_flops_per_second": gemm}
+            parts = [way.ask(timed_parts) for _ in range(own.rounds)]
+            found[name]["parts"] = {part: median([seconds[part] for seconds in parts]) for part in PARTS}
+            found[name]["peak_bytes"] = way.ask(peak_bytes)
+    if own.against:
+        found["transformers"]["micro_batches_tried"] = tried
+    best = max(gemm, key=lambda shape: median(gemm[shape]))
+    return {"gemm": {"shape": best, "dtype": str(dtype), "flops_per_second": median(gemm[best])}, "ways": found}
+
+
+def run(own, config, named_files):
+    device, _ = choose_device(config.device)
+    there = named_files or any(glob.glob(pattern) for pattern in config.data.files)
+    lengths = own.lengths or (None if there else "wikipedia")
+    samples, origin = make_samples(config, own.samples or (32 if device == "cpu" else 4096), lengths)
+    found = measure(own, config, device, samples)
+    gemm, ways, rows = found["gemm"], found["ways"], []
+    flops, mean_length = useful_flops(config.model, samples) / len(samples), samples.lengths.mean()
     for name, way in ways.items():
-        updates[name] = median(way.update_seconds)
-        passes = median([whole - update for whole, update in zip(seconds[name], way.update_seconds)])
-        # At the recipe's global batch the update is shared by more samples than are measured here.
-        per_sample = passes / len(samples) + updates[name] / config.training.global_batch_size
-        results[name] = {"sequences_per_second": 1 / per_sample, "tokens_per_second": samples.lengths.mean() / per_sample,
-                         "share_of_gemm_rate": flops / len(samples) / per_sample / gemm, "update_seconds": updates[name],
-                         "passes_seconds": passes, "rounds": seconds[name]}
-    for name, one in results.items():
-        if name in ways:
-            rows.append([name, "%.3g" % one["sequences_per_second"], "%.4g" % one["tokens_per_second"],
-                         "%.0f %%" % (100 * one["share_of_gemm_rate"]), "%.3f" % one["update_seconds"],
-                         "%.2f" % (results["this project"]["sequences_per_second"] / one["sequences_per_second"])])
-    print("%d samples of mean length %.1f of %d, in %d rows; matrix product %.1f GFLOP/s; medians of %d rounds" % (
-        len(samples), samples.lengths.mean(), config.data.sequence_length, len(ways["this project"].batch["input_ids"]), gemm / 1e9,
-        own.rounds))
-    print_table(["", "sequences/s", "tokens/s", "of the matrix rate", "update, s", "this project is faster by"], rows)
-    if device == "cuda":
-        results["peak_bytes"] = torch.cuda.max_memory_allocated()
-    write_json(own.json, results, torch=torch.__version__, device=torch.cuda.get_device_name() if device == "cuda" else "cpu")
+        update = way["parts"]["optimizer"]
+        seconds = (median(way["rounds"]) - update) / len(samples) + update / config.training.global_batch_size
+        way.update(sequences_per_second=1 / seconds, tokens_per_second=mean_length / seconds,
+                   share_of_gemm_rate=flops / seconds / gemm["flops_per_second"])
+        rows.append([name, "%.4g" % way["sequences_per_second"], "%.4g" % way["tokens_per_second"],
+                     "%.0f %%" % (100 * way["share_of_gemm_rate"]), *("%.3g" % way["parts"][part] for part in PARTS),
+                     "%.2f" % (way["peak_bytes"] / 1e9),
+                     "%.2f" % (ways["this project"]["sequences_per_second"] / way["sequences_per_second"])])
+        print("%s: %s" % (name, way["settings"]))
+    print("%d samples of mean length %.1f of %d (%s); medians of %d rounds" % (
+        len(samples), mean_length, config.data.sequence_length, origin, own.rounds))
+    print("matrix product: %.4g TFLOP/s, %d x %d by %d x %d, %s" % (
+        (gemm["flops_per_second"] / 1e12,) + gemm["shape"][:2] + gemm["shape"][1:] + (gemm["dtype"],)))
+    parts = ["%s, s" % part for part in PARTS]
+    print_table(["", "sequences/s", "tokens/s", "of that rate"] + parts + ["peak, GB", "ours is faster by"], rows)
+    about = {"samples": len(samples), "samples_from": origin, "mean_length": mean_length, "precision": config.training.precision,
+             "sequence_length": config.data.sequence_length, "model": dataclasses.asdict(config.model)}
+    write_json(own.json, {**about, **found}, torch=torch.__version__,
+               device=torch.cuda.get_device_name() if device == "cuda" else "cpu")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--samples", type=int, help="samples of a step (default: 32 on the CPU, 4096 on CUDA)")
-    parser.add_argument("--lengths", type=int, help="mean length of random samples (default: all are full)")
+    parser.add_argument("--lengths", type=length_distribution, metavar="full|MEAN|wikipedia",
+                        help="random samples of these lengths (default: the config's shards, or wikipedia where there are none)")
     parser.add_argument("--against", choices=["transformers"], help="measure this peer in turns")
     parser.add_argument("--peer-compile", action="store_true", help="torch.compile the peer")
     parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
     parser.add_argument("--json", help="write the figures here")
     own, others = parser.parse_known_args()
-    run(own, parse_command_line(others))
+    try:
+        run(own, parse_command_line(others), any(word.split("=")[0] == "--data.files" for word in others))
+    except InputError as error:
+        sys.exit("error: %s" % error)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,17 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import torch
+
+from benchmarks.processes import Worker
+from benchmarks.synthetic import random_samples, write_data_set
+from data.shards import check_samples
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TINY = {"device": "cpu", "model": {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -23,13 +30,115 @@ def run(tmp_path, *command):
     return found["results"], done.stdout
 
 
-def test_the_pretraining_benchmark_measures_both_on_the_same_samples(tmp_path):
+@pytest.fixture
+def tiny(tmp_path):
     (tmp_path / "tiny.json").write_text(json.dumps(TINY))
-    found, printed = run(tmp_path, "benchmarks/pretraining.py", "--config", tmp_path / "tiny.json", "--samples", 12, "--rounds", 1,
-                         "--lengths", 40, "--against", "transformers")
-    assert "12 samples of mean length" in printed
-    for way in ("this project", "transformers"):
-        assert found[way]["sequences_per_second"] > 0 and 0 < found[way]["share_of_gemm_rate"] < 1
+    return tmp_path / "tiny.json"
+
+
+def test_the_pretraining_benchmark_measures_both_on_the_same_samples(tmp_path, tiny):
+    found, printed = run(tmp_path, "benchmarks/pretraining.py", "--config", tiny, "--samples", 40, "--rounds", 2, "--lengths", 40,
+                         "--against", "transformers")
+    assert "40 samples of mean length" in printed and abs(found["mean_length"] - 40) < 8
+    for way in found["ways"].values():
+        assert way["sequences_per_second"] > 0 and 0 < way["share_of_gemm_rate"] < 1
+        assert way["tokens_per_second"] == pytest.approx(way["sequences_per_second"] * found["mean_length"])
+        assert way["parts"].keys() == {"data", "forward", "backward", "optimizer"} and min(way["parts"].values()) > 0
+        assert 2e7 < way["peak_bytes"] < 4e9
+    assert found["ways"]["transformers"]["micro_batches_tried"].keys() == {"16", "32"}  # 1024 and 2048 token slots in rows of 64
+    picture = tmp_path / "bars.png"
+    subprocess.run([sys.executable, "benchmarks/plot.py", tmp_path / "result.json", "--output", picture], cwd=ROOT, check=True)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_pretraining_benchmark_takes_the_samples_that_it_is_told_to(tmp_path, tiny):
+    shards = write_data_set(str(tmp_path), "full", 20, 64, 10, 300)
+    found, _ = run(tmp_path, "benchmarks/pretraining.py", "--config", tiny, "--samples", 12, "--rounds", 1, "--data.files", shards)
+    assert found["samples_from"] == str(tmp_path / "train-00000.h5") and found["samples"] == 12 and found["mean_length"] == 64
+    done = subprocess.run([sys.executable, "benchmarks/pretraining.py", "--config", tiny, "--data.files", tmp_path / "none-*.h5"],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and "none-*.h5" in done.stderr
+
+
+def fail(message):
+    raise ValueError(message)
+
+
+def test_a_process_that_fails_ends_the_benchmark_with_its_message(capfd):
+    with Worker(str, "held") as worker:
+        assert worker.ask(str.upper) == "HELD"
+        with pytest.raises(SystemExit, match="exit code 1"):
+            worker.ask(fail)
+    assert "ValueError: held" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("distribution, longest, mean", [("full", 128, 128), ("wikipedia", 512, 256), ("wikipedia", 128, 122),
+                                                        (369, 512, 369), (40, 512, 40)])
+def test_random_samples_have_the_lengths_that_are_asked_for(distribution, longest, mean):
+    samples = random_samples(distribution, 20000, longest, longest // 6, 30522, np.random.default_rng())
+    check_samples(samples, 30522, "random", 0)
+    assert samples.lengths.mean() == pytest.approx(mean, rel=0.02)
+
+
+def test_the_ops_benchmark_measures_every_operation_in_both_shapes(tmp_path):
+    picture = tmp_path / "ops.png"
+    found, printed = run(tmp_path, "benchmarks/ops.py", "--device", "cpu", "--rounds", 1, "--plot", picture)
+    from benchmarks.ops import CASES
+    assert {(case["operation"], case["phase"]) for case in found["cases"]} == {(name, phase) for name in CASES
+                                                                             for phase in ("phase 1", "phase 2")}
+    for case in found["cases"]:
+        assert "plain" in case["ways"] and len(case["ways"]) > 1 and all(way["seconds"] > 0 for way in case["ways"].values())
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_data_wait_benchmark_runs_the_command(tmp_path, tiny):
+    found, printed = run(tmp_path, "benchmarks/data_wait.py", "--config", tiny, "--steps", 3)
+    assert "step 3/3" in printed and len(found["steps"]["data_wait_fraction"]) == 2
+    assert 0 <= found["data_wait_fraction"] < 1 and found["sequences_per_second"] > 0
+
+
+STUB = """#!/bin/sh
+[ "$1" = - ] && { echo some-gpu; exit 0; }
+echo "called: $*"
+[ "$1" = benchmarks/ops.py ] && exit 3
+for word; do [ "$before" = --json ] && echo '{}' > "$word"; before=$word; done
+exit 0
+"""
+
+
+def run_gpu_sh(**environment):
+    return subprocess.run(["bash", "benchmarks/gpu.sh"], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
+
+
+def test_gpu_sh_runs_every_part_goes_on_after_one_that_fails_and_names_it(tmp_path):
+    (tmp_path / "python").write_text(STUB)
+    (tmp_path / "python").chmod(0o755)
+    done = run_gpu_sh(PYTHON=str(tmp_path / "python"), OUT=str(tmp_path))
+    assert done.returncode == 1 and done.stdout.rstrip().endswith("failed: ops")
+    assert (tmp_path / "log.txt").read_text() == done.stdout
+    called = [line.split()[1:3] for line in done.stdout.splitlines() if line.startswith("called: ")]
+    assert ["-m", "pytest"] in called and [words[0] for words in called].count("benchmarks/pretraining.py") == 4
+    merged = done.stdout.split("called: benchmarks/merge.py")[1].splitlines()[0]
+    assert "/phase1.json" in merged and "/lamb.json" in merged and "/ops.json" not in merged
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_sh_says_what_is_missing():
+    done = run_gpu_sh(PYTHON=sys.executable)
+    assert done.returncode == 2 and "error: " in done.stderr
+
+
+def test_every_option_in_gpu_sh_is_one_that_its_program_has():
+    from bert.config import parse_command_line
+    with open(os.path.join(ROOT, "benchmarks", "gpu.sh"), encoding="utf-8") as file:
+        text = file.read().replace("\\\n", " ")
+    for line in text.splitlines():
+        if line.strip().startswith("pretraining phase") and "float8" not in line:
+            words = shlex.split(line)[3:]
+            own = ("--against", "--samples")
+            others = [word for i, word in enumerate(words)
+                      if word not in own + ("--peer-compile",) and (i == 0 or words[i - 1] not in own)]
+            parse_command_line(others)
 
 
 def test_the_loader_benchmark_measures_every_way(tmp_path):
@@ -43,6 +152,6 @@ def test_useful_work_is_the_recipes():
     from bert.config import parse_command_line
     for name, expected in (("pod16_phase1", 70e9), ("pod16_phase2", 301e9)):
         config = parse_command_line(["--config", name])
-        samples = make_samples(config, 4, None)
+        samples, _ = make_samples(config, 4, "full")
         samples.mlm_counts[:] = config.data.mask_tokens
         assert useful_flops(config.model, samples) / 4 == pytest.approx(expected, rel=0.02)

@@ -1,0 +1,55 @@
+"""Bars of sequences/s, for each result of benchmarks/pretraining.py beside its peers.
+
+    python benchmarks/plot.py phase1.json phase2.json --output sequences.png
+"""
+
+import argparse
+import json
+import os
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+__all__ = ["draw_bars"]
+
+
+def draw_bars(path, title, groups):
+    """Draws {group: {way: value}} as a picture: a row of bars for each group, each with its value; ways keep their colour."""
+    ways = list(dict.fromkeys(way for values in groups.values() for way in values))
+    height = 1 + 0.35 * sum(len(values) + 1 for values in groups.values())
+    figure, axes = plt.subplots(figsize=(8, height), constrained_layout=True)
+    place, ticks = 0, []
+    for group, values in groups.items():
+        ticks.append((place + (len(values) - 1) / 2, group))
+        for way, value in values.items():
+            bar = axes.barh(place, value, color="C%d" % ways.index(way), label=way)
+            axes.bar_label(bar, ["%.3g" % value if value < 1000 else "%d" % value], padding=3)
+            place += 1
+        place += 1
+    axes.set_yticks(*zip(*ticks))
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set_title(title)
+    handles = dict(zip(*reversed(axes.get_legend_handles_labels())))
+    figure.legend(handles.values(), handles.keys(), loc="outside right upper")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="+", help="JSON files that benchmarks/pretraining.py wrote")
+    parser.add_argument("--output", required=True, help="the picture: a PNG file")
+    arguments = parser.parse_args()
+    groups = {}
+    for path in arguments.results:
+        with open(path, encoding="utf-8") as file:
+            ways = json.load(file)["results"]["ways"]
+        groups[os.path.splitext(os.path.basename(path))[0]] = {name: way["sequences_per_second"] for name, way in ways.items()}
+    draw_bars(arguments.output, "sequences/s", groups)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Seconds of work on a device, of the parts of a step, and the machine's own rates to hold them against."""
+
+import contextlib
+import functools
+import time
+
+import torch
+
+__all__ = ["Stopwatch", "gemm_rate", "timed"]
+
+
+def synchronize(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def timed(device, work, repeat=1):
+    """Seconds of one call of `work`, the mean of `repeat`."""
+    synchronize(device)
+    began = time.perf_counter()
+    for _ in range(repeat):
+        work()
+    synchronize(device)
+    return (time.perf_counter() - began) / repeat
+
+
+def gemm_rate(device, shape, dtype):
+    """FLOP/s of a matrix product of random data into memory that is there already, the best of five times a tenth of a second.
+
+    `shape`: rows, common size, columns.
+    """
+    rows, common, columns = shape
+    a, b = torch.randn(rows, common, device=device, dtype=dtype), torch.randn(common, columns, device=device, dtype=dtype)
+    product = torch.empty(rows, columns, device=device, dtype=dtype)
+    work = functools.partial(torch.mm, a, b, out=product)
+    timed(device, work)
+    repeat = max(1, int(0.1 / timed(device, work)))
+    return 2 * rows * common * columns / min(timed(device, work, repeat) for _ in range(5))
+
+
+class Stopwatch:
+    """Seconds of each part of a step; the device is waited for before and after each."""
+
+    def __init__(self, device):
+        self.device, self.seconds = device, {}
+
+    @contextlib.contextmanager
+    def part(self, name):
+        synchronize(self.device)
+        began = time.perf_counter()
+        yield
+        synchronize(self.device)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+
+    def around(self, name, function):
+        """`function`, its calls timed."""
+        def timed_function(*arguments):
+            with self.part(name):
+                return function(*arguments)
+        return timed_function
+
+    def around_each(self, name, generator):
+        """`generator`, the making of each of its items timed; None is no item."""
+        def timed_generator(*arguments):
+            items = generator(*arguments)
+            while True:
+                with self.part(name):
+                    item = next(items, None)
+                if item is None:
+                    return
+                yield item
+        return timed_generator
