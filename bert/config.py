@@ -141,8 +141,9 @@ class IpuConfig:
     """Micro-batches of one replica in one optimizer step."""
     device_iterations: int = 1
     """Optimizer steps in one call of the executable."""
-    embedding_serialization_factor: int = 1
-    """In how many parts the MLM decoder and its loss are computed, so that full logits never exist at once."""
+    embedding_serialization_factor: Optional[int] = None
+    """In how many parts the MLM decoder and its loss are computed, so that full logits never exist at once; by default 1 on IPUs, and on
+    CUDA and CPU as many as keep a part's logits small."""
     matmul_proportion: Union[float, List[float]] = 0.25
     """Share of an IPU's memory that a matrix product may take for temporaries: one for all IPUs, or one each."""
     loss_scaling: float = 16384.0
@@ -290,7 +291,7 @@ def validate(config: Config, source: str = "config") -> None:
     for section, names in positive.items():
         for name in names.split():
             value = getattr(getattr(config, section), name)
-            expect(value > 0 and math.isfinite(value), "%s.%s" % (section, name), "a number above 0")
+            expect(value is None or (value > 0 and math.isfinite(value)), "%s.%s" % (section, name), "a number above 0")
     expect(model.hidden_size % model.num_attention_heads == 0, "model.hidden_size",
            "a multiple of model.num_attention_heads, %d" % model.num_attention_heads)
     for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):

@@ -17,6 +17,7 @@ from bert.checkpoint import list_checkpoints, load_moments, load_weights, read_j
 from bert.config import Config, learning_rate_at
 from bert.curve import draw_curve, read_metrics
 from bert.engines import choose_device
+from bert.engines.micro_batch import full_rows, largest_that_fits, peak_memory
 from bert.engines.torch_engine import TorchEngine
 from bert.errors import Diverged
 from bert.graph import BertForPretraining, initialize
@@ -25,16 +26,16 @@ from bert.run_folder import claim, find_checkpoint
 from bert.stages import make_stages
 from data.errors import InputError, LoaderDied
 from data.loader import GlobalBatch, Loader, batches_in_order
+from data.packing import mask_slots_of_row
 from data.prepare import prepare
 from data.shards import ShardInfo, open_shards, vocab_sha256
 from data.tokenizer import read_vocab
-from ops.lamb import lamb_groups
 
 __all__ = ["make_engine", "train"]
 
 # Values of a micro-batch's hidden state [rows, length, hidden] where the config leaves its size open. On the CPU 4 MB of them stay
-# near the caches; on CUDA they keep the matrix units busy and fit BERT-base in 16 GB.
-MICRO_BATCH_VALUES = {"cpu": 2 ** 20, "cuda": 12 * 2 ** 20}
+# near the caches; on CUDA more than this make nothing faster.
+MICRO_BATCH_VALUES = {"cpu": 2 ** 20, "cuda": 96 * 2 ** 20}
 METRICS = ("mlm_loss", "nsp_loss", "mlm_accuracy", "nsp_accuracy")
 
 
@@ -89,6 +90,7 @@ def run_steps(config: Config, engine, loader: Loader, batch: GlobalBatch, words:
 
     def save() -> None:
         nonlocal saved
+        engine.wait_for(engine.steps_done)
         weights = engine.weights()
         if not all(torch.isfinite(tensor).all() for tensor in weights.values()):
             raise diverged(config, engine.steps_done, "weights are not finite")
@@ -101,12 +103,36 @@ def run_steps(config: Config, engine, loader: Loader, batch: GlobalBatch, words:
             saved = engine.steps_done
         say("saved %s" % path)
 
+    due = None  # a line of metrics to write: step, learning rate, samples seen, metrics of its steps, samples of them
+
+    def write_line() -> None:
+        """Writes the line that is due to the log, TensorBoard and the console."""
+        nonlocal due, since, waited
+        step, learning_rate, seen, metrics, samples = due
+        engine.wait_for(step)
+        means = {name: sum(one[name].item() for one in metrics) / len(metrics) for name in METRICS}
+        seconds = time.perf_counter() - since
+        line = {"step": step, "loss": means["mlm_loss"] + means["nsp_loss"], **means, "learning_rate": learning_rate,
+                "sequences_per_second": samples / seconds, "data_wait_fraction": waited / seconds, "samples_seen": seen,
+                "skipped_updates": int(metrics[-1]["skipped_updates"])}
+        if not math.isfinite(line["loss"]):
+            raise diverged(config, step, "the MLM loss is %f, the NSP loss is %f" % (line["mlm_loss"], line["nsp_loss"]))
+        with protected():
+            log.write(json.dumps(line) + "\n")
+            log.flush()
+            due = None
+        for name in line:
+            if name not in ("step", "samples_seen"):
+                board.add_scalar(name, line[name], step)
+        say(console_line(line, last, (last - step) * seconds / len(metrics)))
+        since, waited = time.perf_counter(), 0.0
+
     bar = tqdm(total=last, initial=engine.steps_done, disable=None, dynamic_ncols=True, desc="training",
                bar_format="{desc}: {percentage:.1f} %|{bar}| step {n:.2f} of {total_fmt}, {elapsed} gone, {remaining} to go")
     with bar, SummaryWriter(os.path.join(folder, "tensorboard"), purge_step=engine.steps_done + 1) as board, \
             open(os.path.join(folder, "metrics.jsonl"), "a", encoding="utf-8") as log:
         try:
-            since, waited, samples, steps = time.perf_counter(), 0.0, 0, 0
+            since, waited, samples = time.perf_counter(), 0.0, 0
             while engine.steps_done < last:
                 step = engine.steps_done + 1
                 learning_rate = learning_rate_at(step, config.optimizer, training.max_steps)
@@ -118,26 +144,19 @@ def run_steps(config: Config, engine, loader: Loader, batch: GlobalBatch, words:
 
                 with protected():  # but for the engine's forward and backward passes, which may be cut short
                     recent.append(engine.step(batch.arrays, learning_rate, step, progress))
-                    samples_seen, position = samples_seen + batch.samples, batch.position
-                    samples, steps = samples + batch.samples, steps + 1
+                    samples_seen, position, samples = samples_seen + batch.samples, batch.position, samples + batch.samples
                     new, skipped = set(batch.skipped) - set(skipped), batch.skipped
                 for path in new:
                     say("left out, %d by now: %s" % (len(skipped), skipped[path]))
+                if due:  # the line of the step before: while it is read and written, the device works on this one
+                    write_line()
+                saving = step % training.save_every == 0 or step == last
                 if step % training.log_every == 0 or step == training.max_steps:
-                    seconds = time.perf_counter() - since
-                    line = summarize(recent, step, learning_rate, samples_seen, samples / seconds, waited / seconds)
-                    if not math.isfinite(line["loss"]):
-                        raise diverged(config, step, "the MLM loss is %f, the NSP loss is %f" % (line["mlm_loss"], line["nsp_loss"]))
                     with protected():
-                        log.write(json.dumps(line) + "\n")
-                        log.flush()
-                        recent = []
-                    for name in line:
-                        if name not in ("step", "samples_seen"):
-                            board.add_scalar(name, line[name], step)
-                    say(console_line(line, last, (last - step) * seconds / steps))
-                    since, waited, samples, steps = time.perf_counter(), 0.0, 0, 0
-                if step % training.save_every == 0 or step == last:
+                        due, recent, samples = (step, learning_rate, samples_seen, recent, samples), [], 0
+                    if saving or not engine.asynchronous:
+                        write_line()
+                if saving:
                     before = time.perf_counter()
                     save()
                     since += time.perf_counter() - before
@@ -146,6 +165,8 @@ def run_steps(config: Config, engine, loader: Loader, batch: GlobalBatch, words:
                     batch = loader.next()
                     waited += time.perf_counter() - before
         except (KeyboardInterrupt, InputError, LoaderDied):
+            if due:
+                write_line()
             if engine.steps_done > saved:
                 save()
             say("stopped after step %d of %d. To go on: the same command with --resume auto" % (engine.steps_done, training.max_steps))
@@ -158,11 +179,20 @@ def make_engine(config: Config, device: str) -> TorchEngine:
     graph = BertForPretraining(config.model, stages, config.ipu.embedding_serialization_factor,
                                config.ipu.recompute_checkpoint_every_layer)
     initialize(graph, config.model.initializer_range, config.training.seed)
-    optimizer, training = config.optimizer, config.training
-    rows = training.micro_batch_size or MICRO_BATCH_VALUES[device] // (config.data.sequence_length * config.model.hidden_size)
-    return TorchEngine(graph, lamb_groups(graph.named_parameters(), optimizer.weight_decay), device, optimizer.betas, optimizer.eps,
-                       training.seed, max(1, min(rows, training.global_batch_size)), training.precision, training.compile,
-                       graph.bert.encoder["layer"])
+    data, optimizer, training = config.data, config.optimizer, config.training
+    most = MICRO_BATCH_VALUES[device] // (data.sequence_length * config.model.hidden_size)
+    rows = max(1, min(training.micro_batch_size or most, training.global_batch_size))
+    engine = TorchEngine(graph, device, optimizer.weight_decay, optimizer.betas, optimizer.eps, training.seed, rows,
+                         training.precision, training.compile, graph.bert.encoder["layer"])
+    if device == "cuda" and not training.micro_batch_size:
+        per_row = 1 if data.packing == "off" else data.samples_per_row
+        slots = mask_slots_of_row(data.mask_tokens, per_row)
+        moments = 8 * sum(master.numel() for master in engine.masters.values())
+        free, _ = torch.cuda.mem_get_info()
+        engine.micro_batch_size = largest_that_fits(
+            lambda rows: peak_memory(engine, full_rows(rows, data.sequence_length, slots, per_row)),
+            int(0.9 * (free + torch.cuda.memory_reserved())) - moments, rows)
+    return engine
 
 
 def make_shards_from_text(config: Config) -> None:
@@ -284,17 +314,11 @@ def say_what_runs(config: Config, device_line: str, engine, shards: List[ShardIn
         say("%s %s" % ("continues from" if checkpoint else "starts from", checkpoint or training.start_from))
 
 
-def summarize(recent: List[Dict], step: int, learning_rate: float, samples_seen: int, rate: float, wait: float) -> Dict:
-    """The line of metrics.jsonl for the steps in `recent`: plain means over them."""
-    means = {name: sum(one[name].item() for one in recent) / len(recent) for name in METRICS}
-    return {"step": step, "loss": means["mlm_loss"] + means["nsp_loss"], **means, "learning_rate": learning_rate,
-            "sequences_per_second": rate, "data_wait_fraction": wait, "samples_seen": samples_seen}
-
-
 def console_line(line: Dict, last: int, seconds_left: float) -> str:
-    return ("step %d/%d  loss %.3f  mlm %.3f (%.1f %%)  nsp %.3f (%.1f %%)  lr %.2e  %.1f seq/s  data wait %.1f %%  %s left" % (
+    return ("step %d/%d  loss %.3f  mlm %.3f (%.1f %%)  nsp %.3f (%.1f %%)  lr %.2e  %.1f seq/s  data wait %.1f %%%s  %s left" % (
         line["step"], last, line["loss"], line["mlm_loss"], 100 * line["mlm_accuracy"], line["nsp_loss"], 100 * line["nsp_accuracy"],
-        line["learning_rate"], line["sequences_per_second"], 100 * line["data_wait_fraction"], duration(seconds_left)))
+        line["learning_rate"], line["sequences_per_second"], 100 * line["data_wait_fraction"],
+        "  %d updates skipped" % line["skipped_updates"] if line["skipped_updates"] else "", duration(seconds_left)))
 
 
 def duration(seconds: float) -> str:

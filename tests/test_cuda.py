@@ -2,11 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
 
 from bert.config import parse_command_line
+from bert.engines.micro_batch import full_rows
 from bert.training import make_engine
 from data.packing import mask_slots_of_row, pack
 from data.rows import batch_layout, fill_packed, weigh
+from ops.attention import Spans, attention, same_sample_mask
 from tests.make_samples import random_samples
 
 pytestmark = pytest.mark.cuda
@@ -34,6 +37,7 @@ def losses(device, precision, compiled, batch, steps=5):
         "--training.compile", compiled, "--ipu.layers_per_ipu", "[0, 2]"])
     engine = make_engine(config, device)
     found = [engine.step(batch, 0.01, step) for step in range(1, steps + 1)] + [engine.evaluate(batch)]
+    engine.wait_for(steps)
     return np.array([[one[name].item() for name in ("mlm_loss", "nsp_loss")] for one in found])
 
 
@@ -44,3 +48,32 @@ def test_a_short_run_on_cuda_goes_as_on_the_cpu(precision, tolerance, compiled):
     expected = losses("cpu", "float32", "off", batch)
     assert expected[-1, 0] < expected[0, 0] - 0.1  # it learns, or any update would do
     assert np.allclose(losses("cuda", precision, compiled, batch), expected, rtol=tolerance)
+
+
+def test_the_micro_batch_that_is_found_fits_and_trains():
+    config = parse_command_line(["--device", "cuda", "--config", "gpu_phase1.json", "--training.compile", "off"])
+    engine = make_engine(config, "cuda")
+    length, slots = config.data.sequence_length, mask_slots_of_row(config.data.mask_tokens, config.data.samples_per_row)
+    assert engine.micro_batch_size >= 64
+    engine.step(full_rows(engine.micro_batch_size, length, slots, config.data.samples_per_row), 0.0, 1)
+    assert torch.cuda.max_memory_allocated() < torch.cuda.mem_get_info()[1]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_flash_attention_over_tokens_laid_end_to_end_agrees_with_the_mask(dropout):
+    lengths, heads = [100, 28, 128, 1, 60, 0, 67], 4
+    starts = torch.tensor([0] + lengths).cumsum(0).int().cuda()
+    ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).cuda()
+    mask = same_sample_mask(ids[None])
+    inputs = [torch.randn(sum(lengths), heads * 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    direction = torch.randn_like(inputs[0])
+    flat = attention(*inputs, Spans(starts, 128), heads, dropout)
+    fast = torch.autograd.grad(flat, inputs, direction)
+    rows = attention(*[tensor[None].float() for tensor in inputs], mask, heads, 0.0)[0]
+    slow = torch.autograd.grad(rows, inputs, direction.float())
+    if dropout:  # other masks: the mean over many draws is the same
+        flat = torch.stack([attention(*inputs, Spans(starts, 128), heads, dropout) for _ in range(400)]).float().mean(0)
+        assert (flat - rows).norm() < 0.05 * rows.norm() and all(torch.isfinite(gradient).all() for gradient in fast)
+    else:
+        for found, expected in zip((flat, *fast), (rows, *slow)):
+            assert (found.float() - expected.float()).norm() < 0.02 * expected.float().norm()

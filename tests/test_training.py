@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from bert.checkpoint import list_checkpoints, read_safetensors, save_checkpoint
 from bert.config import parse_command_line
-from bert.engines.torch_engine import find_compiler
+from bert.engines.torch_engine import TorchEngine, find_compiler
 from bert.interrupts import interruptible, protected
 from bert.training import make_engine, train
 from data.rows import unpacked_batch
@@ -113,7 +113,7 @@ def test_one_global_batch_gives_the_same_gradients_for_any_micro_batch(tmp_path,
 
 @pytest.mark.parametrize("options", [
     {}, {"training__compile": "on"}, {"data__packing": "off"}, {"data__packing": "rows"}, {"training__log_every": 4},
-    {"data__on_bad_shard": "skip"}, {"masking": "dynamic"}],
+    {"data__on_bad_shard": "skip"}, {"masking": "dynamic"}, {"training__precision": "bfloat16"}],
     ids=lambda options: " ".join(options) or "as it is")
 def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, shards, options):
     if options.get("training__compile") and find_compiler("cpu") is None:
@@ -154,12 +154,69 @@ def test_dropout_is_on_in_training_and_differs_between_steps_and_micro_batches(t
     assert len(seen) == 2 and seen[0] != seen[1]
 
 
+def test_an_asynchronous_engine_gives_the_same_lines_though_each_is_read_a_step_late(tmp_path, shards, monkeypatch):
+    seen = []
+
+    class Asynchronous(TorchEngine):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.asynchronous = True
+
+        def step(self, batch, learning_rate, step, progress):
+            seen.append("step %d" % step)
+            return super().step(batch, learning_rate, step, progress)
+
+        def to_host(self, metrics, step):
+            return {name: value.clone() for name, value in metrics.items()}
+
+        def wait_for(self, step):
+            seen.append("wait %d" % step)
+
+    options = {"training__log_every": 2, "training__save_every": 5}
+    assert main(arguments(tmp_path, shards, **options)) == 0
+    monkeypatch.setattr("bert.training.TorchEngine", Asynchronous)
+    assert main(arguments(tmp_path, shards, training__output=tmp_path / "other", **options)) == 0
+    timing = ("sequences_per_second", "data_wait_fraction")
+    strip = lambda lines: [{key: value for key, value in line.items() if key not in timing} for line in lines]
+    assert strip(read_lines(tmp_path)) == strip(read_lines(tmp_path, "other"))
+    # Steps 2 and 4 are read after the next is under way, but for what a checkpoint needs: 5, 10, 12.
+    assert seen == ["step 1", "step 2", "step 3", "wait 2", "step 4", "step 5", "wait 4", "wait 5", "step 6", "step 7", "wait 6", "step 8",
+                    "step 9", "wait 8", "step 10", "wait 10", "wait 10", "step 11", "step 12", "wait 12", "wait 12"]
+
+
+def test_in_bfloat16_the_graph_is_the_rounded_masters_and_small_updates_are_not_lost(tmp_path, shards):
+    engine = make_engine(parse_command_line(arguments(tmp_path, shards, training__precision="bfloat16")), "cpu")
+    batch = unpacked_batch(random_samples(np.random.default_rng(1), 8, LENGTH, MASKS, VOCAB))
+    before = {name: tensor.clone() for name, tensor in engine.weights().items()}
+    for step in range(1, 4):
+        engine.step(batch, 1e-5, step)  # far below bfloat16's resolution
+    for name, parameter in engine.graph.named_parameters():
+        assert parameter.dtype == torch.bfloat16 and torch.equal(parameter, engine.masters[name].bfloat16()), name
+    moved = [name for name, weight in engine.weights().items() if not torch.equal(weight, before[name])]
+    assert len(moved) > 0.9 * len(before)
+    other = make_engine(parse_command_line(arguments(tmp_path, shards, training__precision="bfloat16")), "cpu")
+    other.load_weights(engine.weights())
+    assert other.evaluate(batch)["mlm_loss"] == engine.evaluate(batch)["mlm_loss"]
+
+
+def test_an_update_with_a_gradient_that_is_not_finite_is_left_out_and_counted(tmp_path, shards):
+    engine = make_engine(parse_command_line(arguments(tmp_path, shards)), "cpu")
+    batch = unpacked_batch(random_samples(np.random.default_rng(1), 8, LENGTH, MASKS, VOCAB))
+    assert engine.step(batch, 1e-3, 1)["skipped_updates"] == 0
+    before = {**engine.weights(), **engine.optimizer_state()}
+    before = {name: tensor.clone() for name, tensor in before.items()}
+    batch["nsp_weights"][0] = np.inf
+    assert engine.step(batch, 1e-3, 2)["skipped_updates"] == 1
+    after = {**engine.weights(), **engine.optimizer_state()}
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_metrics_have_every_field_and_mean_what_they_say(tmp_path, shards):
     assert main(arguments(tmp_path, shards, training__log_every=4)) == 0
     lines = read_lines(tmp_path)
     assert [line["step"] for line in lines] == [4, 8, 12]
     assert list(lines[0]) == ["step", "loss", "mlm_loss", "nsp_loss", "mlm_accuracy", "nsp_accuracy", "learning_rate",
-                              "sequences_per_second", "data_wait_fraction", "samples_seen"]
+                              "sequences_per_second", "data_wait_fraction", "samples_seen", "skipped_updates"]
     for line in lines:
         assert line["loss"] == pytest.approx(line["mlm_loss"] + line["nsp_loss"]) and line["samples_seen"] == 24 * line["step"]
         assert 0 <= line["mlm_accuracy"] <= 1 and 0 <= line["data_wait_fraction"] <= 1 and line["sequences_per_second"] > 0
@@ -295,6 +352,7 @@ def bad_inputs():
     yield "small vocabulary", {"model__vocab_size": 100}, ["train-00000.h5", "120", "model.vocab_size is 100"]
     yield "no vocabulary", {"data__vocab": "gone.txt"}, ["gone.txt", "--data.vocab"]
     yield "no start", {"training__start_from": "gone"}, ["gone", "no such folder"]
+    yield "no float8", {"training__precision": "float8"}, ["training.precision", "float8", "8.9", "auto"]
     yield "no cuda", {"device": "cuda"}, ["CUDA", "--device auto"]
 
 

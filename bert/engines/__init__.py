@@ -6,6 +6,8 @@ An engine has
     evaluate(batch) -> {name: scalar}                             the same metrics, no dropout, no update
     weights() / load_weights(tensors)                             {parameter name: tensor}
     optimizer_state() / load_optimizer_state(tensors)             {"<parameter name>.exp_avg", "....exp_avg_sq": tensor}
+    asynchronous, wait_for(step)                                  whether `step` returns before the device is done; its metrics can
+                                                                  be read after wait_for
     steps_done, graph, micro_batch_size, describe()               the last step in the weights; what it trains, how, in a line
 
 and takes any graph whose forward turns a batch of rows into (weighted loss, metrics).

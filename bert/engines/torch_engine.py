@@ -13,64 +13,70 @@ from bert.interrupts import cancellable, protected
 from data.errors import InputError
 from data.rows import end_to_end
 from ops.attention import has_spans_kernel
-from ops.lamb import Lamb
+from ops.lamb import Lamb, lamb_groups
 
 __all__ = ["TorchEngine"]
 
-class TorchEngine:
-    """Trains `graph` (batch of rows -> weighted loss, metrics) with LAMB on one device.
 
-    `groups` are LAMB's (ops.lamb.lamb_groups), each with its parameters' `names`. `micro_batch_size` is in rows. `layers` are
-    compiled one by one, where `compile` says so. Dropout draws from a generator state of its own: a function of (seed, step,
-    first row of the micro-batch), so that a run is repeatable whatever else draws random numbers. `steps_done` is the last
-    step whose update is in the weights.
+class TorchEngine:
+    """Trains `graph` (batch of rows, or of tokens laid end to end, -> weighted loss, metrics) with LAMB on one device.
+
+    The graph's parameters are in the type that it computes in; `masters`, the weights that LAMB updates, are float32: in float32 the
+    same tensors, in bfloat16 rounded copies are made of them once a step. `layers` are compiled one by one, where `compile` says
+    so. Dropout draws from a generator state of its own: a function of (seed, step, first row of the micro-batch), so that a run is
+    repeatable whatever else draws random numbers. `steps_done` is the last step whose update is in the weights. On CUDA a step is
+    `asynchronous`: it returns before the device is done.
     """
 
-    def __init__(self, graph: nn.Module, groups, device: str, betas, eps: float, seed: int, micro_batch_size: int,
+    def __init__(self, graph: nn.Module, device: str, weight_decay: float, betas, eps: float, seed: int, micro_batch_size: int,
                  precision: str = "auto", compile: str = "auto", layers: Sequence[nn.Module] = ()):
         if device == "cpu":
             keep_memory()
         self.device, self.seed, self.micro_batch_size = torch.device(device), seed, micro_batch_size
-        self.graph = graph.to(self.device)
-        self.autocast = uses_bfloat16(device, precision)
-        self.optimizer = Lamb(groups, lr=0.0, betas=betas, eps=eps)
-        self.steps_done = 0
+        self.graph, self.asynchronous = graph.to(self.device), device == "cuda"
+        self.precision = choose_precision(device, precision)
+        self.masters, copies = dict(graph.named_parameters()), {}
+        if self.precision != "float32":
+            self.masters = {name: nn.Parameter(parameter.detach().clone()) for name, parameter in self.masters.items()}
+            graph.to(torch.bfloat16)
+            copies = {self.masters[name]: parameter.detach() for name, parameter in graph.named_parameters()}
+        self.optimizer = Lamb(lamb_groups(self.masters.items(), weight_decay), lr=0.0, betas=betas, eps=eps)
+        self.optimizer.copies = copies
+        self.steps_done, self.finished = 0, {}
         self.compiled, self.compile_line = wants_compile(compile, device)
         # Traced code knows no kernels of ours on the CPU.
-        self.spans = has_spans_kernel(device, torch.bfloat16 if self.autocast else torch.float32) and not (self.compiled and device == "cpu")
+        self.end_to_end = has_spans_kernel(device, next(graph.parameters()).dtype) and not (self.compiled and device == "cpu")
         if self.compiled:
             for layer in layers:
                 layer.compile(dynamic=False)
 
     def describe(self) -> str:
-        """One line for people: precision and compilation."""
-        return "%s, micro-batches of %d rows, %s" % (
-            "bfloat16 autocast" if self.autocast else "float32", self.micro_batch_size, self.compile_line)
+        """One line for people: precision, micro-batches, compilation."""
+        return "%s, micro-batches of %d rows, %s" % (self.precision, self.micro_batch_size, self.compile_line)
 
     def step(self, batch: Dict[str, np.ndarray], learning_rate: float, step: int,
              progress: Callable[[int], None] = lambda rows: None) -> Dict[str, torch.Tensor]:
         """One optimizer step on a global batch of rows; calls `progress(rows)` after each micro-batch.
 
-        Returns mlm_loss, nsp_loss, mlm_accuracy, nsp_accuracy: means over the global batch, scalars on the device. When it is
-        interrupted before the update, weights and optimizer state are as before the call.
+        Returns mlm_loss, nsp_loss, mlm_accuracy, nsp_accuracy, means over the global batch, and skipped_updates, the number of
+        updates left out so far because a gradient was not finite: scalars, to be read after `wait_for(step)`. When it is interrupted
+        before the update, weights and optimizer state are as before the call.
         """
         self.graph.train()
-        for parameter in self.graph.parameters():
-            parameter.grad = None
+        for master in self.masters.values():
+            master.grad = None
         totals = {}
         with cancellable(), torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             for first, part in self.micro_batches(batch):
                 key = np.random.SeedSequence([self.seed, step, first]).generate_state(1, np.uint64)[0]
                 torch.manual_seed(int(key >> np.uint64(1)))
-                loss = self.forward(part, totals)
-                loss.backward()
+                self.backward(self.forward(part, totals))
                 progress(min(self.micro_batch_size, len(batch["input_ids"]) - first))
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
         with protected():
-            self.optimizer.step()
+            self.update(learning_rate)
             self.steps_done = step
-        return totals
+            totals["skipped_updates"] = self.optimizer.skipped.clone()
+            return self.to_host(totals, step)
 
     @torch.no_grad()
     def evaluate(self, batch: Dict[str, np.ndarray]) -> Dict[str, torch.Tensor]:
@@ -83,11 +89,27 @@ class TorchEngine:
 
     def forward(self, part: Dict[str, torch.Tensor], totals: Dict[str, torch.Tensor]) -> torch.Tensor:
         """The loss of one micro-batch; adds its metrics to `totals`."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            loss, metrics = self.graph(part)
+        loss, metrics = self.graph(part)
         for name, value in metrics.items():
             totals[name] = totals[name] + value if name in totals else value
         return loss
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Adds the gradients of one micro-batch to those of the masters."""
+        loss.backward()
+        if self.precision == "float32":
+            return
+        for name, parameter in self.graph.named_parameters():
+            if parameter.grad is not None:
+                master = self.masters[name]
+                master.grad = parameter.grad.float() if master.grad is None else master.grad.add_(parameter.grad)
+                parameter.grad = None
+
+    def update(self, learning_rate: float) -> None:
+        """LAMB, with the gradients of the step's micro-batches."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
 
     def micro_batches(self, batch):
         for first in range(0, len(batch["input_ids"]), self.micro_batch_size):
@@ -96,7 +118,7 @@ class TorchEngine:
             if missing and self.compiled:  # one shape, or each step would compile its last micro-batch anew: fill up with empty rows
                 part = {name: np.concatenate([array, np.zeros((missing, array.shape[1]), array.dtype)]) for name, array in part.items()}
             # Found on the host, where it costs no wait for the device.
-            if self.spans:
+            if self.end_to_end:
                 part = end_to_end(part, static=self.compiled)
             else:
                 part["mlm_used"] = np.flatnonzero(part["mlm_weights"])
@@ -111,16 +133,32 @@ class TorchEngine:
         # From pinned memory the copy runs while the device computes the micro-batch before.
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
+    def to_host(self, metrics: Dict[str, torch.Tensor], step: int) -> Dict[str, torch.Tensor]:
+        # On CUDA the copy takes its place in the queue behind this step, and before the next: reading it need not wait for that.
+        if not self.asynchronous:
+            return metrics
+        host = torch.empty(len(metrics), pin_memory=True).copy_(torch.stack([value.float() for value in metrics.values()]), non_blocking=True)
+        self.finished[step] = torch.cuda.Event()
+        self.finished[step].record()
+        return dict(zip(metrics, host.unbind()))
+
+    def wait_for(self, step: int) -> None:
+        """Waits until the device is done with `step`, whose metrics can be read then."""
+        if step in self.finished:
+            self.finished[step].synchronize()
+        self.finished = {later: event for later, event in self.finished.items() if later > step}
+
     def weights(self) -> Dict[str, torch.Tensor]:
         """Parameter name -> tensor, on the CPU, float32."""
-        return {name: tensor.detach().cpu() for name, tensor in self.graph.named_parameters()}
+        return {name: master.detach().cpu() for name, master in self.masters.items()}
 
     def load_weights(self, tensors: Dict[str, torch.Tensor]) -> None:
         """Takes what `weights` gives; the names must be the graph's."""
-        own = dict(self.graph.named_parameters())
         with torch.no_grad():
             for name, tensor in tensors.items():
-                own[name].copy_(tensor)
+                self.masters[name].copy_(tensor)
+            for name, parameter in self.graph.named_parameters():
+                parameter.copy_(self.masters[name])
 
     def optimizer_state(self) -> Dict[str, torch.Tensor]:
         """"<parameter name>.exp_avg" and ".exp_avg_sq" -> tensor, on the CPU; empty before the first step."""
@@ -152,10 +190,14 @@ def keep_memory() -> None:
     mallopt(mmap_max, 0)
 
 
-def uses_bfloat16(device: str, precision: str) -> bool:
-    if precision == "auto":
-        return device == "cuda" and torch.cuda.is_bf16_supported()
-    return precision == "bfloat16"
+def choose_precision(device: str, setting: str) -> str:
+    if setting == "auto":
+        return "bfloat16" if device == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    if setting == "float8" and (device != "cuda" or torch.cuda.get_device_capability() < (8, 9)):
+        raise InputError("training.precision is \"float8\", but only CUDA cards of compute capability 8.9 and newer (Ada, Hopper) "
+                         "multiply it, and the device is %s. Set training.precision to \"auto\"" % (
+                             device if device != "cuda" else "%s, %d.%d" % ((torch.cuda.get_device_name(),) + torch.cuda.get_device_capability())))
+    return setting
 
 
 def find_compiler(device: str) -> Optional[str]:
