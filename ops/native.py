@@ -1,7 +1,8 @@
-"""The C++ kernels beside this file, built at first use with torch's extension loader; plain C functions, called through ctypes.
+"""The C++ kernels beside this file, built at first use; plain C functions, called through ctypes.
 
 They take pointers and sizes, not tensors, and include nothing of torch: they build in seconds and work with any torch. The operations
-that use them add the gradients of parameters to `parameter.grad` in place, as part of the matrix product.
+that use them add the gradients of parameters to `parameter.grad` in place, as part of the matrix product. torch's own
+extension loader is not used: it needs ninja, and a process killed while it builds leaves a lock for which all others wait for ever.
 """
 
 import ctypes
@@ -9,6 +10,9 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
+import subprocess
+import tempfile
 import warnings
 from typing import Optional
 
@@ -18,28 +22,42 @@ from ops.ipu import is_lowering
 
 __all__ = ["add_product", "call", "draw_seed", "gradient_of", "is_native", "native", "pointer", "product", "product_transposed"]
 
-SOURCES = ("encoder.cpp",)
+SOURCES = ("encoder.cpp", "lamb.cpp")
 # Sums may be reordered, so that loops vectorise; NaN and infinity keep their meaning (-ffast-math takes it away, for the whole process).
-MATH = ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math",
+         "-fopenmp", "-shared", "-fPIC")
 
 
 @functools.lru_cache(maxsize=None)
 def native() -> Optional[ctypes.CDLL]:
-    """The library of the kernels; None, with one warning that says why, where it cannot be built."""
-    from torch.utils import cpp_extension
+    """The library of the kernels; None, with one warning that says why, where it cannot be built.
 
-    folder = os.path.dirname(os.path.abspath(__file__))
+    Built once for each version of the sources, in the folder TORCH_EXTENSIONS_DIR or ~/.cache/torch_extensions.
+    """
+    here = os.path.dirname(os.path.abspath(__file__))
+    sources = [os.path.join(here, source) for source in SOURCES]
+    command = shlex.split(os.environ.get("CXX", "g++")) + list(FLAGS) + sources
     # The code is for this very processor: machines that share a home directory do not share it.
-    name = "bert_kernels_" + hashlib.sha256(_processor().encode()).hexdigest()[:12]
+    key = hashlib.sha256("\n".join(command + [_processor()]).encode())
+    for source in sources:
+        with open(source, "rb") as file:
+            key.update(file.read())
+    folder = os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.expanduser(os.path.join("~", ".cache", "torch_extensions"))
+    library = os.path.join(folder, "bert_kernels_%s.so" % key.hexdigest()[:16])
     try:
-        build = cpp_extension._get_build_directory(name, verbose=False)
-        cpp_extension.load(name, [os.path.join(folder, source) for source in SOURCES], build_directory=build, is_python_module=False,
-                           extra_cflags=["-O3", "-march=native", *MATH, "-fopenmp"], extra_ldflags=["-fopenmp"])
-    except (OSError, RuntimeError) as error:
-        warnings.warn("the C++ kernels cannot be built, and PyTorch's own, slower operations take their place: %s. They need g++ (or "
-                      "another C++ compiler, named by CXX) and ninja" % str(error).strip().splitlines()[0])
+        if not os.path.exists(library):
+            os.makedirs(folder, exist_ok=True)
+            # Built elsewhere and moved: the file is whole or not there, whoever builds it at the same time or is killed.
+            with tempfile.TemporaryDirectory(dir=folder) as place:
+                built = os.path.join(place, "kernels.so")
+                subprocess.run(command + ["-o", built], check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+                os.replace(built, library)
+        return ctypes.CDLL(library)
+    except (OSError, subprocess.CalledProcessError) as error:
+        lines = (getattr(error, "output", None) or str(error)).strip().splitlines()
+        warnings.warn("the C++ kernels cannot be built, and PyTorch's own, slower operations take their place: %s. They need g++, or "
+                      "another C++ compiler with OpenMP, named by CXX" % next((line for line in lines if "error" in line), lines[0]))
         return None
-    return ctypes.CDLL(os.path.join(build, name + ".so"))
 
 
 def pointer(tensor: Optional[torch.Tensor]) -> ctypes.c_void_p:
