@@ -88,7 +88,7 @@ class Ours:
     def __init__(self, device, config, samples):
         self.device, self.engine, self.batch = device, make_engine(config, device), make_batch(config, samples)
         self.parts = {"data": (self.engine, "micro_batches"), "forward": (self.engine, "forward"),
-                      "optimizer": (self.engine.optimizer, "step")}
+                      "optimizer": (self.engine, "update")}
 
     def describe(self):
         return "%s; %d rows" % (self.engine.describe(), len(self.batch["input_ids"]))

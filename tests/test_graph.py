@@ -168,6 +168,22 @@ def test_tokens_laid_end_to_end_give_the_same_losses_and_gradients(static):
     assert_same_gradients(graph, expected)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_forms_that_cuda_takes_trace_in_bfloat16_forward_and_backward(compiled):
+    """On the meta device, which knows the shapes and types of CUDA's operations, flash attention's among them, but has no data."""
+    graph = make_graph(small_config(dropout=0.1), factor=2).to("meta", torch.bfloat16).train()
+    if compiled:
+        for layer in graph.bert.encoder["layer"]:
+            layer.compile(dynamic=False, backend="aot_eager", fullgraph=True)
+    rows, _ = random_batch(4, 64, seed=19)
+    tokens = end_to_end({name: tensor.numpy() for name, tensor in rows.items()}, static=True)
+    loss, _ = graph({name: value if name == "longest" else torch.from_numpy(value).to("meta") for name, value in tokens.items()})
+    assert loss.dtype == torch.float32
+    loss.backward()
+    for name, parameter in graph.named_parameters():
+        assert parameter.grad.shape == parameter.shape and parameter.grad.dtype == torch.bfloat16, name
+
+
 def test_leaving_out_empty_mask_slots_changes_nothing():
     graph = make_graph(small_config())
     batch, _ = random_batch(5, 64, seed=13)
