@@ -3,7 +3,10 @@
 Shape letters: T tokens (mask slots), H hidden, V vocabulary.
 """
 
-from typing import Optional, Tuple
+import functools
+import importlib.util
+import math
+from typing import Callable, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -54,9 +57,36 @@ def _parts(hidden, decoder, bias, labels, weights, factor):
         yield part[0], decoder, bias, part[1], part[2]
 
 
+@functools.lru_cache(maxsize=None)
+def _kernel(device: str) -> Optional[Callable]:
+    """`_cross_entropy` as one kernel; None where there is none for the device."""
+    if device != "cuda" or importlib.util.find_spec("triton") is None:
+        return None
+    from ops.mlm_loss_triton import cross_entropy
+    return cross_entropy
+
+
+def _cross_entropy(logits, labels, weights) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of each token the cross-entropy, and whether its label is the argmax; the gradients, which overwrite float32 logits."""
+    dtype, rows = logits.dtype, torch.arange(len(labels), device=labels.device)
+    logits = logits.float()
+    correct = (logits.argmax(dim=-1) == labels).float()
+    normalizer = logits.logsumexp(dim=-1)
+    losses = normalizer - logits[rows, labels]
+    # d loss / d logits = w * (softmax - one_hot(label)), written over the logits.
+    gradient = logits.sub_(normalizer[:, None]).exp_().mul_(weights[:, None])
+    gradient[rows, labels] -= weights
+    return losses, correct, gradient.to(dtype)
+
+
 class _SerializedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, decoder, bias, labels, weights, factor):
+        vocab, cross_entropy = len(decoder), _kernel(hidden.device.type)
+        if cross_entropy is not None:
+            # Rows of whole cache lines, which the matrix units and the kernel take several values of at a time; the words that
+            # fill them up have probability 0.
+            decoder, bias = F.pad(decoder, (0, 0, 0, -vocab % 64)), F.pad(bias, (0, -vocab % 64), value=-math.inf)
         loss, correct = torch.zeros((), device=hidden.device), torch.zeros((), device=hidden.device)
         hidden_gradient = torch.empty_like(hidden)
         decoder_gradient = torch.zeros_like(decoder, dtype=torch.float32)
@@ -64,23 +94,17 @@ class _SerializedLoss(torch.autograd.Function):
         gradient_parts = hidden_gradient.chunk(factor)
         with torch.autocast(hidden.device.type, enabled=False):
             for i, (x, _, _, y, w) in enumerate(_parts(hidden, decoder, bias, labels, weights, factor)):
-                logits = F.linear(x, decoder, bias.to(decoder.dtype)).float()
-                y, rows = y.long(), torch.arange(len(y), device=y.device)
-                correct += torch.dot(w, (logits.argmax(dim=-1) == y).float())
-                label_logits = logits[rows, y]
-                normalizer = logits.logsumexp(dim=-1)
-                loss += torch.dot(w, normalizer - label_logits)
-                # d loss / d logits = w * (softmax - one_hot(label)), written over the logits.
-                gradient = logits.sub_(normalizer[:, None]).exp_().mul_(w[:, None])
-                gradient[rows, y] -= w
-                bias_gradient += gradient.sum(dim=0)
-                gradient = gradient.to(x.dtype)
+                logits = F.linear(x, decoder, bias.to(decoder.dtype))
+                part_losses, part_correct, gradient = (cross_entropy or _cross_entropy)(logits, y.long(), w)
+                loss += torch.dot(w, part_losses)
+                correct += torch.dot(w, part_correct)
+                bias_gradient += gradient.sum(dim=0, dtype=torch.float32)
                 torch.mm(gradient, decoder, out=gradient_parts[i])
                 if decoder.dtype == torch.float32:
                     decoder_gradient.addmm_(gradient.t(), x)
                 else:
                     decoder_gradient += gradient.t() @ x
-        ctx.save_for_backward(hidden_gradient, decoder_gradient.to(decoder.dtype), bias_gradient)
+        ctx.save_for_backward(hidden_gradient, decoder_gradient[:vocab].to(decoder.dtype), bias_gradient[:vocab])
         ctx.mark_non_differentiable(correct)
         return loss, correct
 
