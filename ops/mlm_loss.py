@@ -27,7 +27,7 @@ def mlm_loss(hidden, decoder, bias, labels, weights, factor: Optional[int] = Non
     Returns sum(weights * cross-entropy) and sum(weights * (argmax == label)), float32 scalars; the second has no gradient.
 
     In training, each part's logits become its gradients at once and are dropped: one pass, T/factor x V logits at a time.
-    Under autocast the matrix products are in its type; the softmax and the sums are float32 always.
+    The matrix products are in the tensors' type; the softmax and the sums are float32 always.
     """
     if is_lowering():
         return mlm_loss_plain(hidden, decoder, bias, labels, weights)
@@ -38,9 +38,6 @@ def mlm_loss(hidden, decoder, bias, labels, weights, factor: Optional[int] = Non
         return sum(loss for loss, _ in parts), sum(correct for _, correct in parts)
     if is_native(hidden, decoder, bias):
         return _NativeLoss.apply(hidden, decoder, bias, labels, weights, factor)
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, decoder = hidden.to(dtype), decoder.to(dtype)
     return _SerializedLoss.apply(hidden, decoder, bias, labels, weights, factor)
 
 
@@ -92,18 +89,17 @@ class _SerializedLoss(torch.autograd.Function):
         decoder_gradient = torch.zeros_like(decoder, dtype=torch.float32)
         bias_gradient = torch.zeros_like(bias, dtype=torch.float32)
         gradient_parts = hidden_gradient.chunk(factor)
-        with torch.autocast(hidden.device.type, enabled=False):
-            for i, (x, _, _, y, w) in enumerate(_parts(hidden, decoder, bias, labels, weights, factor)):
-                logits = F.linear(x, decoder, bias.to(decoder.dtype))
-                part_losses, part_correct, gradient = (cross_entropy or _cross_entropy)(logits, y.long(), w)
-                loss += torch.dot(w, part_losses)
-                correct += torch.dot(w, part_correct)
-                bias_gradient += gradient.sum(dim=0, dtype=torch.float32)
-                torch.mm(gradient, decoder, out=gradient_parts[i])
-                if decoder.dtype == torch.float32:
-                    decoder_gradient.addmm_(gradient.t(), x)
-                else:
-                    decoder_gradient += gradient.t() @ x
+        for i, (x, _, _, y, w) in enumerate(_parts(hidden, decoder, bias, labels, weights, factor)):
+            logits = F.linear(x, decoder, bias.to(decoder.dtype))
+            part_losses, part_correct, gradient = (cross_entropy or _cross_entropy)(logits, y.long(), w)
+            loss += torch.dot(w, part_losses)
+            correct += torch.dot(w, part_correct)
+            bias_gradient += gradient.sum(dim=0, dtype=torch.float32)
+            torch.mm(gradient, decoder, out=gradient_parts[i])
+            if decoder.dtype == torch.float32:
+                decoder_gradient.addmm_(gradient.t(), x)
+            else:
+                decoder_gradient += gradient.t() @ x
         ctx.save_for_backward(hidden_gradient, decoder_gradient[:vocab].to(decoder.dtype), bias_gradient[:vocab])
         ctx.mark_non_differentiable(correct)
         return loss, correct
