@@ -147,6 +147,14 @@ def test_the_loader_benchmark_measures_every_way(tmp_path):
     assert "3000 samples of length 128" in printed
 
 
+def test_the_lamb_benchmark_measures_every_form_beside_a_copy(tmp_path):
+    (tmp_path / "tiny.json").write_text(json.dumps(TINY))
+    found, printed = run(tmp_path, "benchmarks/lamb.py", "--config", tmp_path / "tiny.json", "--rounds", 1)
+    assert found["implementation"] == "native" and found["copy_bytes_per_second"] > 0
+    assert len(found["ways"]) == 5 and all(one["seconds"] > 0 for one in found["ways"].values())
+    assert "of the copy bandwidth" in printed
+
+
 def test_useful_work_is_the_recipes():
     from benchmarks.pretraining import make_samples, useful_flops
     from bert.config import parse_command_line
