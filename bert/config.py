@@ -115,8 +115,9 @@ class TrainingConfig:
     """Folder with the weights to start from: a checkpoint of this project, or any BERT of transformers saved as safetensors."""
     output: Optional[str] = None
     """The run's folder; by default runs/ and the config's name."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of matrix products on CPU and CUDA; auto: bfloat16 on a CUDA card that has it, else float32. Weights stay in float32."""
+    precision: Literal["auto", "float32", "bfloat16", "float8"] = "auto"
+    """Of matrix products on CPU and CUDA; auto: bfloat16 on a CUDA card that has it, else float32. float8: bfloat16, with the encoder's
+    linear layers in float8, scaled tensor by tensor; on CUDA cards of compute capability 8.9 or newer. Weights stay in float32."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of each encoder layer; auto: on CUDA where Triton is found, not on the CPU, where it gains nothing."""
     log_every: int = 5
@@ -312,6 +313,9 @@ def validate(config: Config, source: str = "config") -> None:
     for name in ("micro_batch_size", "stop_at_step"):
         value = getattr(training, name)
         expect(value is None or value > 0, "training." + name, "a number above 0, or null")
+    if training.precision == "float8":
+        for name in ("hidden_size", "intermediate_size"):
+            expect(getattr(model, name) % 16 == 0, "model." + name, "a multiple of 16, as training.precision is float8")
     expect(0 <= training.seed < 2 ** 63, "training.seed", "at least 0, below 2 to the 63rd")
     proportions = ipu.matmul_proportion if isinstance(ipu.matmul_proportion, list) else [ipu.matmul_proportion]
     expect(all(0 < share <= 1 for share in proportions), "ipu.matmul_proportion", "shares above 0, at most 1")

@@ -6,6 +6,7 @@ Shape letters: R rows, L token slots of a row, M mask slots of a row, S samples 
 tokens laid end to end (data/rows.py): then R L is one number of tokens T, R M one of masked tokens, R S one of samples.
 """
 
+import contextlib
 from typing import Dict, Optional, Sequence, Tuple, Union
 
 import torch
@@ -16,6 +17,7 @@ from bert.config import ModelConfig
 from bert.stages import Stage, placement
 from ops.attention import Spans, attention, same_sample_mask
 from ops.dropout import dropout
+from ops.float8 import float8
 from ops.gather import embed, gather_tokens
 from ops.ipu import block, recompute_from
 from ops.linear import linear_dropout_add_norm, linear_gelu, linears
@@ -99,9 +101,9 @@ class EncoderLayer(nn.Module):
 class Bert(nn.Module):
     """Embeddings and encoder, without heads: a batch of rows -> hidden [R, L, H]."""
 
-    def __init__(self, config: ModelConfig, stages: Sequence[Stage], recompute: bool = True):
+    def __init__(self, config: ModelConfig, stages: Sequence[Stage], recompute: bool = True, float8: bool = False):
         super().__init__()
-        self.ipu_of, self.recompute = placement(stages), recompute
+        self.ipu_of, self.recompute, self.float8 = placement(stages), recompute, float8
         self.embeddings = Embeddings(config)
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))})
 
@@ -110,11 +112,12 @@ class Bert(nn.Module):
         with block("embeddings", self.ipu_of["embeddings"]):
             within = samples if isinstance(samples, Spans) else same_sample_mask(samples)
             hidden = self.embeddings(input_ids, token_type_ids, position_ids)
-        for i, layer in enumerate(self.encoder["layer"]):
-            with block("layer%d" % i, self.ipu_of["layer%d" % i]):
-                hidden = layer(hidden, within)
-                if self.recompute:
-                    hidden = recompute_from(hidden)
+        with float8() if self.float8 else contextlib.nullcontext():
+            for i, layer in enumerate(self.encoder["layer"]):
+                with block("layer%d" % i, self.ipu_of["layer%d" % i]):
+                    hidden = layer(hidden, within)
+                    if self.recompute:
+                        hidden = recompute_from(hidden)
         return hidden
 
 
@@ -154,12 +157,14 @@ class BertForPretraining(nn.Module):
     """The graph that an engine trains: a batch of rows (data/rows.py) -> the weighted loss and its parts.
 
     `serialization_factor` is the number of parts that the MLM decoder and its loss are computed in; None leaves it to ops/mlm_loss.py.
+    `float8` is for the linear layers of the encoder (ops/float8.py): the heads, where rounding shows in the loss, keep their type.
     """
 
-    def __init__(self, config: ModelConfig, stages: Sequence[Stage], serialization_factor: Optional[int] = None, recompute: bool = True):
+    def __init__(self, config: ModelConfig, stages: Sequence[Stage], serialization_factor: Optional[int] = None, recompute: bool = True,
+                 float8: bool = False):
         super().__init__()
         self.serialization_factor = serialization_factor
-        self.bert = Bert(config, stages, recompute)
+        self.bert = Bert(config, stages, recompute, float8)
         self.bert.pooler = Pooler(config)
         self.cls = nn.ModuleDict({"predictions": Predictions(config), "seq_relationship": nn.Linear(config.hidden_size, 2)})
 

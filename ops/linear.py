@@ -1,4 +1,4 @@
-"""Linear layers, alone and with what follows them: PyTorch's, and on the CPU with fewer passes over memory.
+"""Linear layers, alone and with what follows them: PyTorch's, and on the CPU with fewer passes over memory. `float8()` makes them float8.
 
 Shape letters: T tokens (any leading dimensions), I input features, O output features.
 """
@@ -8,6 +8,7 @@ from typing import Sequence, Tuple
 import torch
 import torch.nn.functional as F
 
+from ops.float8 import float8_linear, is_float8
 from ops.native import add_product, call, draw_seed, gradient_of, is_native, product, product_transposed
 
 __all__ = ["linear_dropout_add_norm", "linear_dropout_add_norm_plain", "linear_gelu", "linear_gelu_plain", "linears", "linears_plain"]
@@ -15,7 +16,7 @@ __all__ = ["linear_dropout_add_norm", "linear_dropout_add_norm_plain", "linear_g
 
 def linears(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]) -> Tuple[torch.Tensor, ...]:
     """Several linear layers of the same input: x [T, I], weights of [O, I], biases of [O] -> as many [T, O]."""
-    if is_native(x, *weights, *biases):
+    if _is_native(x, *weights, *biases):
         outputs = _Linears.apply(x.flatten(0, -2), len(weights), *weights, *biases)
         return tuple(output.view(x.shape[:-1] + output.shape[-1:]) for output in outputs)
     return linears_plain(x, weights, biases)
@@ -23,19 +24,19 @@ def linears(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[t
 
 def linears_plain(x, weights, biases) -> Tuple[torch.Tensor, ...]:
     """The same as one product of the parameters side by side."""
-    return F.linear(x, torch.cat(tuple(weights)), torch.cat(tuple(biases))).split([len(weight) for weight in weights], dim=-1)
+    return _linear(x, torch.cat(tuple(weights)), torch.cat(tuple(biases))).split([len(weight) for weight in weights], dim=-1)
 
 
 def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """GELU (the exact one, arXiv 1606.08415) of a linear layer: x [T, I], weight [O, I], bias [O] -> [T, O]."""
-    if is_native(x, weight, bias):
+    if _is_native(x, weight, bias):
         return _LinearGelu.apply(x.flatten(0, -2), weight, bias).view(x.shape[:-1] + weight.shape[:1])
     return linear_gelu_plain(x, weight, bias)
 
 
 def linear_gelu_plain(x, weight, bias) -> torch.Tensor:
     """The same in PyTorch's operations."""
-    return F.gelu(F.linear(x, weight, bias))
+    return F.gelu(_linear(x, weight, bias))
 
 
 def linear_dropout_add_norm(x, weight, bias, residual, norm_weight, norm_bias, eps: float, dropout: float) -> torch.Tensor:
@@ -43,7 +44,7 @@ def linear_dropout_add_norm(x, weight, bias, residual, norm_weight, norm_bias, e
 
     `dropout` is the probability that an element is dropped: 0 where the model is not in training.
     """
-    if is_native(x, weight, bias, residual, norm_weight, norm_bias):
+    if _is_native(x, weight, bias, residual, norm_weight, norm_bias):
         normal = _LinearDropoutAddNorm.apply(x.flatten(0, -2), weight, bias, residual.flatten(0, -2).contiguous(), norm_weight, norm_bias, eps, dropout)
         return normal.view(residual.shape)
     return linear_dropout_add_norm_plain(x, weight, bias, residual, norm_weight, norm_bias, eps, dropout)
@@ -51,7 +52,15 @@ def linear_dropout_add_norm(x, weight, bias, residual, norm_weight, norm_bias, e
 
 def linear_dropout_add_norm_plain(x, weight, bias, residual, norm_weight, norm_bias, eps, dropout) -> torch.Tensor:
     """The same in PyTorch's operations."""
-    return F.layer_norm(F.dropout(F.linear(x, weight, bias), dropout) + residual, norm_weight.shape, norm_weight, norm_bias, eps)
+    return F.layer_norm(F.dropout(_linear(x, weight, bias), dropout) + residual, norm_weight.shape, norm_weight, norm_bias, eps)
+
+
+def _is_native(*tensors: torch.Tensor) -> bool:
+    return not is_float8() and is_native(*tensors)
+
+
+def _linear(x, weight, bias) -> torch.Tensor:
+    return (float8_linear if is_float8() else F.linear)(x, weight, bias)
 
 
 class _Linears(torch.autograd.Function):

@@ -80,6 +80,7 @@ BAD = [
     ({"model": {"hidden_dropout_prob": 1.0}}, ["own.json", "model.hidden_dropout_prob is 1.0"]),
     ({"training": {"max_steps": 0}}, ["own.json", "training.max_steps is 0"]),
     ({"training": {"micro_batch_size": 0}}, ["own.json", "training.micro_batch_size is 0"]),
+    ({"training": {"precision": "float8"}, "model": {"intermediate_size": 3000}}, ["model.intermediate_size is 3000", "multiple of 16"]),
 ]
 
 
