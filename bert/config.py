@@ -316,6 +316,7 @@ def validate(config: Config, source: str = "config") -> None:
     if training.precision == "float8":
         for name in ("hidden_size", "intermediate_size"):
             expect(getattr(model, name) % 16 == 0, "model." + name, "a multiple of 16, as training.precision is float8")
+        expect(data.sequence_length % 16 == 0, "data.sequence_length", "a multiple of 16, as training.precision is float8")
     expect(0 <= training.seed < 2 ** 63, "training.seed", "at least 0, below 2 to the 63rd")
     proportions = ipu.matmul_proportion if isinstance(ipu.matmul_proportion, list) else [ipu.matmul_proportion]
     expect(all(0 < share <= 1 for share in proportions), "ipu.matmul_proportion", "shares above 0, at most 1")

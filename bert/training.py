@@ -177,7 +177,7 @@ def make_engine(config: Config, device: str) -> TorchEngine:
     """The engine for `device`, its graph initialised from the seed."""
     stages = make_stages(config.ipu.layers_per_ipu, config.ipu.matmul_proportion)
     graph = BertForPretraining(config.model, stages, config.ipu.embedding_serialization_factor,
-                               config.ipu.recompute_checkpoint_every_layer)
+                               config.ipu.recompute_checkpoint_every_layer, config.training.precision == "float8")
     initialize(graph, config.model.initializer_range, config.training.seed)
     data, optimizer, training = config.data, config.optimizer, config.training
     most = MICRO_BATCH_VALUES[device] // (data.sequence_length * config.model.hidden_size)

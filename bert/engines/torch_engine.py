@@ -46,6 +46,8 @@ class TorchEngine:
         self.compiled, self.compile_line = wants_compile(compile, device)
         # Traced code knows no kernels of ours on the CPU.
         self.end_to_end = has_spans_kernel(device, next(graph.parameters()).dtype) and not (self.compiled and device == "cpu")
+        # One shape for all micro-batches, or each would be compiled anew, and a float8 product takes tokens by 16.
+        self.static = self.compiled or self.precision == "float8"
         if self.compiled:
             for layer in layers:
                 layer.compile(dynamic=False)
@@ -115,11 +117,11 @@ class TorchEngine:
         for first in range(0, len(batch["input_ids"]), self.micro_batch_size):
             part = {name: array[first:first + self.micro_batch_size] for name, array in batch.items()}
             missing = self.micro_batch_size - len(part["input_ids"])
-            if missing and self.compiled:  # one shape, or each step would compile its last micro-batch anew: fill up with empty rows
+            if missing and self.static:  # fill up with empty rows
                 part = {name: np.concatenate([array, np.zeros((missing, array.shape[1]), array.dtype)]) for name, array in part.items()}
             # Found on the host, where it costs no wait for the device.
             if self.end_to_end:
-                part = end_to_end(part, static=self.compiled)
+                part = end_to_end(part, self.static)
             else:
                 part["mlm_used"] = np.flatnonzero(part["mlm_weights"])
             yield first, {name: self.to_device(array) for name, array in part.items()}
