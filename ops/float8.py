@@ -36,7 +36,7 @@ def is_float8() -> bool:
 
 
 def float8_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """x [T, I], weight [O, I], bias [O] -> [T, O] in x's type, under autocast in its type, rounded to bfloat16.
+    """x [T, I], weight [O, I], bias [O] -> [T, O] in x's type, rounded to bfloat16.
 
     Raises ValueError where T, I or O is no multiple of 16.
     """
@@ -44,8 +44,7 @@ def float8_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> 
         if size % MULTIPLE or not size:
             raise ValueError("a float8 linear layer has %d %s (input %s, weight %s), expected a multiple of %d" % (
                 size, name, tuple(x.shape), tuple(weight.shape), MULTIPLE))
-    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-    return _Float8Linear.apply(x.flatten(0, -2), weight, bias, dtype).view(x.shape[:-1] + weight.shape[:1])
+    return _Float8Linear.apply(x.flatten(0, -2), weight, bias).view(x.shape[:-1] + weight.shape[:1])
 
 
 def float8_linear_plain(x, weight, bias) -> torch.Tensor:
@@ -81,14 +80,14 @@ class _Float8Linear(torch.autograd.Function):
     # Tensor cores take the first operand of a float8 product row-major and the second column-major, in no other way.
 
     @staticmethod
-    def forward(ctx, x, weight, bias, dtype):
+    def forward(ctx, x, weight, bias):
         ctx.dtypes = x.dtype, weight.dtype, bias.dtype
         x, x_scale = _quantize(x, torch.float8_e4m3fn)
         weight, weight_scale = _quantize(weight, torch.float8_e4m3fn)
         ctx.save_for_backward(x, x_scale, weight, weight_scale)
         # Partial sums are kept in fewer bits in the forward product only: gradients need them all.
         return torch._scaled_mm(x, weight.t(), x_scale, weight_scale, bias.to(torch.bfloat16), out_dtype=torch.bfloat16,
-                                use_fast_accum=True).to(dtype)
+                                use_fast_accum=True).to(ctx.dtypes[0])
 
     @staticmethod
     def backward(ctx, gradient):
@@ -97,4 +96,4 @@ class _Float8Linear(torch.autograd.Function):
         gradient, scale = _quantize(gradient, torch.float8_e5m2)
         x_gradient = torch._scaled_mm(gradient, _column_major(weight), scale, weight_scale, out_dtype=torch.bfloat16)
         weight_gradient = torch._scaled_mm(gradient.t().contiguous(), _column_major(x), scale, x_scale, out_dtype=torch.bfloat16)
-        return (*(found.to(dtype) for found, dtype in zip((x_gradient, weight_gradient, bias_gradient), ctx.dtypes)), None)
+        return tuple(found.to(dtype) for found, dtype in zip((x_gradient, weight_gradient, bias_gradient), ctx.dtypes))

@@ -211,6 +211,15 @@ def test_an_update_with_a_gradient_that_is_not_finite_is_left_out_and_counted(tm
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_float8_learns_as_bfloat16_does(tmp_path, shards):
+    lines = {}
+    for precision in ("bfloat16", "float8"):
+        assert main(arguments(tmp_path, shards, training__output=tmp_path / precision, training__precision=precision,
+                              data__sequence_length=LENGTH)) == 0
+        lines[precision] = [line["loss"] for line in read_lines(tmp_path, precision)]
+    assert lines["float8"] != lines["bfloat16"] == pytest.approx(lines["float8"], rel=0.02)
+
+
 def test_metrics_have_every_field_and_mean_what_they_say(tmp_path, shards):
     assert main(arguments(tmp_path, shards, training__log_every=4)) == 0
     lines = read_lines(tmp_path)
@@ -352,7 +361,6 @@ def bad_inputs():
     yield "small vocabulary", {"model__vocab_size": 100}, ["train-00000.h5", "120", "model.vocab_size is 100"]
     yield "no vocabulary", {"data__vocab": "gone.txt"}, ["gone.txt", "--data.vocab"]
     yield "no start", {"training__start_from": "gone"}, ["gone", "no such folder"]
-    yield "no float8", {"training__precision": "float8"}, ["training.precision", "float8", "8.9", "auto"]
     yield "no cuda", {"device": "cuda"}, ["CUDA", "--device auto"]
 
 

@@ -195,10 +195,9 @@ def keep_memory() -> None:
 def choose_precision(device: str, setting: str) -> str:
     if setting == "auto":
         return "bfloat16" if device == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-    if setting == "float8" and (device != "cuda" or torch.cuda.get_device_capability() < (8, 9)):
-        raise InputError("training.precision is \"float8\", but only CUDA cards of compute capability 8.9 and newer (Ada, Hopper) "
-                         "multiply it, and the device is %s. Set training.precision to \"auto\"" % (
-                             device if device != "cuda" else "%s, %d.%d" % ((torch.cuda.get_device_name(),) + torch.cuda.get_device_capability())))
+    if setting == "float8" and device == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        raise InputError("training.precision is \"float8\", but %s has compute capability %d.%d, and only 8.9 and newer (Ada, Hopper) "
+                         "multiply it. Set training.precision to \"auto\"" % ((torch.cuda.get_device_name(),) + torch.cuda.get_device_capability()))
     return setting
 
 
