@@ -60,8 +60,8 @@ main() {
     part lamb 60 "$python" benchmarks/lamb.py --json "$parts/lamb.json"
     part ops 60 "$python" benchmarks/ops.py --device cuda --json "$parts/ops.json" --plot "$out/ops.png"
     pretraining phase1 120 --config gpu_phase1.json --against transformers --peer-compile
-    pretraining phase2 120 --config gpu_phase2.json --against transformers --peer-compile
     pretraining phase1-float8 70 --config gpu_phase1.json --training.precision float8
+    pretraining phase2 120 --config gpu_phase2.json --against transformers --peer-compile
     part data-wait 60 "$python" benchmarks/data_wait.py --config gpu_phase1.json --training.global_batch_size 16384 \
         --json "$parts/data-wait.json"
     pretraining phase1-large 70 --config gpu_phase1.json --samples 2048 --model.num_hidden_layers 24 --model.hidden_size 1024 \

@@ -23,8 +23,9 @@ def main():
         with open(path, encoding="utf-8") as file:
             merged[name] = json.load(file)
         for way, found in merged[name]["results"].get("ways", {}).items():
-            rows.append(["%s, %s" % (name, way), "%.4g" % found["sequences_per_second"], "%.4g" % found["tokens_per_second"],
-                         "%.0f %%" % (100 * found["share_of_gemm_rate"]), "%.2f" % (found["peak_bytes"] / 1e9)])
+            if "sequences_per_second" in found:
+                rows.append(["%s, %s" % (name, way), "%.4g" % found["sequences_per_second"], "%.4g" % found["tokens_per_second"],
+                             "%.0f %%" % (100 * found["share_of_gemm_rate"]), "%.2f" % (found["peak_bytes"] / 1e9)])
     with open(arguments.output, "w", encoding="utf-8") as file:
         json.dump(merged, file, indent=2)
         file.write("\n")

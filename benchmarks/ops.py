@@ -59,7 +59,7 @@ def attention_case(rows, length, random):
         return attention(*(tensor.view(rows, length, -1) for tensor in (query, key, value)), mask, HEADS, DROPOUT).flatten(0, 1)
 
     ways = {"plain": plain, "rows with a mask": in_rows}
-    if has_spans_kernel(query.device.type, query.dtype):
+    if has_spans_kernel(query.device.type, query.dtype, HIDDEN // HEADS):
         ways["end to end"] = lambda: attention(query, key, value, Spans(starts, int(lengths.max())), HEADS, DROPOUT)
     return Case(ways, [query, key, value], flops=12 * HIDDEN * np.square(lengths, dtype=np.float64).sum())
 

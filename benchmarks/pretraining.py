@@ -87,6 +87,8 @@ class Ours:
 
     def __init__(self, device, config, samples):
         self.device, self.engine, self.batch = device, make_engine(config, device), make_batch(config, samples)
+        if device == "cuda" and not config.training.micro_batch_size:
+            self.engine.cut_evenly(len(self.batch["input_ids"]))
         self.parts = {"data": (self.engine, "micro_batches"), "forward": (self.engine, "forward"),
                       "optimizer": (self.engine, "update")}
 
@@ -192,6 +194,8 @@ def timed_parts(way):
 
 
 def first_step(way):
+    if way.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # of the search for a micro-batch
     way.step()  # compiles
     free(way)
     return way.describe()

@@ -288,11 +288,11 @@ def validate(config: Config, source: str = "config") -> None:
                 "data": "sequence_length mask_tokens samples_per_row workers duplicates", "optimizer": "learning_rate eps",
                 "training": "global_batch_size max_steps log_every save_every keep_checkpoints",
                 "ipu": "replication_factor micro_batch_size gradient_accumulation_steps device_iterations "
-                       "embedding_serialization_factor loss_scaling"}
+                       "loss_scaling"}
     for section, names in positive.items():
         for name in names.split():
             value = getattr(getattr(config, section), name)
-            expect(value is None or (value > 0 and math.isfinite(value)), "%s.%s" % (section, name), "a number above 0")
+            expect(value > 0 and math.isfinite(value), "%s.%s" % (section, name), "a number above 0")
     expect(model.hidden_size % model.num_attention_heads == 0, "model.hidden_size",
            "a multiple of model.num_attention_heads, %d" % model.num_attention_heads)
     for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
@@ -310,6 +310,8 @@ def validate(config: Config, source: str = "config") -> None:
     expect(len(optimizer.betas) == 2 and all(0 <= beta < 1 for beta in optimizer.betas), "optimizer.betas",
            "two numbers, each at least 0 and below 1")
     expect(0 <= optimizer.weight_decay < math.inf, "optimizer.weight_decay", "at least 0")
+    expect(ipu.embedding_serialization_factor is None or ipu.embedding_serialization_factor > 0, "ipu.embedding_serialization_factor",
+           "a number above 0, or null")
     for name in ("micro_batch_size", "stop_at_step"):
         value = getattr(training, name)
         expect(value is None or value > 0, "training." + name, "a number above 0, or null")

@@ -64,11 +64,13 @@ def train(config: Config) -> int:
         engine = make_engine(config, device)
         if checkpoint:
             load_weights_into(engine, checkpoint, config, words, complete=True)
-            engine.load_optimizer_state(load_moments(checkpoint))
+            engine.load_optimizer_state(load_moments(checkpoint), state.get("skipped_updates", 0))
             engine.steps_done = state["step"]
         elif config.training.start_from:
             load_weights_into(engine, config.training.start_from, config, words, complete=False)
         first = loader.next()
+        if device == "cuda" and not config.training.micro_batch_size:
+            engine.cut_evenly(len(first.arrays["input_ids"]))
         say_what_runs(config, device_line, engine, shards, first, checkpoint)
         closing.enter_context(claim(config, engine.steps_done))
         run_steps(config, engine, loader, first, words, state, data_set, last)
@@ -90,14 +92,14 @@ def run_steps(config: Config, engine, loader: Loader, batch: GlobalBatch, words:
 
     def save() -> None:
         nonlocal saved
-        engine.wait_for(engine.steps_done)
         weights = engine.weights()
         if not all(torch.isfinite(tensor).all() for tensor in weights.values()):
             raise diverged(config, engine.steps_done, "weights are not finite")
         with protected():
             path = save_checkpoint(
                 os.path.join(folder, "checkpoints"), engine.steps_done, weights, engine.optimizer_state(), config.model, words,
-                {"step": engine.steps_done, "samples_seen": samples_seen, "position": position, "skipped": skipped, "data_set": data_set,
+                {"step": engine.steps_done, "samples_seen": samples_seen, "position": position, "skipped": skipped,
+                 "skipped_updates": engine.skipped_updates(), "data_set": data_set,
                  "recent": [{name: one[name].item() for name in METRICS} for one in recent], "config": dataclasses.asdict(config)},
                 training.keep_checkpoints)
             saved = engine.steps_done
@@ -157,6 +159,7 @@ def run_steps(config: Config, engine, loader: Loader, batch: GlobalBatch, words:
                     if saving or not engine.asynchronous:
                         write_line()
                 if saving:
+                    engine.wait_for(step)  # else the device's time for the step would count as saving's
                     before = time.perf_counter()
                     save()
                     since += time.perf_counter() - before
@@ -168,6 +171,7 @@ def run_steps(config: Config, engine, loader: Loader, batch: GlobalBatch, words:
             if due:
                 write_line()
             if engine.steps_done > saved:
+                engine.wait_for(engine.steps_done)
                 save()
             say("stopped after step %d of %d. To go on: the same command with --resume auto" % (engine.steps_done, training.max_steps))
             raise
@@ -182,16 +186,20 @@ def make_engine(config: Config, device: str) -> TorchEngine:
     data, optimizer, training = config.data, config.optimizer, config.training
     most = MICRO_BATCH_VALUES[device] // (data.sequence_length * config.model.hidden_size)
     rows = max(1, min(training.micro_batch_size or most, training.global_batch_size))
-    engine = TorchEngine(graph, device, optimizer.weight_decay, optimizer.betas, optimizer.eps, training.seed, rows,
+    head_size = config.model.hidden_size // config.model.num_attention_heads
+    engine = TorchEngine(graph, device, head_size, optimizer.weight_decay, optimizer.betas, optimizer.eps, training.seed, rows,
                          training.precision, training.compile, graph.bert.encoder["layer"])
     if device == "cuda" and not training.micro_batch_size:
         per_row = 1 if data.packing == "off" else data.samples_per_row
         slots = mask_slots_of_row(data.mask_tokens, per_row)
         moments = 8 * sum(master.numel() for master in engine.masters.values())
         free, _ = torch.cuda.mem_get_info()
+        available = int(0.9 * (free + torch.cuda.memory_reserved())) - moments
         engine.micro_batch_size = largest_that_fits(
-            lambda rows: peak_memory(engine, full_rows(rows, data.sequence_length, slots, per_row)),
-            int(0.9 * (free + torch.cuda.memory_reserved())) - moments, rows)
+            lambda rows: peak_memory(engine, full_rows(rows, data.sequence_length, slots, per_row)), available, rows)
+        if not engine.micro_batch_size:
+            raise InputError("not even a micro-batch of one row of %d tokens fits into the %.1f GB that are free on %s. Use a card with more "
+                             "memory, or a smaller model" % (data.sequence_length, available / 1e9, torch.cuda.get_device_name()))
     return engine
 
 
@@ -353,7 +361,7 @@ def evaluate(config: Config, engine) -> Dict:
     data, totals, masked, samples = config.data, dict.fromkeys(METRICS, 0.0), 0, 0
     shards = open_shards(data.held_out_files, vocab_size=config.model.vocab_size)
     with tqdm(total=sum(shard.num_samples for shard in shards), unit="seq", desc="evaluating", disable=None, leave=False) as bar:
-        for batch in batches_in_order(data.held_out_files, 256, data.sequence_length, data.mask_tokens, config.model.vocab_size):
+        for batch in batches_in_order(data.held_out_files, max(256, engine.micro_batch_size), data.sequence_length, data.mask_tokens, config.model.vocab_size):
             found = engine.evaluate(batch.arrays)
             for name in METRICS:
                 totals[name] += found[name].item() * (batch.masked_tokens if name.startswith("mlm") else batch.samples)

@@ -8,6 +8,7 @@ from typing import NamedTuple, Union
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from ops.ipu import is_lowering
 from ops.native import call, draw_seed, is_native
@@ -32,11 +33,12 @@ def same_sample_mask(sample_ids: torch.Tensor) -> torch.Tensor:
     return (sample_ids[:, :, None] == sample_ids[:, None, :])[:, None]
 
 
-def has_spans_kernel(device: str, dtype: torch.dtype) -> bool:
+def has_spans_kernel(device: str, dtype: torch.dtype, head_size: int) -> bool:
     """Whether `attention` takes `Spans` on this device in this type: the C++ kernel, or CUDA's flash attention in half precision."""
     if device == "cpu":
         return is_native(torch.empty(0, dtype=dtype))
-    return dtype in (torch.float16, torch.bfloat16) and torch.cuda.get_device_capability() >= (8, 0)
+    return (dtype in (torch.float16, torch.bfloat16) and head_size % 8 == 0 and head_size <= 256
+            and torch.cuda.get_device_capability() >= (8, 0))
 
 
 def attention(query, key, value, within: Union[torch.Tensor, Spans], heads: int, dropout: float) -> torch.Tensor:
@@ -48,6 +50,9 @@ def attention(query, key, value, within: Union[torch.Tensor, Spans], heads: int,
     """
     if isinstance(within, Spans):
         if query.device.type == "cpu":
+            if not is_native(query, key, value) or within.starts.dtype != torch.int32:
+                raise ValueError("attention of spans on the CPU takes float32 and int32 starts, with a C++ compiler; not %s and %s" % (
+                    query.dtype, within.starts.dtype))
             return _SpansAttention.apply(query.contiguous(), key.contiguous(), value.contiguous(), within.starts, heads, dropout)
         return _flash_attention(query, key, value, within, heads, dropout)
     query, key, value = [tensor.unflatten(-1, (heads, -1)).transpose(1, 2) for tensor in (query, key, value)]
@@ -83,6 +88,7 @@ class _SpansAttention(torch.autograd.Function):
         return context
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient):
         query, key, value, starts, context, normalizers = ctx.saved_tensors
         gradients = [torch.empty_like(query) for _ in range(3)]

@@ -5,6 +5,7 @@ Shape letters: T tokens (any leading dimensions), H hidden.
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from ops.native import call, draw_seed, is_native
 
@@ -25,6 +26,7 @@ class _Dropout(torch.autograd.Function):
         return _apply(x, p, seed)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient):
         return _apply(gradient, ctx.p, ctx.seed), None, None
 

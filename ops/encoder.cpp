@@ -51,7 +51,7 @@ inline float factor(uint32_t row_key, long column, uint32_t threshold, float sca
     return mix(row_key + uint32_t(column) * 0x9e3779b9U) >= threshold ? scale : 0.0f;
 }
 
-inline float exponential(float x) {  // e^x to 2 units in the last place; 0 below -87
+inline float exponential(float x) {  // e^x to 2 units in the last place, for -87.3 <= x <= 88.3; what is beyond counts as that
     x = std::min(std::max(x, -87.3f), 88.3f);
     float n = __builtin_rintf(x * 1.44269504f);
     float r = x - n * 0.693359375f + n * 2.12194440e-4f;

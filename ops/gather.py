@@ -5,6 +5,7 @@ Shape letters: R rows, L tokens of a row, K selected tokens of a row, T tokens i
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from ops.ipu import is_lowering
 from ops.native import gradient_of, is_native
@@ -30,7 +31,7 @@ def gather_tokens_one_hot(hidden: torch.Tensor, positions: torch.Tensor) -> torc
 
 def embed(ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Rows of an embedding: ids (integers, any shape) of weight [V, H] -> ids' shape and H."""
-    return _Embed.apply(ids, weight) if is_native(weight) else F.embedding(ids, weight)
+    return _Embed.apply(ids, weight) if is_native(parameters=(weight,)) else F.embedding(ids, weight)
 
 
 class _Embed(torch.autograd.Function):
@@ -42,6 +43,7 @@ class _Embed(torch.autograd.Function):
         return F.embedding(ids, weight)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient):
         gradient_of(ctx.weight).index_add_(0, ctx.saved_tensors[0].flatten(), gradient.flatten(0, -2))
         return None, None

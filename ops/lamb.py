@@ -11,6 +11,7 @@ all parameters at once; they write no update to memory, but compute it again onc
 """
 
 import ctypes
+import importlib.util
 from typing import Dict, Iterable, List, Optional, Tuple
 
 import torch
@@ -38,8 +39,8 @@ def lamb_groups(named_parameters: Iterable[Tuple[str, torch.nn.Parameter]], weig
 class Lamb(torch.optim.Optimizer):
     """LAMB over groups with `lr`, `betas`, `eps`, `weight_decay` and `trust_ratio`, all on one device.
 
-    `implementation` is "native" (C++, for the CPU), "triton" (for CUDA), "foreach", "plain", or "auto": Triton on CUDA; on the CPU
-    C++ where it builds, else foreach. The first two take contiguous float32 tensors and raise ValueError for others.
+    `implementation` is "native" (C++, for the CPU), "triton" (for CUDA), "foreach", "plain", or "auto": Triton on CUDA and C++ on
+    the CPU, where they are there, else foreach. The first two take contiguous float32 tensors and raise ValueError for others.
 
     State per parameter: `exp_avg` (m) and `exp_avg_sq` (v). `skipped` counts, on the device, the updates that were skipped because
     a gradient was not finite; weights, moments and copies are then as they were. `copies` maps parameters to bfloat16 tensors of
@@ -122,7 +123,9 @@ def _choose(implementation: str, device: torch.device) -> str:
         raise ValueError("implementation is %r; expected one of %s" % (implementation, ", ".join(known)))
     if implementation == "auto":
         # Built here, not in the first update.
-        return "triton" if device.type == "cuda" else "native" if device.type == "cpu" and native() else "foreach"
+        if device.type == "cuda":
+            return "triton" if importlib.util.find_spec("triton") else "foreach"
+        return "native" if device.type == "cpu" and native() else "foreach"
     if implementation == "native" and (device.type != "cpu" or native() is None):
         raise ValueError("implementation is \"native\", but %s; \"auto\" takes what there is" % (
             "the parameters are on %s" % device if device.type != "cpu" else "the C++ kernels cannot be built"))

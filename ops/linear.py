@@ -7,6 +7,7 @@ from typing import Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from ops.float8 import float8_linear, is_float8
 from ops.native import add_product, call, draw_seed, gradient_of, is_native, product, product_transposed
@@ -16,7 +17,7 @@ __all__ = ["linear_dropout_add_norm", "linear_dropout_add_norm_plain", "linear_g
 
 def linears(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]) -> Tuple[torch.Tensor, ...]:
     """Several linear layers of the same input: x [T, I], weights of [O, I], biases of [O] -> as many [T, O]."""
-    if _is_native(x, *weights, *biases):
+    if _is_native(x, parameters=(*weights, *biases)):
         outputs = _Linears.apply(x.flatten(0, -2), len(weights), *weights, *biases)
         return tuple(output.view(x.shape[:-1] + output.shape[-1:]) for output in outputs)
     return linears_plain(x, weights, biases)
@@ -29,7 +30,7 @@ def linears_plain(x, weights, biases) -> Tuple[torch.Tensor, ...]:
 
 def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """GELU (the exact one, arXiv 1606.08415) of a linear layer: x [T, I], weight [O, I], bias [O] -> [T, O]."""
-    if _is_native(x, weight, bias):
+    if _is_native(x, parameters=(weight, bias)):
         return _LinearGelu.apply(x.flatten(0, -2), weight, bias).view(x.shape[:-1] + weight.shape[:1])
     return linear_gelu_plain(x, weight, bias)
 
@@ -44,8 +45,9 @@ def linear_dropout_add_norm(x, weight, bias, residual, norm_weight, norm_bias, e
 
     `dropout` is the probability that an element is dropped: 0 where the model is not in training.
     """
-    if _is_native(x, weight, bias, residual, norm_weight, norm_bias):
-        normal = _LinearDropoutAddNorm.apply(x.flatten(0, -2), weight, bias, residual.flatten(0, -2).contiguous(), norm_weight, norm_bias, eps, dropout)
+    if _is_native(x, residual, parameters=(weight, bias, norm_weight, norm_bias)):
+        normal = _LinearDropoutAddNorm.apply(x.flatten(0, -2), weight, bias, residual.flatten(0, -2).contiguous(), norm_weight, norm_bias,
+                                             eps, dropout)
         return normal.view(residual.shape)
     return linear_dropout_add_norm_plain(x, weight, bias, residual, norm_weight, norm_bias, eps, dropout)
 
@@ -55,8 +57,8 @@ def linear_dropout_add_norm_plain(x, weight, bias, residual, norm_weight, norm_b
     return F.layer_norm(F.dropout(_linear(x, weight, bias), dropout) + residual, norm_weight.shape, norm_weight, norm_bias, eps)
 
 
-def _is_native(*tensors: torch.Tensor) -> bool:
-    return not is_float8() and is_native(*tensors)
+def _is_native(*tensors: torch.Tensor, parameters) -> bool:
+    return not is_float8() and is_native(*tensors, parameters=parameters)
 
 
 def _linear(x, weight, bias) -> torch.Tensor:
@@ -71,6 +73,7 @@ class _Linears(torch.autograd.Function):
         return tuple(product(x, weight, bias) for weight, bias in zip(ctx.weights, ctx.biases))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *gradients):
         x, = ctx.saved_tensors
         x_gradient = None
@@ -93,6 +96,7 @@ class _LinearGelu(torch.autograd.Function):
         return after
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient):
         x, before = ctx.saved_tensors
         before_gradient = torch.empty_like(before)
@@ -113,6 +117,7 @@ class _LinearDropoutAddNorm(torch.autograd.Function):
         return normal
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient):
         x, total, statistics = ctx.saved_tensors
         product_gradient, residual_gradient = torch.empty_like(total), torch.empty_like(total)

@@ -10,6 +10,7 @@ from typing import Callable, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from ops.ipu import is_lowering
 from ops.native import call, gradient_of, is_native, product, product_transposed
@@ -32,11 +33,11 @@ def mlm_loss(hidden, decoder, bias, labels, weights, factor: Optional[int] = Non
     if is_lowering():
         return mlm_loss_plain(hidden, decoder, bias, labels, weights)
     if factor is None:
-        factor = max(1, -(-4 * len(hidden) * len(decoder) // LOGIT_BYTES[hidden.device.type]))
+        factor = max(1, -(-4 * len(hidden) * len(decoder) // LOGIT_BYTES["cpu" if hidden.device.type == "cpu" else "cuda"]))
     if not (torch.is_grad_enabled() and hidden.requires_grad):
         parts = [mlm_loss_plain(*part) for part in _parts(hidden, decoder, bias, labels, weights, factor)]
         return sum(loss for loss, _ in parts), sum(correct for _, correct in parts)
-    if is_native(hidden, decoder, bias):
+    if is_native(hidden, weights, parameters=(decoder, bias)):
         return _NativeLoss.apply(hidden, decoder, bias, labels, weights, factor)
     return _SerializedLoss.apply(hidden, decoder, bias, labels, weights, factor)
 
@@ -105,6 +106,7 @@ class _SerializedLoss(torch.autograd.Function):
         return loss, correct
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, loss_gradient, _):
         hidden, decoder, bias = ctx.saved_tensors
         return hidden * loss_gradient, decoder * loss_gradient, bias * loss_gradient, None, None, None
@@ -134,6 +136,7 @@ class _NativeLoss(torch.autograd.Function):
         return torch.dot(weights, losses), correct
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, loss_gradient, _):
         hidden, decoder, bias = ctx.saved_tensors
         for parameter, gradient in ((ctx.decoder, decoder), (ctx.bias, bias)):

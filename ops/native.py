@@ -20,6 +20,7 @@ import torch
 
 from ops.ipu import is_lowering
 
+_is_compiling = getattr(getattr(torch, "compiler", None), "is_compiling", lambda: False)  # torch 2.0 has none
 __all__ = ["add_product", "call", "draw_seed", "gradient_of", "is_native", "native", "pointer", "product", "product_transposed"]
 
 SOURCES = ("encoder.cpp", "lamb.cpp")
@@ -69,14 +70,21 @@ def pointer(tensor: Optional[torch.Tensor]) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())
 
 
-def is_native(*tensors: torch.Tensor) -> bool:
-    """Whether the kernels take these tensors: float32 on the CPU, not while anything traces the graph."""
-    return (not is_lowering() and all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
-            and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu") and native() is not None)
+def is_native(*tensors: torch.Tensor, parameters=()) -> bool:
+    """Whether the kernels take these tensors: float32 on the CPU, not while anything traces the graph.
+
+    `parameters` get their gradients in place, so they must be leaves: what is computed from others takes PyTorch's operations.
+    """
+    return (not is_lowering() and not _is_compiling() and all(parameter.is_leaf for parameter in parameters)
+            and all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors + tuple(parameters))
+            and native() is not None)
 
 
 def call(name: str, *arguments) -> None:
-    """Calls a kernel: tensors as pointers, int as long, float as double."""
+    """Calls a kernel: tensors as pointers, int as long, float as double. Floating-point tensors must be float32."""
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor) and argument.is_floating_point() and argument.dtype != torch.float32:
+            raise ValueError("%s takes float32, not %s" % (name, argument.dtype))
     convert = {int: ctypes.c_long, float: ctypes.c_double}
     getattr(native(), name)(*(convert.get(type(argument), pointer)(argument) for argument in arguments))
 

@@ -163,3 +163,27 @@ def test_useful_work_is_the_recipes():
         samples, _ = make_samples(config, 4, "full")
         samples.mlm_counts[:] = config.data.mask_tokens
         assert useful_flops(config.model, samples) / 4 == pytest.approx(expected, rel=0.02)
+
+
+def test_results_of_every_kind_are_merged_into_one_file(tmp_path):
+    results = os.path.join(ROOT, "benchmarks", "results")
+    paths = [os.path.join(results, name) for name in sorted(os.listdir(results)) if name.endswith(".json")]
+    assert any("lamb" in path for path in paths) and any("pretraining" in path for path in paths)
+    output = tmp_path / "all.json"
+    done = subprocess.run([sys.executable, "benchmarks/merge.py", *paths, "--output", output], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    merged = json.loads(output.read_text())
+    assert len(merged) == len(paths) and "pretraining-phase1-2cores, this project" in done.stdout
+
+
+def test_curves_of_runs_are_drawn_side_by_side(tmp_path):
+    for name, loss in (("one", 5.0), ("two", 6.0)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("".join(
+            json.dumps({"step": step, "mlm_loss": loss - step / 100, "nsp_loss": 0.7}) + "\n" for step in range(10, 50, 10)))
+        (tmp_path / name / "held_out.json").write_text(json.dumps({"mlm_loss": loss, "nsp_loss": 0.7}))
+    done = subprocess.run([sys.executable, "benchmarks/curves.py", tmp_path / "one", tmp_path / "two", "--output", tmp_path / "curves.png",
+                           "--json", tmp_path / "curves.json"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG") and "4.6000" in done.stdout and "6.0000" in done.stdout
+    assert json.loads((tmp_path / "curves.json").read_text())["results"]["two"]["steps"] == [10, 20, 30, 40]

@@ -57,6 +57,19 @@ def test_gradients_add_to_those_that_are_there_and_frozen_parameters_get_none():
     assert torch.allclose(weight.grad, 2 * once) and bias.grad is None and x.grad is None
 
 
+def test_what_is_computed_from_parameters_takes_pytorchs_operations():
+    x, weight, bias = torch.randn(9, 5), torch.randn(7, 5, requires_grad=True), torch.randn(7, requires_grad=True)
+    assert_agree(linear_gelu(x, 2 * weight, bias), linear_gelu_plain(x, 2 * weight, bias), [weight, bias])
+
+
+def test_other_types_are_refused_not_misread():
+    spans = spans_of([4, 5])
+    with pytest.raises(ValueError, match="bfloat16"):
+        attention(*[torch.randn(9, 16).bfloat16() for _ in range(3)], spans, 2, 0.0)
+    with pytest.raises(ValueError, match="int64"):
+        attention(*[torch.randn(9, 16) for _ in range(3)], spans._replace(starts=spans.starts.long()), 2, 0.0)
+
+
 def test_gelu_and_its_derivative_are_right_to_1e_6_everywhere():
     x = torch.cat([torch.linspace(-12, 12, 9601), torch.tensor([0.0, -0.0, 1e-30, -1e30, 1e30])])
     y, gradient, ones = torch.empty_like(x), torch.empty_like(x), torch.ones_like(x)

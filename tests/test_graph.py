@@ -184,6 +184,21 @@ def test_the_forms_that_cuda_takes_trace_in_bfloat16_forward_and_backward(compil
         assert parameter.grad.shape == parameter.shape and parameter.grad.dtype == torch.bfloat16, name
 
 
+def test_one_layer_is_compiled_not_all():
+    graph, compiled = make_graph(small_config(layers=6)).train(), []
+
+    def backend(traced, inputs):
+        compiled.append(traced)
+        return traced
+
+    for layer in graph.bert.encoder["layer"]:
+        layer.compile(dynamic=False, backend=backend, fullgraph=True)
+    for seed in (1, 2):
+        batch, _ = random_batch(3, 64, seed)
+        graph(batch)[0].backward()
+    assert len(compiled) == 1
+
+
 def test_leaving_out_empty_mask_slots_changes_nothing():
     graph = make_graph(small_config())
     batch, _ = random_batch(5, 64, seed=13)

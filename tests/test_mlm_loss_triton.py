@@ -51,11 +51,11 @@ def test_losses_and_gradients_are_those_of_float64(dtype, tolerance, tokens, voc
 
 
 @pytest.mark.parametrize("dtype, tolerance", [
-    pytest.param(torch.float32, 1e-5, marks=on_kernel), pytest.param(torch.bfloat16, 2e-2, marks=on_kernel)])
+    pytest.param(torch.float32, 1e-5, marks=on_kernel), pytest.param(torch.bfloat16, 5e-2, marks=on_kernel)])
 @pytest.mark.parametrize("factor", [None, 3])
 def test_mlm_loss_with_the_kernel_is_the_plain_one(monkeypatch, dtype, tolerance, factor):
     monkeypatch.setattr("ops.mlm_loss._kernel", lambda device: kernel())
-    monkeypatch.setattr("ops.mlm_loss.is_native", lambda *tensors: False)
+    monkeypatch.setattr("ops.mlm_loss.is_native", lambda *tensors, **options: False)
     inputs = [torch.randn(20, 32, device=DEVICE, requires_grad=True), torch.randn(501, 32, device=DEVICE, requires_grad=True),
               torch.randn(501, device=DEVICE, requires_grad=True)]
     labels = torch.randint(0, 501, (20,), dtype=torch.int32, device=DEVICE)

@@ -5,7 +5,8 @@ An engine has
     step(batch, learning_rate, step, progress) -> {name: scalar}   one global batch of rows, one optimizer step
     evaluate(batch) -> {name: scalar}                             the same metrics, no dropout, no update
     weights() / load_weights(tensors)                             {parameter name: tensor}
-    optimizer_state() / load_optimizer_state(tensors)             {"<parameter name>.exp_avg", "....exp_avg_sq": tensor}
+    optimizer_state() / load_optimizer_state(tensors, skipped)    {"<parameter name>.exp_avg", "....exp_avg_sq": tensor}
+    skipped_updates()                                             how many updates were left out: a gradient was not finite
     asynchronous, wait_for(step)                                  whether `step` returns before the device is done; its metrics can
                                                                   be read after wait_for
     steps_done, graph, micro_batch_size, describe()               the last step in the weights; what it trains, how, in a line

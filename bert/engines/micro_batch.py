@@ -1,5 +1,6 @@
 """The size of a micro-batch, where the config leaves it open: on CUDA the largest that fits, found by trying."""
 
+import math
 from typing import Callable, Dict
 
 import numpy as np
@@ -11,22 +12,23 @@ __all__ = ["full_rows", "largest_that_fits", "peak_memory"]
 
 
 def largest_that_fits(peak_of: Callable[[int], int], available: int, most: int) -> int:
-    """The largest number of rows, up to `most`, with peak_of(rows) <= available bytes; at least 1.
+    """The largest number of rows, up to `most`, with peak_of(rows) <= available bytes; 0 where not even one fits.
 
     `peak_of` may raise torch.OutOfMemoryError. Memory grows in a straight line with the rows, so two small tries foretell the
     largest; it is tried too, and cut by an eighth until it fits.
     """
-    few, more = min(8, most), min(32, most)
-    if more == few:
-        return most
-    base, slope = peak_of(few), max(1, peak_of(more) - peak_of(few)) / (more - few)
-    rows = max(1, min(most, few + int((available - base) / slope)))
-    while rows > 1:
+    def peak(rows: int) -> float:
         try:
-            if peak_of(rows) <= available:
-                break
+            return peak_of(rows)
         except torch.OutOfMemoryError:
-            pass
+            return math.inf
+
+    few, more = min(8, most), min(32, most)
+    base, far = peak(few), peak(more)
+    rows = more
+    if few < more and far <= available:
+        rows = min(most, few + int((available - base) * (more - few) / max(1, far - base)))
+    while rows and peak(rows) > available:
         rows = rows * 7 // 8
     return rows
 
@@ -43,15 +45,17 @@ def full_rows(rows: int, length: int, mask_slots: int, samples_per_row: int) -> 
 
 
 def peak_memory(engine, batch: Dict[str, np.ndarray]) -> int:
-    """Bytes of CUDA memory that a micro-batch of all rows of `batch` takes at most, what is there already included; not compiled,
+    """Bytes of CUDA memory that micro-batches of all rows of `batch` take at most, what is there already included; not compiled,
     which takes no less."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     engine.micro_batch_size = len(batch["input_ids"])
     engine.graph.train()
-    with torch.random.fork_rng(devices=[engine.device]), torch.compiler.set_stance("force_eager"):
-        for _, part in engine.micro_batches(batch):
-            engine.backward(engine.forward(part, {}))
-    for master in engine.masters.values():
-        master.grad = None
-    return torch.cuda.max_memory_allocated()
+    try:
+        with torch.random.fork_rng(devices=[engine.device]), torch.compiler.set_stance("force_eager"):
+            for _ in range(2):  # the second has the gradients of the first beside its own
+                for _, part in engine.micro_batches(batch):
+                    engine.backward(engine.forward(part, {}))
+        return torch.cuda.max_memory_allocated()
+    finally:
+        engine.clear_gradients()

@@ -23,12 +23,12 @@ class TorchEngine:
 
     The graph's parameters are in the type that it computes in; `masters`, the weights that LAMB updates, are float32: in float32 the
     same tensors, in bfloat16 rounded copies are made of them once a step. `layers` are compiled one by one, where `compile` says
-    so. Dropout draws from a generator state of its own: a function of (seed, step, first row of the micro-batch), so that a run is
+    so; `head_size` is their attention's. Dropout draws from a generator state of its own: a function of (seed, step, first row of the micro-batch), so that a run is
     repeatable whatever else draws random numbers. `steps_done` is the last step whose update is in the weights. On CUDA a step is
     `asynchronous`: it returns before the device is done.
     """
 
-    def __init__(self, graph: nn.Module, device: str, weight_decay: float, betas, eps: float, seed: int, micro_batch_size: int,
+    def __init__(self, graph: nn.Module, device: str, head_size: int, weight_decay: float, betas, eps: float, seed: int, micro_batch_size: int,
                  precision: str = "auto", compile: str = "auto", layers: Sequence[nn.Module] = ()):
         if device == "cpu":
             keep_memory()
@@ -45,7 +45,7 @@ class TorchEngine:
         self.steps_done, self.finished = 0, {}
         self.compiled, self.compile_line = wants_compile(compile, device)
         # Traced code knows no kernels of ours on the CPU.
-        self.end_to_end = has_spans_kernel(device, next(graph.parameters()).dtype) and not (self.compiled and device == "cpu")
+        self.end_to_end = has_spans_kernel(device, next(graph.parameters()).dtype, head_size) and not (self.compiled and device == "cpu")
         # One shape for all micro-batches, or each would be compiled anew, and a float8 product takes tokens by 16.
         self.static = self.compiled or self.precision == "float8"
         if self.compiled:
@@ -65,8 +65,7 @@ class TorchEngine:
         before the update, weights and optimizer state are as before the call.
         """
         self.graph.train()
-        for master in self.masters.values():
-            master.grad = None
+        self.clear_gradients()
         totals = {}
         with cancellable(), torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             for first, part in self.micro_batches(batch):
@@ -107,6 +106,16 @@ class TorchEngine:
                 master.grad = parameter.grad.float() if master.grad is None else master.grad.add_(parameter.grad)
                 parameter.grad = None
 
+    def clear_gradients(self) -> None:
+        for parameter in (*self.graph.parameters(), *self.masters.values()):
+            parameter.grad = None
+
+    def cut_evenly(self, rows: int) -> None:
+        """Makes micro-batches smaller such that global batches of about `rows` rows need as many, with few rows to fill up."""
+        count = -(-rows // self.micro_batch_size)
+        # Later batches may pack into some more rows.
+        self.micro_batch_size = min(self.micro_batch_size, -(-(rows + rows // 100) // (8 * count)) * 8)
+
     def update(self, learning_rate: float) -> None:
         """LAMB, with the gradients of the step's micro-batches."""
         for group in self.optimizer.param_groups:
@@ -116,6 +125,8 @@ class TorchEngine:
     def micro_batches(self, batch):
         for first in range(0, len(batch["input_ids"]), self.micro_batch_size):
             part = {name: array[first:first + self.micro_batch_size] for name, array in batch.items()}
+            if not part["sample_ids"].any():
+                continue
             missing = self.micro_batch_size - len(part["input_ids"])
             if missing and self.static:  # fill up with empty rows
                 part = {name: np.concatenate([array, np.zeros((missing, array.shape[1]), array.dtype)]) for name, array in part.items()}
@@ -132,7 +143,7 @@ class TorchEngine:
         tensor = torch.from_numpy(array)
         if self.device.type == "cpu":
             return tensor
-        # From pinned memory the copy runs while the device computes the micro-batch before.
+        # From pinned memory the host need not wait until the device takes the copy, behind the micro-batch before.
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def to_host(self, metrics: Dict[str, torch.Tensor], step: int) -> Dict[str, torch.Tensor]:
@@ -167,8 +178,13 @@ class TorchEngine:
         return {"%s.%s" % (name, key): tensor.cpu() for name, parameter in self.named_in_groups()
                 for key, tensor in self.optimizer.state[parameter].items()}
 
-    def load_optimizer_state(self, tensors: Dict[str, torch.Tensor]) -> None:
-        """Takes what `optimizer_state` gives."""
+    def skipped_updates(self) -> int:
+        """How many updates were left out because a gradient was not finite."""
+        return int(self.optimizer.skipped)
+
+    def load_optimizer_state(self, tensors: Dict[str, torch.Tensor], skipped_updates: int = 0) -> None:
+        """Takes what `optimizer_state` and `skipped_updates` give."""
+        self.optimizer.skipped.fill_(skipped_updates)
         for name, parameter in self.named_in_groups():
             self.optimizer.state[parameter] = {key: tensors["%s.%s" % (name, key)].to(parameter.device, copy=True)
                                                for key in ("exp_avg", "exp_avg_sq")}
