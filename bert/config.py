@@ -117,7 +117,8 @@ class TrainingConfig:
     """The run's folder; by default runs/ and the config's name."""
     precision: Literal["auto", "float32", "bfloat16", "float8"] = "auto"
     """Of matrix products on CPU and CUDA; auto: bfloat16 on a CUDA card that has it, else float32. float8: bfloat16, with the encoder's
-    linear layers in float8, scaled tensor by tensor: fast on CUDA cards of compute capability 8.9 or newer, slow on the CPU. Weights stay in float32."""
+    linear layers in float8, scaled tensor by tensor: fast on CUDA cards of compute capability 8.9 or newer, slow on the CPU.
+    Weights stay in float32."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of each encoder layer; auto: on CUDA where Triton is found, not on the CPU, where it gains nothing."""
     log_every: int = 5

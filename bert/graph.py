@@ -85,7 +85,7 @@ class DenseGelu(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """[R, L, H] -> [R, L, H], post-norm as in the paper (arXiv 1810.04805). `within` says which tokens are one sample's (ops/attention.py)."""
+    """[R, L, H] -> [R, L, H], post-norm as in the paper (arXiv 1810.04805). `within` is attention's: which tokens are one sample's."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()

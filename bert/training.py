@@ -198,8 +198,8 @@ def make_engine(config: Config, device: str) -> TorchEngine:
         engine.micro_batch_size = largest_that_fits(
             lambda rows: peak_memory(engine, full_rows(rows, data.sequence_length, slots, per_row)), available, rows)
         if not engine.micro_batch_size:
-            raise InputError("not even a micro-batch of one row of %d tokens fits into the %.1f GB that are free on %s. Use a card with more "
-                             "memory, or a smaller model" % (data.sequence_length, available / 1e9, torch.cuda.get_device_name()))
+            raise InputError("not even a micro-batch of one row of %d tokens fits into the %.1f GB that are free on %s. Use a card with "
+                             "more memory, or a smaller model" % (data.sequence_length, available / 1e9, torch.cuda.get_device_name()))
     return engine
 
 
@@ -361,7 +361,8 @@ def evaluate(config: Config, engine) -> Dict:
     data, totals, masked, samples = config.data, dict.fromkeys(METRICS, 0.0), 0, 0
     shards = open_shards(data.held_out_files, vocab_size=config.model.vocab_size)
     with tqdm(total=sum(shard.num_samples for shard in shards), unit="seq", desc="evaluating", disable=None, leave=False) as bar:
-        for batch in batches_in_order(data.held_out_files, max(256, engine.micro_batch_size), data.sequence_length, data.mask_tokens, config.model.vocab_size):
+        for batch in batches_in_order(data.held_out_files, max(256, engine.micro_batch_size), data.sequence_length, data.mask_tokens,
+                                      config.model.vocab_size):
             found = engine.evaluate(batch.arrays)
             for name in METRICS:
                 totals[name] += found[name].item() * (batch.masked_tokens if name.startswith("mlm") else batch.samples)

@@ -1,9 +1,10 @@
 // The encoder's operations on the CPU, float32, each in as few passes over memory as there can be.
 //
 // T tokens, H hidden, A heads, D head size, N samples, V vocabulary. All matrices are row-major and contiguous.
-// Dropout keeps an element where a hash of (seed, position of the element) is at least `threshold` = p * 2^32, and scales what is kept by
-// 1 / (1 - p): the backward pass computes the same mask again and stores none. With p = 0 that keeps everything as it is. Work is divided such that no two threads write to
-// one place, and every sum has one order: the results depend on the number of threads only in sums over tokens.
+// Dropout keeps an element where a hash of (seed, position of the element) is at least `threshold` = p * 2^32, and scales what is kept
+// by 1 / (1 - p): the backward pass computes the same mask again and stores none. With p = 0 that keeps everything as it is.
+// Work is divided such that no two threads write to one place, and every sum has one order: the results depend on the number of
+// threads only in sums over tokens.
 
 #include <omp.h>
 
@@ -11,7 +12,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <memory>
 #include <vector>
 
 namespace {
@@ -220,7 +220,8 @@ void attention_backward(const float* gradient, const float* query, const float* 
             auto part = [&next](long size) { return (next += size) - size; };
             float *keys_transposed = part(D * line), *values_transposed = part(D * line), *keys = part(n * head);
             float *key_sums = part(n * head), *value_sums = part(n * head), *weights = part(QUERIES * line);
-            float *weight_gradients = part(QUERIES * line), *queries = part(QUERIES * head), *outputs = part(QUERIES * head), *out = part(QUERIES * head);
+            float *weight_gradients = part(QUERIES * line), *queries = part(QUERIES * head), *outputs = part(QUERIES * head);
+            float* out = part(QUERIES * head);
             transpose_rows(key + origin, H, n, D, keys_transposed, line);
             transpose_rows(value + origin, H, n, D, values_transposed, line);
             copy_rows(key + origin, H, n, D, keys, head);

@@ -23,13 +23,13 @@ class TorchEngine:
 
     The graph's parameters are in the type that it computes in; `masters`, the weights that LAMB updates, are float32: in float32 the
     same tensors, in bfloat16 rounded copies are made of them once a step. `layers` are compiled one by one, where `compile` says
-    so; `head_size` is their attention's. Dropout draws from a generator state of its own: a function of (seed, step, first row of the micro-batch), so that a run is
-    repeatable whatever else draws random numbers. `steps_done` is the last step whose update is in the weights. On CUDA a step is
+    so; `head_size` is their attention's. Dropout draws from a generator state of its own: a function of (seed, step, first row of the
+    micro-batch), so that a run is repeatable whatever else draws random numbers. `steps_done` is the last step whose update is in the weights. On CUDA a step is
     `asynchronous`: it returns before the device is done.
     """
 
-    def __init__(self, graph: nn.Module, device: str, head_size: int, weight_decay: float, betas, eps: float, seed: int, micro_batch_size: int,
-                 precision: str = "auto", compile: str = "auto", layers: Sequence[nn.Module] = ()):
+    def __init__(self, graph: nn.Module, device: str, head_size: int, weight_decay: float, betas, eps: float, seed: int,
+                 micro_batch_size: int, precision: str = "auto", compile: str = "auto", layers: Sequence[nn.Module] = ()):
         if device == "cpu":
             keep_memory()
         self.device, self.seed, self.micro_batch_size = torch.device(device), seed, micro_batch_size
@@ -150,7 +150,8 @@ class TorchEngine:
         # On CUDA the copy takes its place in the queue behind this step, and before the next: reading it need not wait for that.
         if not self.asynchronous:
             return metrics
-        host = torch.empty(len(metrics), pin_memory=True).copy_(torch.stack([value.float() for value in metrics.values()]), non_blocking=True)
+        values = torch.stack([value.float() for value in metrics.values()])
+        host = torch.empty(len(metrics), pin_memory=True).copy_(values, non_blocking=True)
         self.finished[step] = torch.cuda.Event()
         self.finished[step].record()
         return dict(zip(metrics, host.unbind()))
@@ -212,8 +213,9 @@ def choose_precision(device: str, setting: str) -> str:
     if setting == "auto":
         return "bfloat16" if device == "cuda" and torch.cuda.is_bf16_supported() else "float32"
     if setting == "float8" and device == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        found = (torch.cuda.get_device_name(),) + torch.cuda.get_device_capability()
         raise InputError("training.precision is \"float8\", but %s has compute capability %d.%d, and only 8.9 and newer (Ada, Hopper) "
-                         "multiply it. Set training.precision to \"auto\"" % ((torch.cuda.get_device_name(),) + torch.cuda.get_device_capability()))
+                         "multiply it. Set training.precision to \"auto\"" % found)
     return setting
 
 
