@@ -34,8 +34,7 @@ from bert.engines import choose_device  # noqa: E402
 from bert.training import make_engine  # noqa: E402
 from data.errors import InputError  # noqa: E402
 from data.loader import read_checked  # noqa: E402
-from data.packing import mask_slots_of_row, pack  # noqa: E402
-from data.rows import batch_layout, fill_packed, unpacked_batch, weigh  # noqa: E402
+from data.rows import packed_batch, unpacked_batch  # noqa: E402
 from data.shards import open_shards  # noqa: E402
 
 PARTS = ("data", "forward", "backward", "optimizer")
@@ -59,14 +58,7 @@ def make_batch(config, samples):
     """The global batch of these samples, packed as the config says."""
     if config.data.packing == "off":
         return unpacked_batch(samples)
-    length, per_row = config.data.sequence_length, config.data.samples_per_row
-    slots = mask_slots_of_row(config.data.mask_tokens, per_row)
-    packing = pack(samples.lengths, samples.mlm_counts, length, slots, per_row)
-    batch = {name: np.zeros(shape, dtype) for name, (shape, dtype) in batch_layout(packing.rows, length, slots, per_row).items()}
-    order = np.lexsort((packing.place, packing.row))
-    fill_packed(batch, samples.take(order), *(field[order] for field in packing[1:]))
-    weigh(batch)
-    return batch
+    return packed_batch(samples, config.data.samples_per_row)
 
 
 def useful_flops(model, samples):

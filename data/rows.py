@@ -16,9 +16,10 @@ from typing import Dict, Tuple
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
+from data.packing import mask_slots_of_row, pack
 from data.shards import Samples
 
-__all__ = ["batch_layout", "end_to_end", "fill_packed", "fill_unpacked", "unpacked_batch", "weigh"]
+__all__ = ["batch_layout", "end_to_end", "fill_packed", "fill_unpacked", "packed_batch", "unpacked_batch", "weigh"]
 
 
 def batch_layout(rows: int, sequence_length: int, mask_slots: int, samples_per_row: int) -> Dict[str, tuple]:
@@ -99,6 +100,18 @@ def unpacked_batch(samples: Samples) -> Dict[str, np.ndarray]:
     layout = batch_layout(rows, sequence_length, mask_slots, 1)
     batch = {name: np.empty(shape, dtype) for name, (shape, dtype) in layout.items()}
     fill_unpacked(batch, samples)
+    weigh(batch)
+    return batch
+
+
+def packed_batch(samples: Samples, samples_per_row: int) -> Dict[str, np.ndarray]:
+    """The global batch of these samples, up to `samples_per_row` in a row."""
+    length, slots = samples.input_ids.shape[1], mask_slots_of_row(samples.mlm_positions.shape[1], samples_per_row)
+    packing = pack(samples.lengths, samples.mlm_counts, length, slots, samples_per_row)
+    layout = batch_layout(packing.rows, length, slots, samples_per_row)
+    batch = {name: np.zeros(shape, dtype) for name, (shape, dtype) in layout.items()}
+    order = np.lexsort((packing.place, packing.row))
+    fill_packed(batch, samples.take(order), *(field[order] for field in packing[1:]))
     weigh(batch)
     return batch
 

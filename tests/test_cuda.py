@@ -7,24 +7,14 @@ import torch
 from bert.config import parse_command_line
 from bert.engines.micro_batch import full_rows
 from bert.training import make_engine
-from data.packing import mask_slots_of_row, pack
-from data.rows import batch_layout, fill_packed, weigh
+from data.packing import mask_slots_of_row
+from data.rows import packed_batch
 from ops.attention import Spans, attention, same_sample_mask
 from tests.make_samples import random_samples
 
 pytestmark = pytest.mark.cuda
 
 LENGTH, MASKS, VOCAB = 64, 10, 300
-
-
-def packed_batch(samples, per_row=6):
-    slots = mask_slots_of_row(MASKS, per_row)
-    packing = pack(samples.lengths, samples.mlm_counts, LENGTH, slots, per_row)
-    batch = {name: np.zeros(shape, dtype) for name, (shape, dtype) in batch_layout(packing.rows, LENGTH, slots, per_row).items()}
-    order = np.lexsort((packing.place, packing.row))
-    fill_packed(batch, samples.take(order), *(field[order] for field in packing[1:]))
-    weigh(batch)
-    return batch
 
 
 def losses(device, precision, compiled, batch, steps=5):
@@ -44,7 +34,7 @@ def losses(device, precision, compiled, batch, steps=5):
 @pytest.mark.parametrize("compiled", ["off", "on"])
 @pytest.mark.parametrize("precision, tolerance", [("float32", 1e-4), ("bfloat16", 5e-3)])
 def test_a_short_run_on_cuda_goes_as_on_the_cpu(precision, tolerance, compiled):
-    batch = packed_batch(random_samples(np.random.default_rng(0), 40, LENGTH, MASKS, VOCAB))
+    batch = packed_batch(random_samples(np.random.default_rng(0), 40, LENGTH, MASKS, VOCAB), 6)
     expected = losses("cpu", "float32", "off", batch)
     assert expected[-1, 0] < expected[0, 0] - 0.1  # it learns, or any update would do
     assert np.allclose(losses("cuda", precision, compiled, batch), expected, rtol=tolerance)

@@ -72,6 +72,19 @@ def assert_same_gradients(graph, reference: dict, tolerance=1e-5):
         assert error < tolerance, (name, error)
 
 
+def assert_same_step(graph, batch, other, rtol=1e-5):
+    """That the graph gives the same losses and gradients for two forms of a batch."""
+    loss, metrics = graph(batch)
+    loss.backward()
+    expected = {name: parameter.grad.clone() for name, parameter in graph.named_parameters()}
+    graph.zero_grad()
+    other_loss, other_metrics = graph(other)
+    other_loss.backward()
+    for name in metrics:
+        assert torch.isclose(other_metrics[name], metrics[name], rtol=rtol), name
+    assert_same_gradients(graph, expected)
+
+
 @pytest.mark.parametrize("eps", [1e-12, 1e-3])
 @pytest.mark.parametrize("length, padded", [(128, True), (512, True), (128, False)])
 def test_graph_gives_what_transformers_gives(eps, length, padded):
@@ -140,15 +153,7 @@ def pack(batch, groups):
 def test_packed_rows_give_the_same_losses_and_gradients():
     graph = make_graph(small_config())
     batch, _ = random_batch(7, 64, seed=11)
-    loss, metrics = graph(batch)
-    loss.backward()
-    unpacked = {name: parameter.grad.clone() for name, parameter in graph.named_parameters()}
-    graph.zero_grad()
-    packed_loss, packed_metrics = graph(pack(batch, [[3, 0, 5], [1], [6, 2], [4]]))
-    packed_loss.backward()
-    for name in metrics:
-        assert torch.isclose(packed_metrics[name], metrics[name], rtol=1e-5), name
-    assert_same_gradients(graph, unpacked)
+    assert_same_step(graph, batch, pack(batch, [[3, 0, 5], [1], [6, 2], [4]]))
 
 
 @pytest.mark.parametrize("static", [False, True])
@@ -156,16 +161,8 @@ def test_tokens_laid_end_to_end_give_the_same_losses_and_gradients(static):
     graph = make_graph(small_config())
     rows, _ = random_batch(7, 64, seed=17)
     rows = pack(rows, [[3, 0, 5], [1], [6, 2], [4]])
-    loss, metrics = graph(rows)
-    loss.backward()
-    expected = {name: parameter.grad.clone() for name, parameter in graph.named_parameters()}
-    graph.zero_grad()
     tokens = end_to_end({name: tensor.numpy() for name, tensor in rows.items()}, static)
-    tokens_loss, tokens_metrics = graph({name: value if name == "longest" else torch.from_numpy(value) for name, value in tokens.items()})
-    tokens_loss.backward()
-    for name in metrics:
-        assert torch.isclose(tokens_metrics[name], metrics[name], rtol=1e-5), name
-    assert_same_gradients(graph, expected)
+    assert_same_step(graph, rows, {name: value if name == "longest" else torch.from_numpy(value) for name, value in tokens.items()})
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -202,17 +199,9 @@ def test_one_layer_is_compiled_not_all():
 def test_leaving_out_empty_mask_slots_changes_nothing():
     graph = make_graph(small_config())
     batch, _ = random_batch(5, 64, seed=13)
-    loss, metrics = graph(batch)
-    loss.backward()
-    reference = {name: parameter.grad.clone() for name, parameter in graph.named_parameters()}
-    graph.zero_grad()
     used = batch["mlm_weights"].flatten().nonzero().flatten()
     assert 0 < len(used) < batch["mlm_weights"].numel()
-    fewer, fewer_metrics = graph(dict(batch, mlm_used=used))
-    fewer.backward()
-    for name in metrics:
-        assert torch.isclose(fewer_metrics[name], metrics[name], rtol=1e-6), name
-    assert_same_gradients(graph, reference)
+    assert_same_step(graph, batch, dict(batch, mlm_used=used), rtol=1e-6)
 
 
 def test_one_sample_does_not_see_another_in_its_row():
