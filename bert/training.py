@@ -60,7 +60,7 @@ def train(config: Config) -> int:
         if state["step"] >= last and finished:
             say("%s: step %d of %d is done already, nothing to do" % (config.training.output, state["step"], last))
             return state["step"]
-        loader = closing.enter_context(open_loader(config, shards, state))
+        loader = closing.enter_context(open_loader(config, shards, state, device))
         engine = make_engine(config, device)
         if checkpoint:
             load_weights_into(engine, checkpoint, config, words, complete=True)
@@ -265,10 +265,13 @@ def check_vocabulary(words: List[str], path: str, shard: ShardInfo) -> None:
             path, vocab_sha256(words)[:12], shard.path, shard.vocab_sha256[:12]))
 
 
-def open_loader(config: Config, shards: List[ShardInfo], state: Dict) -> Loader:
+def open_loader(config: Config, shards: List[ShardInfo], state: Dict, device: str) -> Loader:
     data, training = config.data, config.training
+    packing = data.packing
+    if packing == "auto":  # the same samples either way; an IPU's shapes are static
+        packing = "off" if device == "ipu" else "samples"
     return Loader(shards, training.global_batch_size, training.seed, data.sequence_length, data.mask_tokens, config.model.vocab_size,
-                  packing=data.packing, samples_per_row=data.samples_per_row, position=state["position"],
+                  packing=packing, samples_per_row=data.samples_per_row, position=state["position"],
                   skip_bad=data.on_bad_shard == "skip", skipped=state["skipped"], workers=min(data.workers, os.cpu_count() or 1))
 
 
