@@ -12,8 +12,13 @@ def main(arguments=None) -> int:
     """Runs the command and returns its exit status: 2 for input that cannot be used, 1 for a run that failed, 130 for Ctrl-C."""
     try:
         config = parse_command_line(sys.argv[1:] if arguments is None else arguments)
-        from bert.training import train  # after the config: torch takes seconds to import, an error should not
-        train(config)
+        # After the config: torch takes seconds to import, an error should not.
+        if config.plan:
+            from bert.plan import plan
+            plan(config)
+        else:
+            from bert.training import train
+            train(config)
     except (InputError, Diverged, LoaderDied, PrepareStopped) as error:
         print("error: %s" % error, file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1

@@ -1,0 +1,281 @@
+"""`--plan`: what would run where, how full each IPU gets, how long the run takes. Nothing is trained; a picture is written.
+
+For IPUs everything comes from the traced graph and one published speed; for CUDA and CPU a micro-batch is measured.
+"""
+
+import dataclasses
+import glob
+import os
+from dataclasses import dataclass
+from typing import List, Optional, Sequence, Tuple
+
+from bert.config import CONFIG_FOLDER, Config, parse_command_line, validate_for_ipu
+from bert.ipu_plan import IPU_BYTES, IpuPlan, make_ipu_plan
+from bert.plan_warnings import warnings_of
+from bert.training import duration
+from bert.trace import rows_are_packed
+from data.errors import InputError
+from data.packing import mask_slots_of_row, pack
+from data.shards import open_shards, read_samples
+
+__all__ = ["Speed", "calibrate", "ipu_report", "measured_report", "picture_path", "plan", "speed_of"]
+
+PUBLISHED = ("pod16_phase2", 2409)  # sequences/s that Graphcore measured with it, on its own implementation
+POD_IPUS = (4, 8, 16, 32, 64)
+SAMPLES_READ = 32768  # of the shards, to see how they pack
+MIB = 2 ** 20
+
+
+def plan(config: Config) -> None:
+    """Prints the plan; for IPUs it draws it too, into the current folder.
+
+    Raises InputError for a config, device or shards that cannot be used.
+    """
+    for_ipu, why_not = is_for_ipu(config)
+    facts = look_at_data(config)
+    if not for_ipu:
+        print("\n".join(measured_report(config, facts, why_not)), flush=True)
+        return
+    from bert.plan_picture import draw_plan  # here: matplotlib takes a while to import
+
+    found = make_ipu_plan(config)
+    print("\n".join(ipu_report(config, found, facts)))
+    draw_plan(found, "%s on %d IPUs" % (name_of(config), ipus_of(config)), picture_path(config))
+    print("\nPicture of the pipeline and the memory: %s" % picture_path(config))
+    if config.device == "auto":
+        print("This is the plan for IPUs. To measure this machine: --plan --device cpu, or --plan --device cuda", flush=True)
+
+
+def is_for_ipu(config: Config) -> Tuple[bool, str]:
+    """Whether the plan is for IPUs, and why not where the config leaves it open."""
+    if config.device != "auto" or config.compile_only or config.ipu_model:
+        return config.device in ("auto", "ipu"), ""
+    ipu = config.ipu
+    rows = ipu.micro_batch_size * ipu.gradient_accumulation_steps * ipu.replication_factor
+    if rows != config.training.global_batch_size:
+        return False, "the ipu section gives %d rows a step, the global batch is %d" % (rows, config.training.global_batch_size)
+    try:
+        validate_for_ipu(config)
+    except InputError as error:
+        return False, str(error)
+    return True, ""
+
+
+def picture_path(config: Config) -> str:
+    """plan-<name of the run>.svg, in the current folder: a run's own folder is for the run."""
+    return "plan-%s.svg" % name_of(config)
+
+
+def name_of(config: Config) -> str:
+    return os.path.basename(os.path.normpath(config.training.output or "run"))
+
+
+def ipus_of(config: Config) -> int:
+    return len(config.ipu.layers_per_ipu) * config.ipu.replication_factor
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What the shards say, as far as they are there."""
+
+    samples: Optional[int]
+    filled: Optional[float]
+    """Tokens of a sample, as a share of the sequence length, on average."""
+    per_row: Optional[float]
+    """Samples of a packed row, on average."""
+    missing: str = ""
+
+
+def look_at_data(config: Config) -> DataFacts:
+    """Opens the shards where there are some. Raises InputError where they do not fit the config."""
+    data = config.data
+    if not any(glob.glob(pattern) for pattern in data.files):
+        return DataFacts(None, None, None, "no shards at %s" % (", ".join(data.files) or "data.files, which is empty"))
+    skipped = {} if data.on_bad_shard == "skip" else None
+    shards = open_shards(data.files, data.sequence_length, data.mask_tokens, config.model.vocab_size, skipped)
+    samples = sum(shard.num_samples for shard in shards)
+    own = [shard for shard in shards if shard.offsets and shard.num_samples]
+    if not own:  # NVIDIA's files do not say how long samples are before all of them is read
+        return DataFacts(samples, None, None)
+    first = read_samples(own[0].path, 0, min(SAMPLES_READ, own[0].num_samples))
+    packing = pack(first.lengths, first.mlm_counts, data.sequence_length, mask_slots_of_row(data.mask_tokens, data.samples_per_row),
+                   data.samples_per_row)
+    return DataFacts(samples, float(first.lengths.mean()) / data.sequence_length, len(first) / packing.rows)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How long a step of a plan takes, in seconds, at a share of the peak."""
+
+    efficiency: float
+    cycle: float
+    step: float
+
+
+def calibrate() -> Tuple[Config, IpuPlan, Speed]:
+    """The published run: its config and plan, and the speed that it had, whose efficiency is what other plans are estimated with."""
+    config = parse_command_line(["--config", os.path.join(CONFIG_FOLDER, PUBLISHED[0] + ".json")])
+    found = make_ipu_plan(config)
+    step = config.training.global_batch_size / PUBLISHED[1]
+    cycle = step / found.cycles
+    return config, found, Speed(found.work_of(found.slowest) / cycle / found.peak, cycle, step)
+
+
+def speed_of(found: IpuPlan, efficiency: float) -> Speed:
+    """The speed of a plan whose slowest IPU gets `efficiency` of its peak."""
+    cycle = found.work_of(found.slowest) / (efficiency * found.peak)
+    return Speed(efficiency, cycle, cycle * found.cycles)
+
+
+def ipu_report(config: Config, found: IpuPlan, facts: DataFacts) -> List[str]:
+    """The plan for IPUs, in lines for people."""
+    ipu, count = config.ipu, len(found.stages)
+    lines = ["Plan of %s for %d IPUs: %s, each %s on %s" % (
+        name_of(config), ipus_of(config), number_of(ipu.replication_factor, "replica"),
+        "a pipeline of %d stages" % count if count > 1 else "a single stage", number_of(len(ipu.layers_per_ipu), "IPU")), ""]
+    lines += step_lines(config, facts) + [""] + stage_lines(found) + [""] + memory_lines(config, found) + [""]
+    lines += time_lines(config, found, facts) + [""]
+    warnings = warnings_of(config, found)
+    return lines + (["Warnings"] + ["  " + line for line in warnings] if warnings else ["No warnings."])
+
+
+def step_lines(config: Config, facts: DataFacts) -> List[str]:
+    data, ipu, rows = config.data, config.ipu, config.training.global_batch_size
+    samples = samples_of_a_step(config, facts)
+    lines = ["A step", "  %s micro-batches of %d rows on each replica: %s rows of %d tokens, %s token slots" % (
+        thousands(ipu.gradient_accumulation_steps), ipu.micro_batch_size, thousands(rows), data.sequence_length,
+        thousands(rows * data.sequence_length))]
+    if not rows_are_packed(config):
+        lines.append("  %s samples, one a row (data.packing is \"%s\")%s" % (
+            thousands(samples), data.packing, ", which fill %.0f %% of the slots" % (100 * facts.filled) if facts.filled else ""))
+    elif samples:
+        lines.append("  about %s samples, %.2f a row, as the first of data.files pack; up to %d share a row" % (
+            thousands(samples), facts.per_row, data.samples_per_row))
+    else:
+        lines.append("  up to %d samples share a row; how many do depends on their lengths" % data.samples_per_row)
+    if facts.missing:
+        lines.append("  %s: with shards there, the plan says how many epochs the run is%s" % (
+            facts.missing, " and how many samples a step has" if samples is None else ""))
+    return lines
+
+
+def samples_of_a_step(config: Config, facts: DataFacts) -> Optional[int]:
+    """None where samples share rows and nothing says how many do."""
+    rows = config.training.global_batch_size
+    if not rows_are_packed(config):
+        return rows
+    return int(rows * facts.per_row) if facts.per_row else None
+
+
+def stage_lines(found: IpuPlan) -> List[str]:
+    works = sum(stage.work for stage in found.stages)
+    rows = [("stage", "IPU", "blocks", "parameters", "forward", "recompute", "backward", "share", "keeps")]
+    for one in found.stages:
+        blocks = one.stage.blocks
+        rows.append((one.stage.name, one.stage.ipu, blocks[0] if len(blocks) == 1 else "%s to %s" % (blocks[0], blocks[-1]),
+                     thousands(one.parameters), "%.1f" % (one.forward / 1e9), "%.1f" % (one.recompute / 1e9), "%.1f" % (one.backward / 1e9),
+                     "%.1f %%" % (100 * one.work / works), "%.2f MiB x %d" % (one.kept / MIB, one.micro_batches_kept)))
+    slowest = max(found.stages, key=lambda one: one.work)
+    return ["Stages: what a micro-batch costs in matrix products, in GFLOP"] + table(rows, left=(0, 2)) + [
+        "  The slowest stage is %s. Keeps: inputs and checkpoints, for as many micro-batches as are under way." % slowest.stage.name]
+
+
+def memory_lines(config: Config, found: IpuPlan) -> List[str]:
+    rows = [("IPU", "weights", "gradients", "optimizer", "stashes", "activations", "products", "together", "full", "fullest at the gradient of")]
+    for number, one in enumerate(found.memory):
+        parts = (one.weights, one.gradients, one.optimizer, one.stashes, one.activations, one.products, one.total)
+        rows.append((number,) + tuple("%.1f" % (part / MIB) for part in parts) + ("%.0f %%" % (100 * one.total / IPU_BYTES), one.moment))
+    ipu = config.ipu
+    if ipu.optimizer_state_offchip:
+        state = "in the host's memory"
+    elif ipu.replicated_tensor_sharding and ipu.replication_factor > 1:
+        state = "1/%d of them on each replica" % ipu.replication_factor
+    else:
+        state = "whole on each replica"
+    return ["Memory: an IPU at its fullest moment, in MiB of %d" % (IPU_BYTES / MIB)] + table(rows, left=(9,)) + [
+        "  weights and gradients (added up over the step): %s. optimizer: LAMB's two moments, %s." % (
+            "float32" if config.training.precision == "float32" else "float16", state),
+        "  stashes: what the stages keep, from the table above. activations: computed anew from a stash, and their gradients.",
+        "  products: temporaries of a matrix product, at most ipu.matmul_proportion. Program code and exchange buffers are not counted."]
+
+
+def time_lines(config: Config, found: IpuPlan, facts: DataFacts) -> List[str]:
+    training, slowest = config.training, found.slowest
+    base, base_plan, base_speed = calibrate()
+    speed = speed_of(found, base_speed.efficiency)
+    samples = samples_of_a_step(config, facts)
+    unit, amount = ("sequences", samples) if samples else ("rows", training.global_batch_size)
+    lines = [
+        "Time: an estimate, from the one published speed: %s, %s sequences/s" % (PUBLISHED[0], thousands(PUBLISHED[1])),
+        "  published: %s / %s = %.3f s a step, / %d cycles = %.2f ms a cycle, in which the slowest IPU does" % (
+            thousands(base.training.global_batch_size), thousands(PUBLISHED[1]), base_speed.step, base_plan.cycles, 1e3 * base_speed.cycle),
+        "    %.1f GFLOP (forward, recompute, backward): %.1f %% of its %.0f TFLOP/s" % (
+            base_plan.work_of(base_plan.slowest) / 1e9, 100 * base_speed.efficiency, base_plan.peak / 1e12),
+        "  here: IPU %d is the slowest, %.1f GFLOP at %.1f %% of %g TFLOP/s = %.2f ms a cycle, x %s cycles = %.2f s a step" % (
+            slowest, found.work_of(slowest) / 1e9, 100 * speed.efficiency, found.peak / 1e12, 1e3 * speed.cycle, thousands(found.cycles),
+            speed.step),
+        "    of the cycles, %d fill and drain the pipeline: %.1f %% of a step" % (found.filling, 100 * found.filling / found.cycles),
+        "  about %s %s/s. The whole run, %s steps%s: about %s%s" % (
+            thousands(amount / speed.step), unit, thousands(training.max_steps),
+            ", %s samples" % thousands(training.max_steps * samples) if samples else "", duration(training.max_steps * speed.step),
+            ", %.2f epochs" % (training.max_steps * samples / facts.samples) if samples and facts.samples else "")]
+    others = other_pods(config, found, speed)
+    if others:
+        lines.append("  the same global batch on other pods, %s/s: %s" % (
+            unit, ", ".join("POD%d %s" % (pod, thousands(amount / seconds)) for pod, seconds in others)))
+    return lines
+
+
+def other_pods(config: Config, found: IpuPlan, speed: Speed) -> List[Tuple[int, float]]:
+    """(IPUs, seconds of a step) of the pods that the global batch can be cut for in the same micro-batches."""
+    ipus, rows, own = len(config.ipu.layers_per_ipu), config.training.global_batch_size, ipus_of(config)
+    others = []
+    for pod in POD_IPUS:
+        accumulation, rest = divmod(rows * ipus, config.ipu.micro_batch_size * pod)
+        if pod != own and pod % ipus == 0 and rest == 0 and accumulation > found.filling:
+            others.append((pod, speed.cycle * (accumulation + found.filling)))
+    return others
+
+
+def measured_report(config: Config, facts: DataFacts, why_not_ipu: str) -> List[str]:
+    """The plan for CUDA or CPU, which is measured on this machine, in lines for people."""
+    from bert.measure import measure  # here: the plan for IPUs needs no engine
+
+    training, length, packing = config.training, config.data.sequence_length, config.data.packing
+    per_row = (facts.per_row or 1.0) if packing != "off" else 1.0
+    rows = training.global_batch_size if packing in ("off", "rows") else max(1, round(training.global_batch_size / per_row))
+    samples = training.global_batch_size if packing != "rows" else int(rows * per_row)
+    found = measure(config, rows)
+    count = -(-rows // found.rows)
+    step = count * found.micro_batch + found.update
+    how = "one a row" if per_row == 1 else "%.2f a row, as the first of data.files pack" % per_row
+    lines = ["Plan of %s on this machine: %s" % (name_of(config), found.machine)]
+    lines += ["  not for IPUs: %s" % why_not_ipu] if why_not_ipu else []
+    lines += ["  a step: %s samples, %s: %s rows of %d tokens, %s" % (
+        thousands(samples), how, thousands(rows), length, number_of(count, "micro-batch", "micro-batches"))]
+    if facts.missing:
+        lines.append("  %s: with shards there, the plan says how many samples share a row, and how many epochs the run is" % facts.missing)
+    return lines + [
+        "  measured: a micro-batch of %s of %d tokens %.3f s forward and backward, LAMB's update %.3f s" % (
+            number_of(found.rows, "full row"), length, found.micro_batch, found.update),
+        "  a step: %s x %.3f s + %.3f s = %.1f s, %s sequences/s" % (
+            thousands(count), found.micro_batch, found.update, step, "%.3g" % (samples / step) if samples < 100 * step else thousands(samples / step)),
+        "  the whole run, %s steps, %s samples: about %s%s" % (
+            thousands(training.max_steps), thousands(training.max_steps * samples), duration(training.max_steps * step),
+            ", %.2f epochs" % (training.max_steps * samples / facts.samples) if facts.samples else ""),
+        "  Not counted: reading data, checkpoints, evaluation. Rows that are not full are faster, where no padding is computed."]
+
+
+def table(rows: Sequence[Sequence], left: Sequence[int] = ()) -> List[str]:
+    """Aligned lines: columns of `left` to the left, the others to the right."""
+    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
+    return ["  " + "  ".join(str(cell).ljust(width) if i in left else str(cell).rjust(width)
+                             for i, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows]
+
+
+def number_of(count: int, what: str, many: str = "") -> str:
+    return "%s %s" % (thousands(count), what if count == 1 else many or what + "s")
+
+
+def thousands(number: float) -> str:
+    return "{:,.0f}".format(number)

@@ -1,0 +1,87 @@
+"""What a plan for IPUs warns of, and which settings change it: each remedy is tried before it is named."""
+
+import copy
+from typing import Iterator, List, Tuple
+
+from bert.config import Config
+from bert.ipu_plan import IPU_BYTES, IpuPlan, make_ipu_plan
+
+__all__ = ["warnings_of"]
+
+MIB = 2 ** 20
+TIGHT, UNBALANCED, BUBBLE = 0.9, 1.1, 0.05
+
+
+def warnings_of(config: Config, found: IpuPlan) -> List[str]:
+    """One line each, worst first; none where all is well."""
+    lines, ipu = [], config.ipu
+    full = [one.total / IPU_BYTES for one in found.memory]
+    over = [i for i, share in enumerate(full) if share > 1]
+    if over:
+        lines.append("does not fit: %s of %d MiB. What helps, the fullest IPU with it:" % (
+            ", ".join("IPU %d needs %.0f" % (i, found.memory[i].total / MIB) for i in over), IPU_BYTES / MIB))
+        lines += ["  " + line for line in what_helps(config, max(full))]
+    tight = [i for i, share in enumerate(full) if TIGHT < share <= 1]
+    if tight:
+        lines.append("tight: %s full, and program code and exchange buffers come on top" % ", ".join(
+            "IPU %d is %.0f %%" % (i, 100 * full[i]) for i in tight))
+    works = [found.work_of(i) for i, layers in enumerate(ipu.layers_per_ipu) if layers]
+    excess = found.work_of(found.slowest) * len(works) / sum(works)
+    if excess > UNBALANCED:
+        lines.append("unbalanced: all wait for IPU %d, whose work is %.0f %% above the mean of the IPUs with layers. Where memory allows, "
+                     "move layers off it: ipu.layers_per_ipu" % (found.slowest, 100 * (excess - 1)))
+    if found.filling > BUBBLE * found.cycles:
+        lines.append("bubble: filling and draining the pipeline is %.1f %% of a step. More micro-batches make it less: "
+                     "ipu.gradient_accumulation_steps" % (100 * found.filling / found.cycles))
+    head = found.stages[-1].stage.ipu
+    if ipu.embedding_serialization_factor is None and found.memory[head].moment == "mlm_decoder of heads":
+        lines.append("ipu.embedding_serialization_factor is not set: the MLM decoder runs in one part, and is the fullest moment of IPU %d. "
+                     "%s divides the vocabulary" % (head, next_factor(config)))
+    return lines
+
+
+def what_helps(config: Config, fullest: float) -> Iterator[str]:
+    """Single settings that make the fullest IPU less full than `fullest`, a share of its memory, best first."""
+    found = []
+    for words, changed in remedies(config):
+        share = max(one.total for one in make_ipu_plan(changed).memory) / IPU_BYTES
+        if share < fullest - 0.005:
+            found.append((share, words))
+    for share, words in sorted(found):
+        yield "%s: %.0f MiB%s" % (words, share * IPU_BYTES / MIB, "" if share <= 1 else ", not enough alone")
+    if not any(share <= 1 for share, _ in found):
+        yield "more IPUs with fewer layers each: ipu.layers_per_ipu"
+
+
+def remedies(config: Config) -> Iterator[Tuple[str, Config]]:
+    """(The setting in words, the config with it)."""
+    def changed(**settings) -> Tuple[str, Config]:
+        other = copy.deepcopy(config)
+        for name, value in settings.items():
+            setattr(other.ipu, name, value)
+        return ", ".join("ipu.%s %s" % (name, str(value).lower()) for name, value in settings.items()), other
+
+    ipu = config.ipu
+    if not ipu.optimizer_state_offchip:
+        yield changed(optimizer_state_offchip=True)
+        if not ipu.replicated_tensor_sharding and ipu.replication_factor > 1:
+            yield changed(replicated_tensor_sharding=True)
+        if not ipu.enable_half_first_order_momentum:
+            yield changed(enable_half_first_order_momentum=True)
+    if not ipu.recompute_checkpoint_every_layer:
+        yield changed(recompute_checkpoint_every_layer=True)
+    if ipu.micro_batch_size % 2 == 0:
+        yield changed(micro_batch_size=ipu.micro_batch_size // 2, gradient_accumulation_steps=ipu.gradient_accumulation_steps * 2)
+    listed = ipu.matmul_proportion if isinstance(ipu.matmul_proportion, list) else [ipu.matmul_proportion]
+    if max(listed) > 0.1:
+        lower = [round(min(share, max(0.1, share / 2)), 3) for share in listed]
+        yield changed(matmul_proportion=lower if isinstance(ipu.matmul_proportion, list) else lower[0])
+    factor = next_factor(config)
+    if factor:
+        yield changed(embedding_serialization_factor=factor)
+
+
+def next_factor(config: Config) -> int:
+    """The next larger number of parts that divides the vocabulary; 0 where there is none below 100."""
+    now, words = config.ipu.embedding_serialization_factor or 1, config.model.vocab_size
+    return next((factor for factor in range(now + 1, 100) if words % factor == 0), 0)
