@@ -6,7 +6,6 @@ c - p in cycle c. The parts of one IPU take turns, and all IPUs wait for the slo
 for the last, which has just been computed.
 """
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Dict, List, Sequence, Tuple
 
@@ -140,7 +139,8 @@ def inputs_of(found: Trace, part: Sequence[int]) -> List[int]:
     return [i for i in used if found.values[i].parameter is None and found.values[i].made_by not in inside]
 
 
-def peak_of(found: Trace, part: Sequence[int], proportion: float, proportions: Dict[str, float], half_partials: bool) -> Tuple[int, int, str]:
+def peak_of(found: Trace, part: Sequence[int], proportion: float, proportions: Dict[str, float],
+            half_partials: bool) -> Tuple[int, int, str]:
     """(bytes of activations and gradients, of a product's temporaries, the operation) at the fullest moment of a part's backward pass.
 
     At the gradient of operation k there are: what the gradients of k and of the operations before it need, the gradients of k's outputs and
@@ -165,7 +165,8 @@ def temporaries(found: Trace, one: Operation, half_partials: bool) -> int:
     """Bytes that a matrix product takes for temporaries where its memory proportion does not bind.
 
     Tiles share its work as a grid. Each takes its part of both operands and has its part of the result, so that all of them together have
-    each operand and the partial results several times: at least 3 (A B C tiles)^(1/3) bytes, for operands of A and B bytes and a result of C.
+    each operand and the partial results several times: at least 3 (A B C tiles)^(1/3) bytes, for operands of A and B bytes and a result
+    of C.
     """
     batch, rows, inner, columns = one.product
     if not batch:

@@ -3,9 +3,10 @@
 For IPUs everything comes from the traced graph and one published speed; for CUDA and CPU a micro-batch is measured.
 """
 
-import dataclasses
 import glob
 import os
+import sys
+import textwrap
 from dataclasses import dataclass
 from typing import List, Optional, Sequence, Tuple
 
@@ -23,7 +24,7 @@ __all__ = ["Speed", "calibrate", "ipu_report", "measured_report", "picture_path"
 PUBLISHED = ("pod16_phase2", 2409)  # sequences/s that Graphcore measured with it, on its own implementation
 POD_IPUS = (4, 8, 16, 32, 64)
 SAMPLES_READ = 32768  # of the shards, to see how they pack
-MIB = 2 ** 20
+MIB, WIDTH = 2 ** 20, 120
 
 
 def plan(config: Config) -> None:
@@ -34,16 +35,24 @@ def plan(config: Config) -> None:
     for_ipu, why_not = is_for_ipu(config)
     facts = look_at_data(config)
     if not for_ipu:
-        print("\n".join(measured_report(config, facts, why_not)), flush=True)
+        say(measured_report(config, facts, why_not))
         return
     from bert.plan_picture import draw_plan  # here: matplotlib takes a while to import
 
     found = make_ipu_plan(config)
-    print("\n".join(ipu_report(config, found, facts)))
+    say(ipu_report(config, found, facts) + [""])
     draw_plan(found, "%s on %d IPUs" % (name_of(config), ipus_of(config)), picture_path(config))
-    print("\nPicture of the pipeline and the memory: %s" % picture_path(config))
+    say(["Picture of the pipeline and the memory: %s" % picture_path(config)])
     if config.device == "auto":
-        print("This is the plan for IPUs. To measure this machine: --plan --device cpu, or --plan --device cuda", flush=True)
+        say(["This is the plan for IPUs. To measure this machine: --plan --device cpu, or --plan --device cuda"])
+
+
+def say(lines: Sequence[str]) -> None:
+    for line in lines:
+        indent = " " * (len(line) - len(line.lstrip()))
+        parts = textwrap.wrap(line.lstrip(), WIDTH, initial_indent=indent, subsequent_indent=indent + "  ", break_on_hyphens=False)
+        print("\n".join(parts) if len(line) > WIDTH else line)
+    sys.stdout.flush()
 
 
 def is_for_ipu(config: Config) -> Tuple[bool, str]:
@@ -173,15 +182,18 @@ def stage_lines(found: IpuPlan) -> List[str]:
     for one in found.stages:
         blocks = one.stage.blocks
         rows.append((one.stage.name, one.stage.ipu, blocks[0] if len(blocks) == 1 else "%s to %s" % (blocks[0], blocks[-1]),
-                     thousands(one.parameters), "%.1f" % (one.forward / 1e9), "%.1f" % (one.recompute / 1e9), "%.1f" % (one.backward / 1e9),
+                     thousands(one.parameters), gflop(one.forward), gflop(one.recompute), gflop(one.backward),
                      "%.1f %%" % (100 * one.work / works), "%.2f MiB x %d" % (one.kept / MIB, one.micro_batches_kept)))
     slowest = max(found.stages, key=lambda one: one.work)
     return ["Stages: what a micro-batch costs in matrix products, in GFLOP"] + table(rows, left=(0, 2)) + [
-        "  The slowest stage is %s. Keeps: inputs and checkpoints, for as many micro-batches as are under way." % slowest.stage.name]
+        "  The slowest stage is %s. Keeps: inputs and checkpoints, until the backward pass, of so many micro-batches." % slowest.stage.name,
+        "  A parameter that two stages of an IPU use counts in the first: the MLM decoder's weight is the word embedding.",
+        "  Lookups, softmax, LayerNorm, GELU and dropout are no matrix products; the estimate has them in its efficiency."]
 
 
 def memory_lines(config: Config, found: IpuPlan) -> List[str]:
-    rows = [("IPU", "weights", "gradients", "optimizer", "stashes", "activations", "products", "together", "full", "fullest at the gradient of")]
+    rows = [("IPU", "weights", "gradients", "optimizer", "stashes", "activations", "products", "together", "full",
+             "fullest at the gradient of")]
     for number, one in enumerate(found.memory):
         parts = (one.weights, one.gradients, one.optimizer, one.stashes, one.activations, one.products, one.total)
         rows.append((number,) + tuple("%.1f" % (part / MIB) for part in parts) + ("%.0f %%" % (100 * one.total / IPU_BYTES), one.moment))
@@ -195,8 +207,10 @@ def memory_lines(config: Config, found: IpuPlan) -> List[str]:
     return ["Memory: an IPU at its fullest moment, in MiB of %d" % (IPU_BYTES / MIB)] + table(rows, left=(9,)) + [
         "  weights and gradients (added up over the step): %s. optimizer: LAMB's two moments, %s." % (
             "float32" if config.training.precision == "float32" else "float16", state),
-        "  stashes: what the stages keep, from the table above. activations: computed anew from a stash, and their gradients.",
-        "  products: temporaries of a matrix product, at most ipu.matmul_proportion. Program code and exchange buffers are not counted."]
+        "  stashes: what the stages keep, from the table above. activations: %s, and gradients." % (
+            "computed anew from a stash" if len(found.stages) > 1 else "what the backward pass needs"),
+        "  products: temporaries of a matrix product, at most ipu.matmul_proportion of the IPU.",
+        "  Program code and exchange buffers are not counted."]
 
 
 def time_lines(config: Config, found: IpuPlan, facts: DataFacts) -> List[str]:
@@ -209,12 +223,14 @@ def time_lines(config: Config, found: IpuPlan, facts: DataFacts) -> List[str]:
         "Time: an estimate, from the one published speed: %s, %s sequences/s" % (PUBLISHED[0], thousands(PUBLISHED[1])),
         "  published: %s / %s = %.3f s a step, / %d cycles = %.2f ms a cycle, in which the slowest IPU does" % (
             thousands(base.training.global_batch_size), thousands(PUBLISHED[1]), base_speed.step, base_plan.cycles, 1e3 * base_speed.cycle),
-        "    %.1f GFLOP (forward, recompute, backward): %.1f %% of its %.0f TFLOP/s" % (
-            base_plan.work_of(base_plan.slowest) / 1e9, 100 * base_speed.efficiency, base_plan.peak / 1e12),
-        "  here: IPU %d is the slowest, %.1f GFLOP at %.1f %% of %g TFLOP/s = %.2f ms a cycle, x %s cycles = %.2f s a step" % (
-            slowest, found.work_of(slowest) / 1e9, 100 * speed.efficiency, found.peak / 1e12, 1e3 * speed.cycle, thousands(found.cycles),
+        "    %s GFLOP (forward, recompute, backward): %.1f %% of its %.0f TFLOP/s" % (
+            gflop(base_plan.work_of(base_plan.slowest)), 100 * base_speed.efficiency, base_plan.peak / 1e12),
+        "  here: IPU %d is the slowest, %s GFLOP at %.1f %% of %g TFLOP/s = %.2f ms a cycle, x %s cycles = %.2f s a step" % (
+            slowest, gflop(found.work_of(slowest)), 100 * speed.efficiency, found.peak / 1e12, 1e3 * speed.cycle, thousands(found.cycles),
             speed.step),
-        "    of the cycles, %d fill and drain the pipeline: %.1f %% of a step" % (found.filling, 100 * found.filling / found.cycles),
+        "    %d of the cycles fill and drain the pipeline: %.1f %% of a step" % (found.filling, 100 * found.filling / found.cycles),
+        "    busy in a full cycle: %s" % ", ".join("IPU %d %.0f %%" % (i, 100 * found.work_of(i) / found.work_of(slowest))
+                                               for i in range(len(found.memory))),
         "  about %s %s/s. The whole run, %s steps%s: about %s%s" % (
             thousands(amount / speed.step), unit, thousands(training.max_steps),
             ", %s samples" % thousands(training.max_steps * samples) if samples else "", duration(training.max_steps * speed.step),
@@ -248,18 +264,20 @@ def measured_report(config: Config, facts: DataFacts, why_not_ipu: str) -> List[
     found = measure(config, rows)
     count = -(-rows // found.rows)
     step = count * found.micro_batch + found.update
-    how = "one a row" if per_row == 1 else "%.2f a row, as the first of data.files pack" % per_row
+    how = "one a row" if facts.per_row or packing == "off" else "taken as one a row"
+    if per_row > 1:
+        how = "%.2f a row, as the first of data.files pack" % per_row
     lines = ["Plan of %s on this machine: %s" % (name_of(config), found.machine)]
     lines += ["  not for IPUs: %s" % why_not_ipu] if why_not_ipu else []
     lines += ["  a step: %s samples, %s: %s rows of %d tokens, %s" % (
         thousands(samples), how, thousands(rows), length, number_of(count, "micro-batch", "micro-batches"))]
     if facts.missing:
-        lines.append("  %s: with shards there, the plan says how many samples share a row, and how many epochs the run is" % facts.missing)
+        lines.append("  %s: with shards there, the plan says how they share rows, and how many epochs the run is" % facts.missing)
     return lines + [
         "  measured: a micro-batch of %s of %d tokens %.3f s forward and backward, LAMB's update %.3f s" % (
             number_of(found.rows, "full row"), length, found.micro_batch, found.update),
-        "  a step: %s x %.3f s + %.3f s = %.1f s, %s sequences/s" % (
-            thousands(count), found.micro_batch, found.update, step, "%.3g" % (samples / step) if samples < 100 * step else thousands(samples / step)),
+        "  a step: %s x %.3f s + %.3f s = %s s, %s sequences/s" % (
+            thousands(count), found.micro_batch, found.update, rounded(step), rounded(samples / step)),
         "  the whole run, %s steps, %s samples: about %s%s" % (
             thousands(training.max_steps), thousands(training.max_steps * samples), duration(training.max_steps * step),
             ", %.2f epochs" % (training.max_steps * samples / facts.samples) if facts.samples else ""),
@@ -279,3 +297,11 @@ def number_of(count: int, what: str, many: str = "") -> str:
 
 def thousands(number: float) -> str:
     return "{:,.0f}".format(number)
+
+
+def rounded(number: float) -> str:
+    return "%.3g" % number if number < 100 else thousands(number)
+
+
+def gflop(flops: float) -> str:
+    return "{:,.1f}".format(flops / 1e9)

@@ -61,27 +61,30 @@ def draw_schedule(axes, found: IpuPlan) -> None:
         shown = list(range(found.cycles))
     else:
         shown = list(range(start)) + list(range(found.cycles - end, found.cycles))
-    for place, cycle in enumerate(shown):
-        at = place + (place >= start and len(shown) < found.cycles)  # a gap where cycles are left out
+    gap = len(shown) < found.cycles
+    places = [place + (gap and place >= start) for place in range(len(shown))]
+    for at, cycle in zip(places, shown):
         for ipu in range(ipus):
             for index, phase, micro_batch, begin, stop in cycle_parts(found, ipu, cycle):
                 colours = HEAD_COLOURS if index == last and last else COLOURS
                 axes.broken_barh([(at + begin * 0.96, (stop - begin) * 0.96)], (ipu - 0.4, 0.8), color=colours[phase], linewidth=0)
                 if stop - begin > 0.1:
+                    upright = 0.09 * len(str(micro_batch + 1)) > stop - begin
                     axes.text(at + 0.48 * (begin + stop), ipu, str(micro_batch + 1), ha="center", va="center", fontsize=6,
-                              rotation=90 if stop - begin < 0.3 and micro_batch >= 9 else 0)
-    width = len(shown) + (len(shown) < found.cycles)
-    if len(shown) < found.cycles:
+                              rotation=90 if upright else 0, color="white" if phase == "forward" else "black")
+    width = len(shown) + gap
+    if gap:
         axes.text(start + 0.5, (ipus - 1) / 2, "...", ha="center", va="center", fontsize=16)
     if found.filling:
         for begin, stop, words in ((0, found.filling, "fill"), (width - found.filling, width, "drain, then LAMB's update")):
             axes.axvspan(begin, stop, color="#f2efe6", zorder=0, linewidth=0)
             axes.text((begin + stop) / 2, -0.62, words, ha="center", va="center", fontsize=8, color="#6b6450")
-    gap = len(shown) < found.cycles
-    axes.set_xticks([place + 0.5 + (gap and place >= start) for place in range(len(shown))], [str(cycle + 1) for cycle in shown], fontsize=7)
+    axes.set_xticks([at + 0.5 for at in places], [str(cycle + 1) for cycle in shown], fontsize=7)
     axes.set_yticks(range(ipus), ["IPU %d" % ipu for ipu in range(ipus)])
-    axes.set(xlim=(0, width), ylim=(ipus - 0.5, -0.85), xlabel="cycle of a step, of %d; the numbers in the bars are micro-batches" % found.cycles)
-    axes.set_title("Pipeline: a bar is as long as its matrix products take; each cycle all wait for IPU %d" % found.slowest, fontsize=10)
+    axes.set(xlim=(0, width), ylim=(ipus - 0.5, -0.85),
+             xlabel="cycle of a step, of %d; the numbers in the bars are micro-batches" % found.cycles)
+    axes.set_title("Pipeline: a bar is as long as its matrix products take, a stage without any is drawn thin; each cycle lasts as long as "
+                   "IPU %d needs" % found.slowest, fontsize=10)
     handles = [Patch(color=COLOURS[phase], label=phase) for phase in COLOURS]
     if last:
         name = found.stages[-1].stage.name
@@ -103,9 +106,9 @@ def draw_memory(axes, found: IpuPlan) -> None:
         axes.text(at + 0.005 * limit, ipu, "%.0f %%" % (100 * one.total / IPU_BYTES), va="center", fontsize=8,
                   color="#b02020" if one.total > IPU_BYTES else "black")
     axes.axvline(limit, color="#b02020", linewidth=1.2)
-    axes.text(limit, -0.55, " %.0f MiB" % limit, color="#b02020", fontsize=8, va="bottom", ha="left")
+    axes.text(limit, -0.42, " %.0f MiB" % limit, color="#b02020", fontsize=8, va="bottom", ha="left")
     axes.set_yticks(range(len(found.memory)), ["IPU %d" % ipu for ipu in range(len(found.memory))])
-    axes.set(xlim=(0, 1.08 * max([limit] + [one.total / MIB for one in found.memory])), ylim=(len(found.memory) - 0.4, -0.6),
+    axes.set(xlim=(0, 1.08 * max([limit] + [one.total / MIB for one in found.memory])), ylim=(len(found.memory) - 0.4, -0.8),
              xlabel="MiB at the fullest moment, without program code and exchange buffers")
     axes.set_title("Memory of each IPU", fontsize=10)
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8, frameon=False)

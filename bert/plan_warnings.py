@@ -35,8 +35,10 @@ def warnings_of(config: Config, found: IpuPlan) -> List[str]:
                      "ipu.gradient_accumulation_steps" % (100 * found.filling / found.cycles))
     head = found.stages[-1].stage.ipu
     if ipu.embedding_serialization_factor is None and found.memory[head].moment == "mlm_decoder of heads":
-        lines.append("ipu.embedding_serialization_factor is not set: the MLM decoder runs in one part, and is the fullest moment of IPU %d. "
-                     "%s divides the vocabulary" % (head, next_factor(config)))
+        factor = next_factor(config)
+        lines.append("factor missing: the MLM decoder runs in one part, and is the fullest moment of IPU %d. %s" % (
+            head, "Set ipu.embedding_serialization_factor, for example to %d" % factor if factor else
+            "No number up to 100 divides model.vocab_size for ipu.embedding_serialization_factor: pad the vocabulary"))
     return lines
 
 
