@@ -28,6 +28,8 @@ class TorchEngine:
     `asynchronous`: it returns before the device is done.
     """
 
+    steps_per_call, index = 1, 0
+
     def __init__(self, graph: nn.Module, device: str, head_size: int, weight_decay: float, betas, eps: float, seed: int,
                  micro_batch_size: int, precision: str = "auto", compile: str = "auto", layers: Sequence[nn.Module] = ()):
         if device == "cpu":
