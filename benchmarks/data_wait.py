@@ -2,7 +2,8 @@
 
     python benchmarks/data_wait.py --config gpu_phase1.json --training.global_batch_size 16384
 
-Options are run_pretraining.py's, and those below. The first step, which compiles, does not count.
+On IPUs it is the benchmark of sequences/s too. Options are run_pretraining.py's, and those below. The first step, which compiles, does
+not count.
 """
 
 import argparse

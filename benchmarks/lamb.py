@@ -18,9 +18,10 @@ import torch
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from benchmarks.pretraining import timed  # noqa: E402
 from benchmarks.report import median, print_table, write_json  # noqa: E402
+from benchmarks.timing import cuda_or_cpu  # noqa: E402
 from bert.config import parse_command_line  # noqa: E402
-from bert.engines import choose_device  # noqa: E402
 from bert.training import make_engine  # noqa: E402
+from data.errors import InputError  # noqa: E402
 from ops.lamb import Lamb  # noqa: E402
 
 
@@ -40,7 +41,7 @@ def make_ways(groups):
 
 
 def run(own, config):
-    device, _ = choose_device(config.device)
+    device = cuda_or_cpu(config)
     groups = [{name: group[name] for name in ("params", "weight_decay", "trust_ratio")}
               for group in make_engine(config, device).optimizer.param_groups]
     parameters = [p for group in groups for p in group["params"]]
@@ -75,7 +76,10 @@ def main():
     parser.add_argument("--rounds", type=int, default=9, help="the ways alternate this many times (default: %(default)s)")
     parser.add_argument("--json", help="write the figures here")
     own, others = parser.parse_known_args()
-    run(own, parse_command_line(["--config", own.config] + others))
+    try:
+        run(own, parse_command_line(["--config", own.config] + others))
+    except InputError as error:
+        sys.exit("error: %s" % error)
 
 
 if __name__ == "__main__":

@@ -28,9 +28,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from benchmarks.processes import Worker  # noqa: E402
 from benchmarks.report import median, print_table, write_json  # noqa: E402
 from benchmarks.synthetic import length_distribution, random_samples  # noqa: E402
-from benchmarks.timing import Stopwatch, gemm_rate, timed  # noqa: E402
+from benchmarks.timing import Stopwatch, cuda_or_cpu, gemm_rate, timed  # noqa: E402
 from bert.config import parse_command_line  # noqa: E402
-from bert.engines import choose_device  # noqa: E402
 from bert.training import make_engine  # noqa: E402
 from data.errors import InputError  # noqa: E402
 from data.loader import read_checked  # noqa: E402
@@ -230,7 +229,7 @@ def measure(own, config, device, samples):
 
 
 def run(own, config, named_files):
-    device, _ = choose_device(config.device)
+    device = cuda_or_cpu(config)
     there = named_files or any(glob.glob(pattern) for pattern in config.data.files)
     lengths = own.lengths or (None if there else "wikipedia")
     samples, origin = make_samples(config, own.samples or (32 if device == "cpu" else 4096), lengths)

@@ -6,7 +6,20 @@ import time
 
 import torch
 
-__all__ = ["Stopwatch", "gemm_rate", "timed"]
+from bert.config import Config
+from bert.engines import choose_device
+from data.errors import InputError
+
+__all__ = ["Stopwatch", "cuda_or_cpu", "gemm_rate", "timed"]
+
+
+def cuda_or_cpu(config: Config) -> str:
+    """The device of the config, which is not to be an IPU: there a step cannot be taken apart."""
+    device, _ = choose_device(config.device)
+    if device == "ipu":
+        raise InputError("this benchmark takes steps apart on CUDA and CPU: add --device cuda or --device cpu. On IPUs, "
+                         "benchmarks/data_wait.py measures sequences/s")
+    return device
 
 
 def synchronize(device):

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Literal, Optional, Sequence, Union
+from typing import Any, Dict, List, Literal, Optional, Sequence, Union, get_args, get_origin
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
@@ -272,12 +272,15 @@ def check_keys(values: Any, path: str, kind=Config, prefix: str = "") -> None:
     if not isinstance(values, dict):
         raise InputError("%s: %s is %s, expected an object of keys and values" % (
             path, prefix.rstrip(".") or "the file", json.dumps(values)))
-    known = [one.name for one in dataclasses.fields(kind)]
+    known = {one.name: one.type for one in dataclasses.fields(kind)}
     for key, value in values.items():
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
             raise InputError("%s: unknown key %s%s; %sexpected one of %s" % (
                 path, prefix, key, "did you mean %s%s? " % (prefix, close[0]) if close else "", ", ".join(known)))
+        # Here, for jsonargparse has no words for it under Python 3.8.
+        if get_origin(known[key]) is Literal and value not in get_args(known[key]):
+            raise InputError("%s: %s%s is %s, expected one of %s" % (path, prefix, key, json.dumps(value), ", ".join(get_args(known[key]))))
         if kind is Config and key in SECTIONS:
             check_keys(value, path, SECTIONS[key], key + ".")
 
@@ -290,7 +293,8 @@ def flatten(values: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def one_line(error: Exception) -> str:
-    return " ".join(str(error).replace("typing.", "").replace("<class 'int'>", "int").replace("<class 'float'>", "float").split())
+    text = str(error).replace("Cannot take a Union of no types.", "Expected one of the values in --help")  # its words under Python 3.8
+    return " ".join(text.replace("typing.", "").replace("<class 'int'>", "int").replace("<class 'float'>", "float").split())
 
 
 def as_list(value: Union[str, List[str]]) -> List[str]:

@@ -112,8 +112,11 @@ class Bert(nn.Module):
     def forward(self, input_ids, token_type_ids, position_ids, samples: Union[torch.Tensor, Spans]):
         """`samples` are the rows' sample_ids [R, L], or the spans of samples laid end to end."""
         with block("embeddings", self.ipu_of["embeddings"]):
-            within = samples if isinstance(samples, Spans) or is_lowering() else same_sample_mask(samples)
             hidden = self.embeddings(input_ids, token_type_ids, position_ids)
+            if is_lowering():  # an input may go to one IPU only; this is small enough to be sent on to the others
+                within = samples.to(hidden.dtype)
+            else:
+                within = samples if isinstance(samples, Spans) else same_sample_mask(samples)
         with float8() if self.float8 else contextlib.nullcontext():
             for i, layer in enumerate(self.encoder["layer"]):
                 with block("layer%d" % i, self.ipu_of["layer%d" % i]):
@@ -190,8 +193,9 @@ class BertForPretraining(nn.Module):
             nsp_labels, nsp_weights = batch["nsp_labels"].flatten(), batch["nsp_weights"].flatten()
             nsp = (nsp_weights * F.cross_entropy(nsp_logits, nsp_labels.long(), reduction="none")).sum()
             nsp_correct = (nsp_weights * (nsp_logits.argmax(dim=-1) == nsp_labels).float()).sum()
-            return mark_loss(mlm + nsp), {"mlm_loss": mlm.detach(), "nsp_loss": nsp.detach(),
-                                          "mlm_accuracy": mlm_correct.detach(), "nsp_accuracy": nsp_correct.detach()}
+            loss = mark_loss(mlm + nsp) if self.training else mlm + nsp
+            return loss, {"mlm_loss": mlm.detach(), "nsp_loss": nsp.detach(),
+                          "mlm_accuracy": mlm_correct.detach(), "nsp_accuracy": nsp_correct.detach()}
 
     def mlm_logits(self, hidden, mlm_positions):
         """hidden [R, L, H] at mlm_positions [R, M] -> logits [R * M, V]; training never holds them, see ops/mlm_loss.py."""

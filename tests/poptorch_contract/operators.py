@@ -1,0 +1,270 @@
+"""One trace of a module as PopTorch makes it: blocks, annotations, and a check of every operator that reaches the dispatcher."""
+
+import contextlib
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.autograd.function import BackwardCFunction
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from tests.poptorch_contract.facts import ENUMS, FACTS, from_facts, function
+
+__all__ = ["Attribute", "Block", "Event", "FUNCTIONS", "Float32", "Trace", "Whole", "check"]
+
+# `_to_copy` is `to` below autograd; `prim` and the like only ask for properties of a tensor.
+_HANDLED = set(FACTS["aten_ops_handled"]) | {name.split(".")[0] for name in FACTS["aten_ops_whole"]} | {"_to_copy"}
+_WHOLE = {name.split(".")[0] for name in FACTS["aten_ops_whole"]} - {"item", "_local_scalar_dense"}
+# Read a tensor's value on the host while tracing, or lower to nothing.
+_REFUSED = {"item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__", "scaled_dot_product_attention"}
+_PRODUCTS = ("MmBackward", "BmmBackward", "AddmmBackward", "BaddbmmBackward", "MvBackward", "DotBackward")
+_VIEWS = ("ViewBackward", "UnsafeViewBackward", "ReshapeAliasBackward", "SqueezeBackward", "UnsqueezeBackward")
+
+
+class Event(NamedTuple):
+    """An operator (`mm`, ...) with its first output's shape and type, or an annotation (`poptorch.nop`, ...) with its arguments."""
+
+    name: str
+    block: str
+    ipu: int
+    shape: Optional[Tuple[int, ...]] = None
+    dtype: Optional[torch.dtype] = None
+    arguments: Optional[Dict[str, Any]] = None
+
+
+class Trace:
+    """What one trace of a module has met: its events, the stages in order of their visits, and the marked loss."""
+
+    current: Optional["Trace"] = None
+
+    def __init__(self, strategy):
+        self.events: List[Event] = []
+        self.strategy, self.block, self.ipu, self.inside = strategy, None, None, 0
+        self.visits: List[Tuple[int, int]] = []  # (stage, IPU)
+        self.losses: List[torch.Tensor] = []
+
+    @contextlib.contextmanager
+    def open(self):
+        Trace.current = self
+        try:
+            yield self
+        finally:
+            Trace.current = None
+
+    @contextlib.contextmanager
+    def whole(self):
+        """Within, operators are the parts of one that PopTorch takes whole."""
+        self.inside += 1
+        try:
+            yield
+        finally:
+            self.inside -= 1
+
+    def enter(self, block, ipu):
+        if self.block is not None:
+            raise RuntimeError("block %r is opened inside block %r" % (block, self.block))
+        stage, ipu = self.strategy._stage(block, ipu)
+        last = self.visits[-1][0] if self.visits else -1
+        if stage != last:
+            if stage < last or (self.strategy._count is not None and stage != last + 1):
+                raise RuntimeError("block %r of stage %d is opened after stage %d: stages run in their order" % (block, stage, last))
+            self.visits.append((stage, ipu))
+        elif ipu != self.visits[-1][1]:
+            raise RuntimeError("block %r is on IPU %d, its stage %d on IPU %d" % (block, ipu, stage, self.visits[-1][1]))
+        self.block, self.ipu = block, ipu
+
+    def leave(self):
+        self.block = self.ipu = None
+
+    def record(self, name, output=None, arguments=None):
+        if self.block is None:
+            raise RuntimeError("%s is outside of every block: PopTorch would put it on a device of its choice" % name)
+        shape, dtype = (None, None) if output is None else (tuple(output.shape), output.dtype)
+        self.events.append(Event(name, self.block, self.ipu, shape, dtype, arguments))
+
+    def close(self, training):
+        """Raises where the module as a whole is not one that PopTorch compiles."""
+        count = self.strategy._count
+        if count is not None and len(self.visits) != count:
+            raise RuntimeError("the strategy has %d stages, the module's blocks visit %d" % (count, len(self.visits)))
+        if training and len(self.losses) != 1:
+            raise RuntimeError("identity_loss marks the loss once; the module calls it %d times" % len(self.losses))
+
+    @property
+    def stages(self) -> int:
+        """The pipeline's depth: consecutive stages on one IPU are one."""
+        ipus = [ipu for _, ipu in self.visits]
+        return sum(1 for i, ipu in enumerate(ipus) if i == 0 or ipu != ipus[i - 1])
+
+    @property
+    def ipus(self) -> int:
+        return 1 + max((ipu for _, ipu in self.visits), default=0)
+
+
+@from_facts("classes")
+class Block(torch.nn.Module):
+    def __init__(self, user_id, ipu_id):
+        super().__init__()
+        self._user_id, self._ipu_id = user_id, ipu_id
+
+    def __enter__(self):
+        if Trace.current is not None:
+            Trace.current.enter(self._user_id, self._ipu_id)
+        return self
+
+    def __exit__(self, *_):
+        if Trace.current is not None:
+            Trace.current.leave()
+
+
+@from_facts("options")
+class Attribute:
+    def __init__(self, **kwargs):
+        self._attributes = kwargs
+
+    def __enter__(self):
+        _annotate("Attribute", **self._attributes)
+
+    def __exit__(self, *_):
+        pass
+
+
+def _annotate(name, **arguments):
+    if Trace.current is None:
+        raise RuntimeError("poptorch.%s is for a module that PopTorch traces" % name)
+    Trace.current.record("poptorch." + name, arguments=arguments)
+
+
+def _recomputation_checkpoint(*tensors):
+    if not tensors or not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
+        raise TypeError("poptorch.recomputationCheckpoint takes tensors, not %r" % (tensors,))
+    _annotate("recomputationCheckpoint", shapes=[tuple(tensor.shape) for tensor in tensors])
+    return tensors[0] if len(tensors) == 1 else tensors
+
+
+def _serialized_matmul(lhs, rhs, mode, factor, keep_precision):
+    modes = ENUMS["MatMulSerializationMode"]
+    if mode is not modes.Disabled:
+        size = {modes.InputChannels: lhs.shape[-2], modes.ReducingDim: lhs.shape[-1], modes.OutputChannels: rhs.shape[-1]}[mode]
+        if factor < 1 or size % factor:
+            raise ValueError("poptorch.serializedMatMul: factor %d does not divide the %d of %s" % (factor, size, mode.name))
+    _annotate("serializedMatMul", mode=mode, factor=factor, keep_precision=keep_precision)
+    return torch.matmul(lhs, rhs)
+
+
+def _set_available_memory(tensor, available_memory_proportion):
+    if not 0 < available_memory_proportion <= 1:
+        raise ValueError("poptorch.set_available_memory: %r is no share of 1" % available_memory_proportion)
+    node = tensor.grad_fn
+    while node is not None and node.name().startswith(_VIEWS):
+        node = node.next_functions[0][0]
+    if tensor.requires_grad and not (node is not None and node.name().startswith(_PRODUCTS)):
+        raise RuntimeError("poptorch.set_available_memory takes the result of a matrix product, not of %s" % (node and node.name()))
+    _annotate("set_available_memory", available_memory_proportion=available_memory_proportion)
+    return tensor
+
+
+def _identity_loss(x, reduction):
+    if reduction not in ("none", "sum", "mean"):
+        raise ValueError("poptorch.identity_loss: reduction is \"none\", \"sum\" or \"mean\", not %r" % reduction)
+    _annotate("identity_loss", reduction=reduction)
+    with Trace.current.whole():
+        loss = x if reduction == "none" else getattr(x, reduction)()
+    if loss.numel() != 1:
+        raise RuntimeError("poptorch.identity_loss: the loss is a scalar; this one has shape %s" % (tuple(loss.shape),))
+    Trace.current.losses.append(loss)
+    return loss
+
+
+def _nop(tensor):
+    _annotate("nop")
+    return tensor
+
+
+FUNCTIONS = {name: function("poptorch", name, FACTS["functions"][name], model) for name, model in (
+    ("recomputationCheckpoint", _recomputation_checkpoint), ("serializedMatMul", _serialized_matmul),
+    ("set_available_memory", _set_available_memory), ("identity_loss", _identity_loss), ("nop", _nop))}
+
+
+class Whole(TorchFunctionMode):
+    """Operators that PopTorch catches before PyTorch decomposes them: what they are made of is not looked at."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        trace = Trace.current
+        if name in _REFUSED:
+            raise RuntimeError("%s is not lowered by PopTorch" % name)
+        if name not in _WHOLE or trace.inside:
+            return func(*args, **kwargs)
+        with trace.whole():
+            output = _one_hot(*args, **kwargs) if name == "one_hot" else func(*args, **kwargs)
+        trace.record(name, next((tensor for tensor in tree_flatten(output)[0] if isinstance(tensor, torch.Tensor)), None))
+        return output
+
+
+def _one_hot(tensor, num_classes=-1):
+    # PyTorch's reads the tensor's values on the host.
+    if num_classes < 1:
+        raise RuntimeError("one_hot without num_classes has a shape that depends on values")
+    return (tensor.unsqueeze(-1) == torch.arange(num_classes, device=tensor.device)).long()
+
+
+class _Checked(TorchDispatchMode):
+    def __init__(self, trace):
+        super().__init__()
+        self.trace = trace
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        namespace, name = func._schema.name.split("::")
+        output = None
+        if namespace != "prim" and not self.trace.inside and not (name in _HANDLED or name.rstrip("_") in _HANDLED):
+            raise RuntimeError("%s::%s is not lowered by PopTorch (in block %r)" % (namespace, name, self.trace.block))
+        output = func(*args, **(kwargs or {}))
+        tensors = [tensor for tensor in tree_flatten(output)[0] if isinstance(tensor, torch.Tensor)]
+        if any(tensor.dtype == torch.float64 for tensor in tensors):
+            raise RuntimeError("%s::%s gives float64, which the IPU does not have" % (namespace, name))
+        if namespace != "prim" and not self.trace.inside:
+            self.trace.record(name, tensors[0] if tensors else None)
+        return output
+
+
+class Float32(TorchDispatchMode):
+    """Within, what asks for float16 gets float32: a CPU has few kernels for float16."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **{key: torch.float32 if value is torch.float16 else value for key, value in (kwargs or {}).items()})
+
+
+def check(call, parameters: Dict[str, torch.Tensor], buffers, inputs, strategy, training: bool):
+    """Traces `call(parameters and buffers, inputs)` on tensors without values, of the types that they have.
+
+    Returns the trace and the types of the outputs. Raises for what PopTorch would refuse.
+    """
+    trace, fake = Trace(strategy), FakeTensorMode()
+    state = {name: fake.from_tensor(tensor.detach()).requires_grad_(tensor.requires_grad) for name, tensor in parameters.items()}
+    state.update((name, fake.from_tensor(tensor.detach())) for name, tensor in buffers.items())
+    inputs = [fake.from_tensor(tensor) for tensor in inputs]
+    with trace.open(), fake, _Checked(trace), Whole():
+        outputs = call(state, inputs)
+    trace.close(training)
+    if training:
+        _refuse_own_backward(trace.losses[0])
+    outputs = tree_flatten(outputs)[0]
+    if not outputs or not all(isinstance(output, torch.Tensor) for output in outputs):
+        raise RuntimeError("the module's outputs have to be tensors, or tuples and lists of them")
+    return trace, [torch.int32 if output.dtype == torch.int64 else output.dtype for output in outputs]
+
+
+def _refuse_own_backward(loss):
+    # PopART differentiates its graph itself: a backward written in Python would be ignored.
+    seen, nodes = set(), [loss.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, BackwardCFunction):
+            raise RuntimeError("%s: PopTorch takes no torch.autograd.Function, it differentiates the graph itself" % node.name())
+        nodes.extend(following for following, _ in node.next_functions)

@@ -1,0 +1,143 @@
+"""poptorch.optim: LAMB as PopTorch's users see it, and the update that PopART makes of it.
+
+LAMB (arXiv 1904.00962) with phi(z) = min(z, max_weight_norm); without bias correction it is PopART's LambNoBias.
+"""
+
+import torch
+
+from tests.poptorch_contract.facts import FACTS, from_facts, function, types_of
+
+__all__ = ["OPTIM", "lamb_update"]
+
+_GROUP = ("lr", "betas", "eps", "weight_decay", "max_weight_norm")
+_FLOAT16_MAX = 65500.0
+
+
+@from_facts("optim")
+class VariableAttributes:
+    def __init__(self, variable_attributes, allowed_attributes):
+        self._variable, self._allowed = set(variable_attributes), tuple(allowed_attributes)
+
+    def isConstant(self, attr):
+        return attr not in self._variable
+
+    def markAsConstant(self, attr):
+        self._check(attr)
+        self._variable.discard(attr)
+
+    def markAsVariable(self, attr):
+        self._check(attr)
+        self._variable.add(attr)
+
+    def _check(self, attr):
+        assert attr in self._allowed, "unknown attribute %r; there are %s" % (attr, ", ".join(self._allowed))
+
+
+@from_facts("optim")
+class Optimizer:
+    """The state is fetched from the device when it is asked for, and written to it when an executor compiles or attaches."""
+
+    def _begin(self):
+        self._ipu = {"ipu_state": None, "ipu_param": None}
+        self._executor = None  # who has the state on its device: a weak reference
+        self._is_stale = False
+
+    def state_dict(self):
+        executor = self._executor() if self._executor else None
+        if executor is not None and self._is_stale:
+            self.set_state_dict({**executor._read_state(), **torch.optim.Optimizer.state_dict(self)})
+        return self.get_state_dict()
+
+    def load_state_dict(self, state):
+        if not state or not ("ipu_state" in state and "ipu_param" in state):
+            raise RuntimeError("only a state with ipu_state and ipu_param can be loaded")
+        torch.optim.Optimizer.load_state_dict(self, state)
+        self.set_state_dict(state)
+
+    def get_state_dict(self):
+        return {**self._ipu, **torch.optim.Optimizer.state_dict(self)}
+
+    def set_state_dict(self, state):
+        self._ipu = {key: state[key] for key in ("ipu_state", "ipu_param")}
+        self._is_stale = False
+
+    def has_state(self):
+        return self._ipu["ipu_state"] is not None and self._ipu["ipu_param"] is not None
+
+
+@from_facts("optim")
+class LAMB(Optimizer, torch.optim.Optimizer):
+    def __init__(self, params, lr, betas, eps, weight_decay, bias_correction, loss_scaling, max_weight_norm, accum_type,
+                 first_order_momentum_accum_type, second_order_momentum_accum_type):
+        given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "loss_scaling": loss_scaling,
+                 "max_weight_norm": max_weight_norm}
+        defaults = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2, "max_weight_norm": _FLOAT16_MAX}
+        defaults.update((name, given[name]) for name in _GROUP if given[name] is not None)
+        self._begin()
+        torch.optim.Optimizer.__init__(self, params, defaults)
+        self.bias_correction = True if bias_correction is None else bias_correction
+        self.loss_scaling = 1.0 if loss_scaling is None else loss_scaling
+        self.max_weight_norm = defaults["max_weight_norm"]
+        self.accum_type = _type(accum_type)
+        self.first_order_momentum_accum_type = _type(first_order_momentum_accum_type)
+        self.second_order_momentum_accum_type = _type(second_order_momentum_accum_type)
+        # What is given can change from step to step, until it is marked as constant; the rest is compiled in.
+        self.variable_attrs = types_of()["VariableAttributes"](
+            [name for name, value in given.items() if value is not None], list(defaults) + ["loss_scaling"])
+
+    def step(self, closure):
+        raise RuntimeError("poptorch.optim.LAMB: the executor makes the step, on the device")
+
+    def _values(self, name_of):
+        """What the executor takes over, and nothing that is changed later: the groups' numbers, with their parameters' names."""
+        groups = []
+        for number, group in enumerate(self.param_groups):
+            unknown = sorted(set(group) - set(_GROUP) - {"params"})
+            if unknown:
+                raise ValueError("group %d of poptorch.optim.LAMB has %s; a group takes %s" % (number, ", ".join(unknown), ", ".join(_GROUP)))
+            values = {name: self.defaults[name] if group.get(name) is None else group[name] for name in _GROUP}
+            if not isinstance(values["betas"], tuple) or len(values["betas"]) != 2:
+                raise ValueError("group %d of poptorch.optim.LAMB: betas is a pair, not %r" % (number, values["betas"]))
+            for parameter in group["params"]:
+                if id(parameter) not in name_of:
+                    raise ValueError("group %d of poptorch.optim.LAMB has a tensor that is no parameter of the module" % number)
+            groups.append(dict(values, names=[name_of[id(parameter)] for parameter in group["params"]]))
+        return {"loss_scaling": float(self.loss_scaling), "groups": groups,
+                "constants": {name for name in _GROUP + ("loss_scaling",) if self.variable_attrs.isConstant(name)}}
+
+
+def _type(dtype):
+    assert dtype in (None, torch.float16, torch.float32), "accumulation types are torch.float32 or torch.float16, not %s" % dtype
+    return torch.float32 if dtype is None else dtype
+
+
+def check_constants(before, after) -> None:
+    """Raises where values of an optimizer that were compiled in have changed."""
+    for name in sorted(before["constants"]):
+        was, now = ([values["loss_scaling"]] if name == "loss_scaling" else [group[name] for group in values["groups"]]
+                    for values in (before, after))
+        if was != now:
+            raise RuntimeError("setOptimizer: %s is constant, and was %s at compilation; now it is %s" % (name, was, now))
+    if [group["names"] for group in before["groups"]] != [group["names"] for group in after["groups"]]:
+        raise RuntimeError("setOptimizer: the groups have other parameters than at compilation")
+
+
+def lamb_update(weight, gradient, first, second, step, group, bias_correction):
+    """One update of one parameter: its new weight, first and second moment, all computed in float32. `step` counts from 1."""
+    beta1, beta2 = group["betas"]
+    weight, gradient = weight.float(), gradient.float()
+    first = beta1 * first.float() + (1 - beta1) * gradient
+    second = beta2 * second.float() + (1 - beta2) * gradient ** 2
+    m, v = (first / (1 - beta1 ** step), second / (1 - beta2 ** step)) if bias_correction else (first, second)
+    update = m / (v ** 0.5 + group["eps"]) + group["weight_decay"] * weight
+    weight_norm, update_norm = min(float((weight ** 2).sum() ** 0.5), group["max_weight_norm"]), float((update ** 2).sum() ** 0.5)
+    ratio = weight_norm / update_norm if weight_norm > 0 and update_norm > 0 else 1.0
+    return weight - group["lr"] * ratio * update, first, second
+
+
+def _others(name):
+    return function("poptorch.optim", name, FACTS["optim"][name]["__init__"])
+
+
+OPTIM = {"VariableAttributes": VariableAttributes, "Optimizer": Optimizer, "LAMB": LAMB,
+         **{name: _others(name) for name in ("SGD", "Adam", "AdamW", "RMSprop")}}

@@ -1,0 +1,65 @@
+"""What poprun's processes do together: add up gradients, through files in the folder that STAND_IN_POPDIST_FOLDER names."""
+
+import os
+import pathlib
+import time
+
+import numpy as np
+import torch
+
+__all__ = ["add_up", "instance_index", "instances", "is_poprun", "local_replicas", "start", "total_replicas"]
+
+TIMEOUT = 60.0  # seconds
+
+
+def is_poprun() -> bool:
+    return "STAND_IN_POPDIST_INSTANCES" in os.environ
+
+
+def _number(name: str) -> int:
+    if not is_poprun():
+        raise RuntimeError("popdist: the process was not started by poprun")
+    return int(os.environ["STAND_IN_POPDIST_" + name])
+
+
+def instances() -> int:
+    return _number("INSTANCES")
+
+
+def instance_index() -> int:
+    return _number("INDEX")
+
+
+def total_replicas() -> int:
+    return _number("TOTAL_REPLICAS")
+
+
+def local_replicas() -> int:
+    if total_replicas() % instances():
+        raise RuntimeError("popdist: %d replicas do not divide among %d processes" % (total_replicas(), instances()))
+    return total_replicas() // instances()
+
+
+def start() -> None:
+    instances()
+
+
+def add_up(tensors, name: str, index: int, count: int):
+    """The sum of every process's tensors, added in the processes' order, so that all of them get the same."""
+    folder = pathlib.Path(os.environ["STAND_IN_POPDIST_FOLDER"])
+    part = folder / ("%s-%d.part" % (name, index))
+    with part.open("wb") as file:
+        np.savez(file, **{key: tensor.numpy() for key, tensor in tensors.items()})
+    part.rename(part.with_suffix(".npz"))
+    total = {}
+    for other in range(count):
+        path = folder / ("%s-%d.npz" % (name, other))
+        deadline = time.monotonic() + TIMEOUT
+        while not path.exists():
+            if time.monotonic() > deadline:
+                raise RuntimeError("popdist: process %d did not come to %s within %d s" % (other, name, TIMEOUT))
+            time.sleep(0.005)
+        with np.load(str(path)) as file:
+            for key in tensors:
+                total[key] = total[key] + file[key] if key in total else file[key]
+    return {key: torch.from_numpy(np.asarray(value)) for key, value in total.items()}

@@ -1,0 +1,3 @@
+from tests.poptorch_contract import stand_in
+
+stand_in.become(__name__, stand_in.popart())
