@@ -6,7 +6,7 @@ from typing import List
 
 import torch
 
-from bert.config import Config
+from bert.config import Config, validate_for_ipu
 from bert.engines import choose_device
 from bert.engines.micro_batch import full_rows
 from bert.training import make_engine
@@ -33,9 +33,11 @@ class Measured:
 def measure(config: Config, rows_of_a_step: int) -> Measured:
     """Runs micro-batches of full rows, one sample each, on the device of `config`, with initial weights that stay as they are.
 
-    Raises InputError where the device is not there, or where not even one row fits it.
+    Raises InputError where the device is not there, where not even one row fits it, and where `auto` finds IPUs that cannot run `config`.
     """
     device, line = choose_device(config.device)
+    if device == "ipu":
+        validate_for_ipu(config)  # raises: else the plan were for IPUs
     engine = make_engine(config, device)
     if device == "cuda" and not config.training.micro_batch_size:
         engine.cut_evenly(rows_of_a_step)

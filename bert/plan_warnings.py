@@ -1,7 +1,8 @@
 """What a plan for IPUs warns of, and which settings change it: each remedy is tried before it is named."""
 
 import copy
-from typing import Iterator, List, Tuple
+import json
+from typing import Any, Dict, Iterator, List
 
 from bert.config import Config
 from bert.ipu_plan import IPU_BYTES, IpuPlan, make_ipu_plan
@@ -10,6 +11,7 @@ __all__ = ["warnings_of"]
 
 MIB = 2 ** 20
 TIGHT, UNBALANCED, BUBBLE = 0.9, 1.1, 0.05
+LOW_PROPORTION = 0.1  # below it, products are cut so small that they get slow
 
 
 def warnings_of(config: Config, found: IpuPlan) -> List[str]:
@@ -43,44 +45,40 @@ def warnings_of(config: Config, found: IpuPlan) -> List[str]:
 
 
 def what_helps(config: Config, fullest: float) -> Iterator[str]:
-    """Single settings that make the fullest IPU less full than `fullest`, a share of its memory, best first."""
-    found = []
-    for words, changed in remedies(config):
+    """Single settings that make the fullest IPU less full than `fullest`, a share of its memory; those that cost little speed first."""
+    enough = False
+    for settings in remedies(config):
+        changed = copy.deepcopy(config)
+        for name, value in settings.items():
+            setattr(changed.ipu, name, value)
         share = max(one.total for one in make_ipu_plan(changed).memory) / IPU_BYTES
         if share < fullest - 0.005:
-            found.append((share, words))
-    for share, words in sorted(found):
-        yield "%s: %.0f MiB%s" % (words, share * IPU_BYTES / MIB, "" if share <= 1 else ", not enough alone")
-    if not any(share <= 1 for share, _ in found):
-        yield "more IPUs with fewer layers each: ipu.layers_per_ipu"
+            enough |= share <= 1
+            yield "%s: %.0f MiB%s" % (", ".join("ipu.%s %s" % (name, json.dumps(value)) for name, value in settings.items()),
+                                      share * IPU_BYTES / MIB, "" if share <= 1 else ", not enough alone")
+    if not enough:
+        yield "several of these together, or more IPUs with fewer layers each: ipu.layers_per_ipu"
 
 
-def remedies(config: Config) -> Iterator[Tuple[str, Config]]:
-    """(The setting in words, the config with it)."""
-    def changed(**settings) -> Tuple[str, Config]:
-        other = copy.deepcopy(config)
-        for name, value in settings.items():
-            setattr(other.ipu, name, value)
-        return ", ".join("ipu.%s %s" % (name, str(value).lower()) for name, value in settings.items()), other
-
-    ipu = config.ipu
-    if not ipu.optimizer_state_offchip:
-        yield changed(optimizer_state_offchip=True)
-        if not ipu.replicated_tensor_sharding and ipu.replication_factor > 1:
-            yield changed(replicated_tensor_sharding=True)
-        if not ipu.enable_half_first_order_momentum:
-            yield changed(enable_half_first_order_momentum=True)
-    if not ipu.recompute_checkpoint_every_layer:
-        yield changed(recompute_checkpoint_every_layer=True)
-    if ipu.micro_batch_size % 2 == 0:
-        yield changed(micro_batch_size=ipu.micro_batch_size // 2, gradient_accumulation_steps=ipu.gradient_accumulation_steps * 2)
-    listed = ipu.matmul_proportion if isinstance(ipu.matmul_proportion, list) else [ipu.matmul_proportion]
-    if max(listed) > 0.1:
-        lower = [round(min(share, max(0.1, share / 2)), 3) for share in listed]
-        yield changed(matmul_proportion=lower if isinstance(ipu.matmul_proportion, list) else lower[0])
-    factor = next_factor(config)
+def remedies(config: Config) -> Iterator[Dict[str, Any]]:
+    """Settings of the ipu section, and what goes with them."""
+    ipu, factor = config.ipu, next_factor(config)
+    if not ipu.replicated_tensor_sharding and ipu.replication_factor > 1:
+        yield {"replicated_tensor_sharding": True}
+    if not ipu.enable_half_first_order_momentum:
+        yield {"enable_half_first_order_momentum": True}
+    shares = ipu.matmul_proportion if isinstance(ipu.matmul_proportion, list) else [ipu.matmul_proportion]
+    lower = [round(min(share, max(LOW_PROPORTION, share / 2)), 3) for share in shares]
+    if lower != shares:
+        yield {"matmul_proportion": lower if isinstance(ipu.matmul_proportion, list) else lower[0]}
     if factor:
-        yield changed(embedding_serialization_factor=factor)
+        yield {"embedding_serialization_factor": factor}
+    if not ipu.recompute_checkpoint_every_layer:
+        yield {"recompute_checkpoint_every_layer": True}
+    if not ipu.optimizer_state_offchip:
+        yield {"optimizer_state_offchip": True}
+    if ipu.micro_batch_size % 2 == 0:
+        yield {"micro_batch_size": ipu.micro_batch_size // 2, "gradient_accumulation_steps": ipu.gradient_accumulation_steps * 2}
 
 
 def next_factor(config: Config) -> int:

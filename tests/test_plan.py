@@ -81,8 +81,8 @@ def test_the_recipes_pipeline_is_popart_s():
     assert (found.cycles, found.filling) == (512 + 8, 8)
     assert [one.micro_batches_kept for one in found.stages] == [9, 7, 5, 3, 1]
     tokens = 32 * 128
-    # Four layers' inputs in float16, and sample_ids in int32.
-    assert [one.kept for one in found.stages[1:4]] == [4 * tokens * 768 * 2 + tokens * 4] * 3
+    # Four layers' inputs and the samples' ids, in float16.
+    assert [one.kept for one in found.stages[1:4]] == [4 * tokens * 768 * 2 + tokens * 2] * 3
     assert [one.recompute == one.forward for one in found.stages] == [True] * 4 + [False] and found.stages[-1].recompute == 0
     assert found.memory[1].stashes > found.memory[2].stashes > found.memory[3].stashes
     assert found.slowest == 1 and 0 < found.work_of(0) < 0.2 * found.work_of(1) == 0.2 * found.work_of(3)
@@ -181,7 +181,7 @@ def test_what_does_not_fit_comes_with_settings_that_were_tried():
     fullest = max(one.total for one in plan_of("pod16_phase1").memory) / 2 ** 20
     assert remedy.endswith(": %.0f MiB" % fullest)
     hopeless = config_of("pod16_phase1", "--ipu.layers_per_ipu", "[12]", "--ipu.micro_batch_size", "128", "--ipu.gradient_accumulation_steps", "128")
-    assert "more IPUs" in " ".join(warnings_of(hopeless, make_ipu_plan(hopeless)))
+    assert "several of these together, or more IPUs" in " ".join(warnings_of(hopeless, make_ipu_plan(hopeless)))
 
 
 @pytest.mark.parametrize("layers", ["[1, 2, 2]", "[0, 5]", "[5]"])
@@ -211,6 +211,12 @@ def test_which_plan_it_is():
     assert not for_ipu and "65536 rows" in why and "512" in why
     for_ipu, why = is_for_ipu(config_of("quickstart"))
     assert not for_ipu and "ipu.gradient_accumulation_steps is 1" in why
+
+
+def test_ipus_that_cannot_run_the_config_are_an_error_as_in_training(monkeypatch, capsys):
+    monkeypatch.setattr("bert.measure.choose_device", lambda wanted: ("ipu", "4 IPUs"))
+    assert main(["--config", "quickstart.json", "--plan"]) == 2
+    assert "ipu.gradient_accumulation_steps is 1" in capsys.readouterr().err
 
 
 def shards_of(tmp_path, length, masks, vocab):
