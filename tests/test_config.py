@@ -74,7 +74,8 @@ def test_a_pod_of_another_size_accumulates_to_the_same_global_batch(large, phase
     of_pod16 = pod_config("pod16", phase, large, packed)
     for pod, replicas in PODS.items():
         config = pod_config(pod, phase, large, packed)
-        assert differing(of_pod16, config) <= {"ipu.replication_factor", "ipu.gradient_accumulation_steps"}
+        state = {"ipu.optimizer_state_offchip"} if large and replicas < 4 else set()  # for BERT-large's, split over fewer replicas, no room
+        assert differing(of_pod16, config) <= {"ipu.replication_factor", "ipu.gradient_accumulation_steps"} | state
         ipu = config.ipu
         assert ipu.replication_factor == replicas
         assert ipu.micro_batch_size * ipu.gradient_accumulation_steps * replicas == of_pod16.training.global_batch_size
