@@ -239,7 +239,7 @@ def time_lines(config: Config, found: IpuPlan, facts: DataFacts) -> List[str]:
     if others:
         lines.append("  the same global batch on other pods, %s/s: %s" % (
             unit, ", ".join("POD%d %s" % (pod, thousands(amount / seconds)) for pod, seconds in others)))
-    return lines
+    return lines + ["  Updates, data, and adding up gradients over replicas are in the efficiency, in the share that they had in that run."]
 
 
 def other_pods(config: Config, found: IpuPlan, speed: Speed) -> List[Tuple[int, float]]:
