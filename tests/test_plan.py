@@ -73,7 +73,8 @@ def test_the_trace_names_every_product_and_leaves_nothing_behind():
     assert set(MATMULS) <= {one.name for one in products} and not is_lowering()
     assert [one.parts for one in products if one.name == "mlm_decoder"] == [4]
     assert {one.name: one.gradients for one in products}["select_tokens"] == 1  # its positions have no gradient
-    assert len(found.checkpoints) == 5 and {one.block for one in found.operations} == {block for one in found.stages for block in one.blocks}
+    assert len(found.checkpoints) == 5
+    assert {one.block for one in found.operations} == {block for one in found.stages for block in one.blocks}
 
 
 def test_the_recipes_pipeline_is_popart_s():
@@ -180,7 +181,8 @@ def test_what_does_not_fit_comes_with_settings_that_were_tried():
     remedy = next(line for line in lines if "micro_batch_size 32, ipu.gradient_accumulation_steps 512" in line)
     fullest = max(one.total for one in plan_of("pod16_phase1").memory) / 2 ** 20
     assert remedy.endswith(": %.0f MiB" % fullest)
-    hopeless = config_of("pod16_phase1", "--ipu.layers_per_ipu", "[12]", "--ipu.micro_batch_size", "128", "--ipu.gradient_accumulation_steps", "128")
+    hopeless = config_of("pod16_phase1", "--ipu.layers_per_ipu", "[12]", "--ipu.micro_batch_size", "128",
+                         "--ipu.gradient_accumulation_steps", "128")
     assert "several of these together, or more IPUs" in " ".join(warnings_of(hopeless, make_ipu_plan(hopeless)))
 
 
@@ -220,7 +222,8 @@ def test_ipus_that_cannot_run_the_config_are_an_error_as_in_training(monkeypatch
 
 
 def shards_of(tmp_path, length, masks, vocab):
-    write_shard(str(tmp_path / "train-00000.h5"), random_samples(np.random.default_rng(0), 5000, length, masks, vocab), vocab, "0" * 64, {})
+    samples = random_samples(np.random.default_rng(0), 5000, length, masks, vocab)
+    write_shard(str(tmp_path / "train-00000.h5"), samples, vocab, "0" * 64, {})
     return ["--data.files", str(tmp_path / "train-*.h5")]
 
 
