@@ -6,15 +6,16 @@ import json
 import math
 import os
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Literal, Optional, Sequence, Union
+from typing import Any, Dict, List, Literal, Optional, Sequence, Union, get_args, get_origin
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from data.errors import InputError
 from data.packing import SAMPLES_PER_ROW
+from ops.ipu import MATMULS
 
 __all__ = ["Config", "DataConfig", "IpuConfig", "ModelConfig", "OptimizerConfig", "TrainingConfig",
-           "learning_rate_at", "parse_command_line", "validate"]
+           "learning_rate_at", "parse_command_line", "validate", "validate_for_ipu"]
 
 CONFIG_FOLDER = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs")
 
@@ -61,9 +62,10 @@ class DataConfig:
     """Tokens of a sample, at most."""
     mask_tokens: int = 20
     """Masked tokens of a sample, at most."""
-    packing: Literal["samples", "rows", "off"] = "samples"
+    packing: Literal["auto", "samples", "rows", "off"] = "auto"
     """How samples share rows. samples: a global batch is exactly global_batch_size samples, in as few rows as they fit; rows: it is
-    that many rows, static shapes, with as many samples as fit; off: one sample a row."""
+    that many rows, static shapes, with as many samples as fit; off: one sample a row. auto: samples on CPU and CUDA, off on IPUs, whose
+    shapes are static: the same global batches."""
     samples_per_row: int = SAMPLES_PER_ROW
     """Samples of a packed row, at most."""
     on_bad_shard: Literal["stop", "skip"] = "stop"
@@ -116,9 +118,9 @@ class TrainingConfig:
     output: Optional[str] = None
     """The run's folder; by default runs/ and the config's name."""
     precision: Literal["auto", "float32", "bfloat16", "float8"] = "auto"
-    """Of matrix products on CPU and CUDA; auto: bfloat16 on a CUDA card that has it, else float32. float8: bfloat16, with the encoder's
+    """Of matrix products; auto: bfloat16 on a CUDA card that has it, float16 on IPUs, else float32. float8: bfloat16, with the encoder's
     linear layers in float8, scaled tensor by tensor: fast on CUDA cards of compute capability 8.9 or newer, slow on the CPU.
-    Weights stay in float32."""
+    Weights stay in float32, but for IPUs in float16, where they are rounded stochastically."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of each encoder layer; auto: on CUDA where Triton is found, not on the CPU, where it gains nothing."""
     log_every: int = 5
@@ -142,14 +144,21 @@ class IpuConfig:
     gradient_accumulation_steps: int = 512
     """Micro-batches of one replica in one optimizer step."""
     device_iterations: int = 1
-    """Optimizer steps in one call of the executable."""
+    """Optimizer steps in one call of the executable, all with the learning rate of the last one."""
     embedding_serialization_factor: Optional[int] = None
     """In how many parts the MLM decoder and its loss are computed, so that full logits never exist at once; by default 1 on IPUs, and on
-    CUDA and CPU as many as keep a part's logits small."""
+    CUDA and CPU as many as keep a part's logits small. On IPUs it cuts the vocabulary, and must divide model.vocab_size."""
     matmul_proportion: Union[float, List[float]] = 0.25
     """Share of an IPU's memory that a matrix product may take for temporaries: one for all IPUs, or one each."""
+    operation_proportions: Dict[str, float] = field(default_factory=dict)
+    """The same for single products, by name: query_key_value, attention_scores, attention_context, attention_output, intermediate,
+    output, select_tokens, mlm_transform, mlm_decoder."""
     loss_scaling: float = 16384.0
     """Keeps float16 gradients from underflow."""
+    automatic_loss_scaling: bool = False
+    """Adjust the loss scaling as gradients grow and shrink, from loss_scaling on."""
+    stochastic_rounding: bool = True
+    """Round float16 values up or down by chance, so that small updates of weights are not lost."""
     recompute_checkpoint_every_layer: bool = True
     """Keep each layer's input for the backward pass and recompute what follows it."""
     replicated_tensor_sharding: bool = True
@@ -162,6 +171,10 @@ class IpuConfig:
     """LAMB's first moment in float16."""
     executable_cache_dir: str = "./exe_cache"
     """Compiled executables are kept here."""
+    synthetic_data: bool = False
+    """Let the IPUs make up their input, to measure them without the host."""
+    profile_folder: Optional[str] = None
+    """Where to put a profile for PopVision, also of a model that does not fit."""
 
 
 @dataclass
@@ -169,9 +182,16 @@ class Config:
     """BERT pre-training: config -> shards -> global batches -> LAMB -> checkpoint that transformers loads."""
 
     device: Literal["auto", "ipu", "cuda", "cpu"] = "auto"
-    """Where to train; auto: CUDA where there is a device, else the CPU."""
+    """Where to train; auto: IPUs where PopTorch finds some, else CUDA where there is a device, else the CPU."""
     resume: Literal["never", "auto"] = "never"
     """auto: continue the run in the output folder, where there is one, exactly where its newest checkpoint is."""
+    plan: bool = False
+    """`--plan`: do not train, say what would run where, how full each IPU gets and how long the run takes, and draw it. For device ipu,
+    and for auto where the ipu section gives the global batch, on any machine; for cuda and cpu it measures a micro-batch."""
+    compile_only: bool = False
+    """`--compile-only`: compile the executable for IPUs into ipu.executable_cache_dir and stop; needs PopTorch, but no IPU."""
+    ipu_model: bool = False
+    """`--ipu-model`: run on Graphcore's simulator in place of IPUs, for small models."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -179,6 +199,7 @@ class Config:
     ipu: IpuConfig = field(default_factory=IpuConfig)
 
 
+FLAGS = ("plan", "compile_only", "ipu_model")
 SECTIONS = {"model": ModelConfig, "data": DataConfig, "optimizer": OptimizerConfig, "training": TrainingConfig, "ipu": IpuConfig}
 
 
@@ -203,12 +224,13 @@ def parse_command_line(arguments: Sequence[str]) -> Config:
             raise InputError("%s: %s" % (path, one_line(error)))
         parser.set_defaults(flatten(values))
     try:
-        found = parser.parse_args(list(arguments))
+        flags = {"--" + name.replace("_", "-"): "--%s=true" % name for name in FLAGS}
+        found = parser.parse_args([flags.get(argument, argument) for argument in arguments])
     except ArgumentError as error:
         hint = "Quote a pattern, so that the shell leaves it as it is; `--help` lists every option"
         raise InputError("command line: %s. %s" % (one_line(error), hint))
     sections = {section: kind(**vars(getattr(found, section))) for section, kind in SECTIONS.items()}
-    config = Config(device=found.device, resume=found.resume, **sections)
+    config = Config(**{name: getattr(found, name) for name in ("device", "resume") + FLAGS}, **sections)
     config.data = dataclasses.replace(config.data, **{key: as_list(getattr(config.data, key))
                                                      for key in ("files", "held_out_files", "text")})
     if config.training.output is None:
@@ -250,12 +272,15 @@ def check_keys(values: Any, path: str, kind=Config, prefix: str = "") -> None:
     if not isinstance(values, dict):
         raise InputError("%s: %s is %s, expected an object of keys and values" % (
             path, prefix.rstrip(".") or "the file", json.dumps(values)))
-    known = [one.name for one in dataclasses.fields(kind)]
+    known = {one.name: one.type for one in dataclasses.fields(kind)}
     for key, value in values.items():
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
             raise InputError("%s: unknown key %s%s; %sexpected one of %s" % (
                 path, prefix, key, "did you mean %s%s? " % (prefix, close[0]) if close else "", ", ".join(known)))
+        # Here, for jsonargparse has no words for it under Python 3.8.
+        if get_origin(known[key]) is Literal and value not in get_args(known[key]):
+            raise InputError("%s: %s%s is %s, expected one of %s" % (path, prefix, key, json.dumps(value), ", ".join(get_args(known[key]))))
         if kind is Config and key in SECTIONS:
             check_keys(value, path, SECTIONS[key], key + ".")
 
@@ -268,7 +293,8 @@ def flatten(values: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def one_line(error: Exception) -> str:
-    return " ".join(str(error).replace("typing.", "").replace("<class 'int'>", "int").replace("<class 'float'>", "float").split())
+    text = str(error).replace("Cannot take a Union of no types.", "Expected one of the values in --help")  # its words under Python 3.8
+    return " ".join(text.replace("typing.", "").replace("<class 'int'>", "int").replace("<class 'float'>", "float").split())
 
 
 def as_list(value: Union[str, List[str]]) -> List[str]:
@@ -329,12 +355,43 @@ def validate(config: Config, source: str = "config") -> None:
     expect(all(count >= 0 for count in ipu.layers_per_ipu) and sum(ipu.layers_per_ipu) == model.num_hidden_layers,
            "ipu.layers_per_ipu", "counts that add up to model.num_hidden_layers, %d; on other devices any split will do, "
            "such as --ipu.layers_per_ipu '[0, %d]'" % (model.num_hidden_layers, model.num_hidden_layers))
-    if config.device == "ipu":
-        geometry = (ipu.micro_batch_size, ipu.gradient_accumulation_steps, ipu.replication_factor, ipu.device_iterations)
-        product = geometry[0] * geometry[1] * geometry[2] * geometry[3]
-        expect(product == training.global_batch_size, "training.global_batch_size",
-               "ipu.micro_batch_size x gradient_accumulation_steps x replication_factor x device_iterations = "
-               "%d x %d x %d x %d = %d" % (geometry + (product,)))
+    names = set(ipu.operation_proportions)
+    expect(names <= set(MATMULS) and all(0 < share <= 1 for share in ipu.operation_proportions.values()), "ipu.operation_proportions",
+           "shares above 0, at most 1, for some of %s" % ", ".join(MATMULS))
+    if config.device == "ipu" or config.compile_only or config.ipu_model:
+        validate_for_ipu(config, source)
+
+
+def validate_for_ipu(config: Config, source: str = "config") -> None:
+    """The same for what only IPUs ask for: static shapes, whole parts, a full pipeline."""
+    model, data, training, ipu = config.model, config.data, config.training, config.ipu
+
+    def expect(good: bool, key: str, found, expected: str) -> None:
+        if not good:
+            raise InputError("%s: %s is %s, expected %s" % (source, key, json.dumps(found), expected))
+
+    expect(config.device in ("auto", "ipu"), "device", config.device, "\"ipu\" or \"auto\" with --compile-only and --ipu-model")
+    geometry = (ipu.micro_batch_size, ipu.gradient_accumulation_steps, ipu.replication_factor)
+    product = geometry[0] * geometry[1] * geometry[2]
+    expect(product == training.global_batch_size, "training.global_batch_size", training.global_batch_size,
+           "ipu.micro_batch_size x gradient_accumulation_steps x replication_factor = %d x %d x %d = %d" % (geometry + (product,)))
+    expect(data.packing != "samples", "data.packing", data.packing, "\"rows\", \"off\" or \"auto\" on IPUs, whose shapes are static")
+    expect(training.precision in ("auto", "float32"), "training.precision", training.precision,
+           "\"auto\" (float16) or \"float32\" on IPUs")
+    factor = ipu.embedding_serialization_factor or 1
+    expect(model.vocab_size % factor == 0, "ipu.embedding_serialization_factor", factor,
+           "a number that divides model.vocab_size, %d: %s. Or pad the vocabulary: --model.vocab_size %d" % (
+               model.vocab_size, ", ".join(str(i) for i in range(1, 33) if model.vocab_size % i == 0), -(-model.vocab_size // factor) * factor))
+    expect(all(ipu.layers_per_ipu[1:]), "ipu.layers_per_ipu", ipu.layers_per_ipu, "at least one layer on each IPU but the first")
+    stages = 2 * len(ipu.layers_per_ipu) + 1 if len(ipu.layers_per_ipu) > 1 else 1
+    expect(ipu.gradient_accumulation_steps >= stages, "ipu.gradient_accumulation_steps", ipu.gradient_accumulation_steps,
+           "at least %d, the stages of the pipeline forward and backward" % stages)
+    if ipu.automatic_loss_scaling:
+        expect(training.precision == "auto", "ipu.automatic_loss_scaling", True, "false where training.precision is \"float32\"")
+    for name in ("max_steps", "stop_at_step", "save_every", "log_every"):
+        steps = getattr(training, name)
+        expect(not steps or steps % ipu.device_iterations == 0, "training." + name, steps,
+               "a multiple of ipu.device_iterations, %d" % ipu.device_iterations)
 
 
 def learning_rate_at(step: int, optimizer: OptimizerConfig, max_steps: int) -> float:

@@ -19,7 +19,7 @@ from ops.attention import Spans, attention, same_sample_mask
 from ops.dropout import dropout
 from ops.float8 import float8
 from ops.gather import embed, gather_tokens
-from ops.ipu import block, recompute_from
+from ops.ipu import block, is_lowering, kept_apart, mark_loss, recompute_from
 from ops.linear import linear_dropout_add_norm, linear_gelu, linears
 from ops.mlm_loss import mlm_loss
 
@@ -40,7 +40,9 @@ class Embeddings(nn.Module):
     def forward(self, input_ids, token_type_ids, position_ids):
         embedded = (embed(input_ids, self.word_embeddings.weight) + embed(token_type_ids, self.token_type_embeddings.weight)
                     + embed(position_ids, self.position_embeddings.weight))
-        return dropout(self.LayerNorm(embedded), self.dropout if self.training else 0.0)
+        with kept_apart("embeddings"):
+            normal = self.LayerNorm(embedded)
+        return dropout(normal, self.dropout if self.training else 0.0)
 
 
 class SelfAttention(nn.Module):
@@ -62,15 +64,15 @@ class SelfAttention(nn.Module):
 class DenseAddNorm(nn.Module):
     """Linear, dropout, residual, LayerNorm: the end of attention and of the feed-forward layer."""
 
-    def __init__(self, size: int, config: ModelConfig):
+    def __init__(self, size: int, config: ModelConfig, name: str):
         super().__init__()
         self.dense = nn.Linear(size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = config.hidden_dropout_prob
+        self.dropout, self.name = config.hidden_dropout_prob, name
 
     def forward(self, hidden, residual):
         return linear_dropout_add_norm(hidden, self.dense.weight, self.dense.bias, residual, self.LayerNorm.weight, self.LayerNorm.bias,
-                                       self.LayerNorm.eps, self.dropout if self.training else 0.0)
+                                       self.LayerNorm.eps, self.dropout if self.training else 0.0, self.name)
 
 
 class DenseGelu(nn.Module):
@@ -81,7 +83,7 @@ class DenseGelu(nn.Module):
         self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
 
     def forward(self, hidden):
-        return linear_gelu(hidden, self.dense.weight, self.dense.bias)
+        return linear_gelu(hidden, self.dense.weight, self.dense.bias, "intermediate")
 
 
 class EncoderLayer(nn.Module):
@@ -89,9 +91,9 @@ class EncoderLayer(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.attention = nn.ModuleDict({"self": SelfAttention(config), "output": DenseAddNorm(config.hidden_size, config)})
+        self.attention = nn.ModuleDict({"self": SelfAttention(config), "output": DenseAddNorm(config.hidden_size, config, "attention_output")})
         self.intermediate = DenseGelu(config)
-        self.output = DenseAddNorm(config.intermediate_size, config)
+        self.output = DenseAddNorm(config.intermediate_size, config, "output")
 
     def forward(self, hidden, within):
         hidden = self.attention["output"](self.attention["self"](hidden, within), hidden)
@@ -110,8 +112,11 @@ class Bert(nn.Module):
     def forward(self, input_ids, token_type_ids, position_ids, samples: Union[torch.Tensor, Spans]):
         """`samples` are the rows' sample_ids [R, L], or the spans of samples laid end to end."""
         with block("embeddings", self.ipu_of["embeddings"]):
-            within = samples if isinstance(samples, Spans) else same_sample_mask(samples)
             hidden = self.embeddings(input_ids, token_type_ids, position_ids)
+            if is_lowering():  # an input may go to one IPU only; this is small enough to be sent on to the others
+                within = samples.to(hidden.dtype)
+            else:
+                within = samples if isinstance(samples, Spans) else same_sample_mask(samples)
         with float8() if self.float8 else contextlib.nullcontext():
             for i, layer in enumerate(self.encoder["layer"]):
                 with block("layer%d" % i, self.ipu_of["layer%d" % i]):
@@ -141,7 +146,7 @@ class Transform(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, hidden):
-        return self.LayerNorm(linear_gelu(hidden, self.dense.weight, self.dense.bias))
+        return self.LayerNorm(linear_gelu(hidden, self.dense.weight, self.dense.bias, "mlm_transform"))
 
 
 class Predictions(nn.Module):
@@ -188,8 +193,9 @@ class BertForPretraining(nn.Module):
             nsp_labels, nsp_weights = batch["nsp_labels"].flatten(), batch["nsp_weights"].flatten()
             nsp = (nsp_weights * F.cross_entropy(nsp_logits, nsp_labels.long(), reduction="none")).sum()
             nsp_correct = (nsp_weights * (nsp_logits.argmax(dim=-1) == nsp_labels).float()).sum()
-        return mlm + nsp, {"mlm_loss": mlm.detach(), "nsp_loss": nsp.detach(),
-                           "mlm_accuracy": mlm_correct.detach(), "nsp_accuracy": nsp_correct.detach()}
+            loss = mark_loss(mlm + nsp) if self.training else mlm + nsp
+            return loss, {"mlm_loss": mlm.detach(), "nsp_loss": nsp.detach(),
+                          "mlm_accuracy": mlm_correct.detach(), "nsp_accuracy": nsp_correct.detach()}
 
     def mlm_logits(self, hidden, mlm_positions):
         """hidden [R, L, H] at mlm_positions [R, M] -> logits [R * M, V]; training never holds them, see ops/mlm_loss.py."""

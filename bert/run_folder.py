@@ -30,8 +30,12 @@ def course(config: Config) -> Dict:
     return {"%s.%s" % (section, key): values[section][key] for section, key in keys}
 
 
-def find_checkpoint(config: Config) -> Optional[str]:
-    """The checkpoint to continue from, None to begin. Raises InputError where the output folder holds another run."""
+def find_checkpoint(config: Config, index: int = 0) -> Optional[str]:
+    """The checkpoint to continue from, None to begin. Raises InputError where the output folder holds another run: in the process of
+    `index` 0, which works in it, while others look for its checkpoint only."""
+    if index:
+        checkpoints = list_checkpoints(os.path.join(config.training.output, "checkpoints")) if config.resume == "auto" else []
+        return checkpoints[-1] if checkpoints else None
     folder = config.training.output
     path = os.path.join(folder, "run.json")
     if os.path.exists(folder) and not os.path.isdir(folder):

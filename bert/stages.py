@@ -35,8 +35,9 @@ def make_stages(layers_per_ipu: Sequence[int], matmul_proportion: Union[float, S
         elif layers:
             name = "layers%d-%d" % (first - count, first - 1) if count > 1 else layers[0]
             stages.append(Stage(name, ipu, proportions[ipu], layers))
-    stages.append(Stage("heads", 0, proportions[0], ("heads",)))
-    return stages
+    if len(stages) == 1:  # one IPU: one stage, for a visit of its own would only keep activations waiting
+        return [Stage("everything", 0, proportions[0], stages[0].blocks + ("heads",))]
+    return stages + [Stage("heads", 0, proportions[0], ("heads",))]
 
 
 def placement(stages: Sequence[Stage]) -> Dict[str, int]:

@@ -7,16 +7,19 @@ import json
 import math
 import os
 import sys
+import tempfile
 import time
 from typing import Dict, List, Optional, Tuple
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from bert.checkpoint import list_checkpoints, load_moments, load_weights, read_json, save_checkpoint, write_json
-from bert.config import Config, learning_rate_at
+from bert.config import Config, learning_rate_at, validate_for_ipu
 from bert.curve import draw_curve, read_metrics
 from bert.engines import choose_device
+from bert.engines.ipu import IpuEngine, process
 from bert.engines.micro_batch import full_rows, largest_that_fits, peak_memory
 from bert.engines.torch_engine import TorchEngine
 from bert.errors import Diverged
@@ -28,6 +31,7 @@ from data.errors import InputError, LoaderDied
 from data.loader import GlobalBatch, Loader, batches_in_order
 from data.packing import mask_slots_of_row
 from data.prepare import prepare
+from data.rows import batch_layout
 from data.shards import ShardInfo, open_shards, vocab_sha256
 from data.tokenizer import read_vocab
 
@@ -47,8 +51,20 @@ def train(config: Config) -> int:
     checkpoint.
     """
     with interruptible(), contextlib.ExitStack() as closing:
-        device, device_line = choose_device(config.device)
-        checkpoint = find_checkpoint(config)
+        device, device_line = find_device(config)
+        if config.compile_only:
+            make_engine(config, device).compile()
+            say("compiled into %s" % config.ipu.executable_cache_dir)
+            return 0
+        index, processes = process() if device == "ipu" else (0, 1)
+        if processes > 1 and config.data.text:
+            raise InputError("data.text is set, and poprun started %d processes. Make the shards before, with python -m data.prepare, and "
+                             "leave data.text out" % processes)
+        checkpoint = find_checkpoint(config, index)
+        if index:  # poprun's first process writes the run's folder; the others feed their share
+            folder = closing.enter_context(tempfile.TemporaryDirectory())
+            config = dataclasses.replace(config, training=dataclasses.replace(config.training, output=folder))
+            closing.enter_context(contextlib.redirect_stdout(closing.enter_context(open(os.devnull, "w"))))
         make_shards_from_text(config)
         shards, words, skipped = open_data(config)
         data_set = {"shards": [[os.path.basename(shard.path), shard.num_samples] for shard in shards],
@@ -60,7 +76,7 @@ def train(config: Config) -> int:
         if state["step"] >= last and finished:
             say("%s: step %d of %d is done already, nothing to do" % (config.training.output, state["step"], last))
             return state["step"]
-        loader = closing.enter_context(open_loader(config, shards, state))
+        loader = closing.enter_context(open_loader(config, shards, state, device))
         engine = make_engine(config, device)
         if checkpoint:
             load_weights_into(engine, checkpoint, config, words, complete=True)
@@ -68,7 +84,7 @@ def train(config: Config) -> int:
             engine.steps_done = state["step"]
         elif config.training.start_from:
             load_weights_into(engine, config.training.start_from, config, words, complete=False)
-        first = loader.next()
+        first = next_batch(loader, engine.steps_per_call)
         if device == "cuda" and not config.training.micro_batch_size:
             engine.cut_evenly(len(first.arrays["input_ids"]))
         say_what_runs(config, device_line, engine, shards, first, checkpoint)
@@ -92,12 +108,15 @@ def run_steps(config: Config, engine, loader: Loader, batch: GlobalBatch, words:
 
     def save() -> None:
         nonlocal saved
-        weights = engine.weights()
+        weights, moments = engine.weights(), engine.optimizer_state()  # of all processes together
         if not all(torch.isfinite(tensor).all() for tensor in weights.values()):
             raise diverged(config, engine.steps_done, "weights are not finite")
+        if engine.index:
+            saved = engine.steps_done
+            return
         with protected():
             path = save_checkpoint(
-                os.path.join(folder, "checkpoints"), engine.steps_done, weights, engine.optimizer_state(), config.model, words,
+                os.path.join(folder, "checkpoints"), engine.steps_done, weights, moments, config.model, words,
                 {"step": engine.steps_done, "samples_seen": samples_seen, "position": position, "skipped": skipped,
                  "skipped_updates": engine.skipped_updates(), "data_set": data_set,
                  "recent": [{name: one[name].item() for name in METRICS} for one in recent], "config": dataclasses.asdict(config)},
@@ -126,7 +145,7 @@ def run_steps(config: Config, engine, loader: Loader, batch: GlobalBatch, words:
         for name in line:
             if name not in ("step", "samples_seen"):
                 board.add_scalar(name, line[name], step)
-        say(console_line(line, last, (last - step) * seconds / len(metrics)))
+        say(console_line(line, last, (last - step) * seconds / (len(metrics) * engine.steps_per_call)))
         since, waited = time.perf_counter(), 0.0
 
     bar = tqdm(total=last, initial=engine.steps_done, disable=None, dynamic_ncols=True, desc="training",
@@ -136,12 +155,12 @@ def run_steps(config: Config, engine, loader: Loader, batch: GlobalBatch, words:
         try:
             since, waited, samples = time.perf_counter(), 0.0, 0
             while engine.steps_done < last:
-                step = engine.steps_done + 1
+                step = engine.steps_done + engine.steps_per_call
                 learning_rate = learning_rate_at(step, config.optimizer, training.max_steps)
                 rows_of_step = len(batch.arrays["input_ids"])
 
                 def progress(rows: int) -> None:
-                    bar.update(rows / rows_of_step)
+                    bar.update(engine.steps_per_call * rows / rows_of_step)
                     loader.check()
 
                 with protected():  # but for the engine's forward and backward passes, which may be cut short
@@ -165,7 +184,7 @@ def run_steps(config: Config, engine, loader: Loader, batch: GlobalBatch, words:
                     since += time.perf_counter() - before
                 if step < last:
                     before = time.perf_counter()
-                    batch = loader.next()
+                    batch = next_batch(loader, engine.steps_per_call)
                     waited += time.perf_counter() - before
         except (KeyboardInterrupt, InputError, LoaderDied):
             if due:
@@ -177,13 +196,41 @@ def run_steps(config: Config, engine, loader: Loader, batch: GlobalBatch, words:
             raise
 
 
-def make_engine(config: Config, device: str) -> TorchEngine:
+def next_batch(loader: Loader, count: int) -> GlobalBatch:
+    """The next `count` global batches, one after the other in one."""
+    if count == 1:
+        return loader.next()
+    arrays, samples, masked_tokens = [], 0, 0
+    for _ in range(count):
+        batch = loader.next()
+        arrays.append({name: array.copy() for name, array in batch.arrays.items()})  # the loader's memory is its own again with the next
+        samples, masked_tokens = samples + batch.samples, masked_tokens + batch.masked_tokens
+    together = {name: np.concatenate([one[name] for one in arrays]) for name in arrays[0]}
+    return GlobalBatch(together, samples, masked_tokens, batch.position, batch.skipped)
+
+
+def find_device(config: Config) -> Tuple[str, str]:
+    """(device, line that says why), checked: an IPU asks more of a config than other devices."""
+    ipus = len(config.ipu.layers_per_ipu) * config.ipu.replication_factor // process()[1]
+    wanted = "ipu" if config.compile_only or config.ipu_model else config.device
+    device, line = choose_device(wanted, ipus, needs_hardware=not (config.compile_only or config.ipu_model))
+    if device == "ipu":
+        validate_for_ipu(config)
+    return device, line
+
+
+def make_engine(config: Config, device: str):
     """The engine for `device`, its graph initialised from the seed."""
     stages = make_stages(config.ipu.layers_per_ipu, config.ipu.matmul_proportion)
     graph = BertForPretraining(config.model, stages, config.ipu.embedding_serialization_factor,
                                config.ipu.recompute_checkpoint_every_layer, config.training.precision == "float8")
     initialize(graph, config.model.initializer_range, config.training.seed)
     data, optimizer, training = config.data, config.optimizer, config.training
+    if device == "ipu":
+        per_row = data.samples_per_row if data.packing == "rows" else 1
+        layout = batch_layout(training.global_batch_size, data.sequence_length, mask_slots_of_row(data.mask_tokens, per_row), per_row)
+        return IpuEngine(graph, stages, config.ipu, layout, optimizer.weight_decay, optimizer.betas, optimizer.eps, training.seed,
+                         training.precision, config.compile_only, config.ipu_model)
     most = MICRO_BATCH_VALUES[device] // (data.sequence_length * config.model.hidden_size)
     rows = max(1, min(training.micro_batch_size or most, training.global_batch_size))
     head_size = config.model.hidden_size // config.model.num_attention_heads
@@ -265,10 +312,13 @@ def check_vocabulary(words: List[str], path: str, shard: ShardInfo) -> None:
             path, vocab_sha256(words)[:12], shard.path, shard.vocab_sha256[:12]))
 
 
-def open_loader(config: Config, shards: List[ShardInfo], state: Dict) -> Loader:
+def open_loader(config: Config, shards: List[ShardInfo], state: Dict, device: str) -> Loader:
     data, training = config.data, config.training
+    packing = data.packing
+    if packing == "auto":  # the same samples either way; an IPU's shapes are static
+        packing = "off" if device == "ipu" else "samples"
     return Loader(shards, training.global_batch_size, training.seed, data.sequence_length, data.mask_tokens, config.model.vocab_size,
-                  packing=data.packing, samples_per_row=data.samples_per_row, position=state["position"],
+                  packing=packing, samples_per_row=data.samples_per_row, position=state["position"],
                   skip_bad=data.on_bad_shard == "skip", skipped=state["skipped"], workers=min(data.workers, os.cpu_count() or 1))
 
 
@@ -345,8 +395,10 @@ def diverged(config: Config, step: int, what: str) -> Diverged:
 def finish(config: Config, engine) -> None:
     """The held-out evaluation, the picture (last: it says that a run is finished), and where the checkpoint is."""
     folder = config.training.output
-    if config.data.held_out_files:
-        held_out = evaluate(config, engine)
+    held_out = evaluate(config, engine) if config.data.held_out_files else None
+    if engine.index:
+        return
+    if held_out:
         write_json(os.path.join(folder, "held_out.json"), held_out)
         say("held out (%d samples): loss %.3f  mlm %.3f (%.1f %%)  nsp %.3f (%.1f %%)" % (
             held_out["samples"], held_out["loss"], held_out["mlm_loss"], 100 * held_out["mlm_accuracy"],

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from ops.ipu import is_lowering
+from ops.ipu import is_lowering, matmul_memory
 from ops.native import call, draw_seed, is_native
 
 __all__ = ["Spans", "attention", "attention_plain", "has_spans_kernel", "same_sample_mask"]
@@ -45,8 +45,9 @@ def attention(query, key, value, within: Union[torch.Tensor, Spans], heads: int,
     """softmax(Q K^T / sqrt(D)) V within samples (arXiv 1706.03762, eq. 1).
 
     Of rows, [R, L, A * D] where `within` is a mask (bool, broadcastable to [R, A, L, L], True where one token sees another); of tokens
-    laid end to end, [T, A * D] where it is `Spans`. `dropout` is the probability that an attention weight is dropped: 0 where the
-    model is not in training.
+    laid end to end, [T, A * D] where it is `Spans`. For the IPU it is the rows' sample ids [R, L], of any type: each layer
+    makes the mask where it needs it, so that none is sent from IPU to IPU or kept. `dropout` is the probability that an attention weight is dropped: 0 where
+    the model is not in training.
     """
     if isinstance(within, Spans):
         if query.device.type == "cpu":
@@ -57,7 +58,7 @@ def attention(query, key, value, within: Union[torch.Tensor, Spans], heads: int,
         return _flash_attention(query, key, value, within, heads, dropout)
     query, key, value = [tensor.unflatten(-1, (heads, -1)).transpose(1, 2) for tensor in (query, key, value)]
     if is_lowering():
-        context = attention_plain(query, key, value, within, dropout)
+        context = attention_plain(query, key, value, same_sample_mask(within), dropout)
     else:
         context = F.scaled_dot_product_attention(query, key, value, attn_mask=within, dropout_p=dropout)
     return context.transpose(1, 2).flatten(2)
@@ -65,10 +66,11 @@ def attention(query, key, value, within: Union[torch.Tensor, Spans], heads: int,
 
 def attention_plain(query, key, value, mask, dropout: float) -> torch.Tensor:
     """The same of [R, A, L, D], written out: what PopTorch lowers, and what the fused forms are held to."""
-    scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
+    # The queries are divided, not the scores: they are fewer, and float16 scores stay small.
+    scores = matmul_memory((query / math.sqrt(query.shape[-1])) @ key.transpose(-1, -2), "attention_scores")
     # -1e4 is within float16's range and far below any score: its softmax is 0.
     weights = torch.softmax(scores.masked_fill(~mask, -1e4), dim=-1)
-    return F.dropout(weights, dropout) @ value
+    return matmul_memory((F.dropout(weights, dropout) if dropout else weights) @ value, "attention_context")
 
 
 def _flash_attention(query, key, value, spans, heads, dropout):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from ops.ipu import is_lowering
+from ops.ipu import is_lowering, matmul_memory
 from ops.native import gradient_of, is_native
 
 __all__ = ["embed", "gather_tokens", "gather_tokens_one_hot"]
@@ -26,11 +26,15 @@ def gather_tokens(hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor
 
 def gather_tokens_one_hot(hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """The same of rows as a matrix product: one_hot(positions) @ hidden."""
-    return F.one_hot(positions.long(), hidden.shape[1]).to(hidden.dtype) @ hidden
+    return matmul_memory(F.one_hot(positions.long(), hidden.shape[1]).to(hidden.dtype) @ hidden, "select_tokens")
 
 
 def embed(ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Rows of an embedding: ids (integers, any shape) of weight [V, H] -> ids' shape and H."""
+    """Rows of an embedding: ids (integers, any shape) of weight [V, H] -> ids' shape and H.
+
+    On the IPU, PopART's TiedGather pattern cuts the gather into as many parts as the decoder's product of the same weight; written out
+    in parts here it would not match, and each part would get a dense gradient.
+    """
     return _Embed.apply(ids, weight) if is_native(parameters=(weight,)) else F.embedding(ids, weight)
 
 

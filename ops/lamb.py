@@ -77,8 +77,8 @@ class Lamb(torch.optim.Optimizer):
             tensors = self._tensors(weights)
             self._check(weights, tensors)
             self._fused(*tensors, [self.copies.get(w) for w in weights], [group for group, members in groups for _ in members], self.skipped)
-            for w in weights:  # as PyTorch's own operations do, so that autograd notices
-                torch.autograd.graph.increment_version(w)
+            for w in weights:  # so that autograd notices; torch 2.0 has no increment_version
+                w.view(-1)[:0].zero_()
         elif not torch.stack(torch._foreach_norm([w.grad for w in weights], float("inf"))).isfinite().all():
             self.skipped += 1
         else:

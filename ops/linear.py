@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from ops.float8 import float8_linear, is_float8
+from ops.ipu import is_lowering, matmul_memory
 from ops.native import add_product, call, draw_seed, gradient_of, is_native, product, product_transposed
 
 __all__ = ["linear_dropout_add_norm", "linear_dropout_add_norm_plain", "linear_gelu", "linear_gelu_plain", "linears", "linears_plain"]
@@ -25,43 +26,48 @@ def linears(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[t
 
 def linears_plain(x, weights, biases) -> Tuple[torch.Tensor, ...]:
     """The same as one product of the parameters side by side."""
-    return _linear(x, torch.cat(tuple(weights)), torch.cat(tuple(biases))).split([len(weight) for weight in weights], dim=-1)
+    return _linear(x, torch.cat(tuple(weights)), torch.cat(tuple(biases)), "query_key_value").split([len(weight) for weight in weights], dim=-1)
 
 
-def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """GELU (the exact one, arXiv 1606.08415) of a linear layer: x [T, I], weight [O, I], bias [O] -> [T, O]."""
+def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, name: str = "") -> torch.Tensor:
+    """GELU (the exact one, arXiv 1606.08415) of a linear layer: x [T, I], weight [O, I], bias [O] -> [T, O]. `name` is the product's in
+    ops.ipu.MATMULS."""
     if _is_native(x, parameters=(weight, bias)):
         return _LinearGelu.apply(x.flatten(0, -2), weight, bias).view(x.shape[:-1] + weight.shape[:1])
-    return linear_gelu_plain(x, weight, bias)
+    return linear_gelu_plain(x, weight, bias, name)
 
 
-def linear_gelu_plain(x, weight, bias) -> torch.Tensor:
+def linear_gelu_plain(x, weight, bias, name="") -> torch.Tensor:
     """The same in PyTorch's operations."""
-    return F.gelu(_linear(x, weight, bias))
+    return F.gelu(_linear(x, weight, bias, name))
 
 
-def linear_dropout_add_norm(x, weight, bias, residual, norm_weight, norm_bias, eps: float, dropout: float) -> torch.Tensor:
+def linear_dropout_add_norm(x, weight, bias, residual, norm_weight, norm_bias, eps: float, dropout: float, name: str = "") -> torch.Tensor:
     """LayerNorm(dropout(linear(x)) + residual): x [T, I], weight [O, I], the biases and norm_weight [O], residual [T, O] -> [T, O].
 
-    `dropout` is the probability that an element is dropped: 0 where the model is not in training.
+    `dropout` is the probability that an element is dropped: 0 where the model is not in training. `name` is the product's in
+    ops.ipu.MATMULS.
     """
     if _is_native(x, residual, parameters=(weight, bias, norm_weight, norm_bias)):
         normal = _LinearDropoutAddNorm.apply(x.flatten(0, -2), weight, bias, residual.flatten(0, -2).contiguous(), norm_weight, norm_bias,
                                              eps, dropout)
         return normal.view(residual.shape)
-    return linear_dropout_add_norm_plain(x, weight, bias, residual, norm_weight, norm_bias, eps, dropout)
+    return linear_dropout_add_norm_plain(x, weight, bias, residual, norm_weight, norm_bias, eps, dropout, name)
 
 
-def linear_dropout_add_norm_plain(x, weight, bias, residual, norm_weight, norm_bias, eps, dropout) -> torch.Tensor:
+def linear_dropout_add_norm_plain(x, weight, bias, residual, norm_weight, norm_bias, eps, dropout, name="") -> torch.Tensor:
     """The same in PyTorch's operations."""
-    return F.layer_norm(F.dropout(_linear(x, weight, bias), dropout) + residual, norm_weight.shape, norm_weight, norm_bias, eps)
+    product = _linear(x, weight, bias, name)
+    return F.layer_norm((F.dropout(product, dropout) if dropout else product) + residual, norm_weight.shape, norm_weight, norm_bias, eps)
 
 
 def _is_native(*tensors: torch.Tensor, parameters) -> bool:
     return not is_float8() and is_native(*tensors, parameters=parameters)
 
 
-def _linear(x, weight, bias) -> torch.Tensor:
+def _linear(x, weight, bias, name) -> torch.Tensor:
+    if is_lowering():
+        return matmul_memory(x @ weight.t(), name) + bias
     return (float8_linear if is_float8() else F.linear)(x, weight, bias)
 
 

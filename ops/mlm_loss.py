@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from ops.ipu import is_lowering
+from ops.ipu import is_lowering, matmul_memory, serialized_matmul
 from ops.native import call, gradient_of, is_native, product, product_transposed
 
-__all__ = ["mlm_loss", "mlm_loss_plain"]
+__all__ = ["mlm_loss", "mlm_loss_lowered", "mlm_loss_plain"]
 
 # Bytes of a part's float32 logits where the factor is left open. On the CPU they stay near the caches, on CUDA the matrix units are busy.
 LOGIT_BYTES = {"cpu": 32 * 2 ** 20, "cuda": 512 * 2 ** 20}
@@ -31,7 +31,7 @@ def mlm_loss(hidden, decoder, bias, labels, weights, factor: Optional[int] = Non
     The matrix products are in the tensors' type; the softmax and the sums are float32 always.
     """
     if is_lowering():
-        return mlm_loss_plain(hidden, decoder, bias, labels, weights)
+        return mlm_loss_lowered(hidden, decoder, bias, labels, weights, factor or 1)
     if factor is None:
         factor = max(1, -(-4 * len(hidden) * len(decoder) // LOGIT_BYTES["cpu" if hidden.device.type == "cpu" else "cuda"]))
     if not (torch.is_grad_enabled() and hidden.requires_grad):
@@ -48,6 +48,14 @@ def mlm_loss_plain(hidden, decoder, bias, labels, weights) -> Tuple[torch.Tensor
     loss = F.cross_entropy(logits, labels.long(), reduction="none")
     correct = (logits.argmax(dim=-1) == labels).to(weights.dtype)
     return (weights * loss).sum(), (weights * correct).sum()
+
+
+def mlm_loss_lowered(hidden, decoder, bias, labels, weights, factor: int) -> Tuple[torch.Tensor, torch.Tensor]:
+    """The same as PopTorch lowers it: the decoder's product in `factor` parts of the vocabulary, the softmax in the tensors' type."""
+    logits = matmul_memory(serialized_matmul(hidden, decoder, factor), "mlm_decoder") + bias
+    losses = F.cross_entropy(logits, labels.long(), reduction="none").float()
+    correct = (logits.argmax(dim=-1) == labels).float()
+    return (weights * losses).sum(), (weights * correct).sum()
 
 
 def _parts(hidden, decoder, bias, labels, weights, factor):

@@ -20,7 +20,8 @@ import torch
 
 from ops.ipu import is_lowering
 
-_is_compiling = getattr(getattr(torch, "compiler", None), "is_compiling", lambda: False)  # torch 2.0 has none
+_IS_TORCH_2_0 = not hasattr(torch, "compiler")  # whose oneDNN product always has something after it
+_is_compiling = getattr(getattr(torch, "compiler", None), "is_compiling", lambda: False)
 __all__ = ["add_product", "call", "draw_seed", "gradient_of", "is_native", "native", "pointer", "product", "product_transposed"]
 
 SOURCES = ("encoder.cpp", "lamb.cpp")
@@ -96,7 +97,7 @@ def draw_seed() -> int:
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
     """x [T, I] times weight [O, I] transposed, plus bias [O]: oneDNN's, which on AVX-512 machines of any maker is the fastest."""
-    if torch.backends.mkldnn.is_available() and x.numel() > 0:
+    if torch.backends.mkldnn.is_available() and x.numel() > 0 and not _IS_TORCH_2_0:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return torch.nn.functional.linear(x, weight, bias)
 

@@ -1,11 +1,15 @@
 """Configs: the recipes number for number, overrides, and every error's words."""
 
+import dataclasses
 import json
 
+import numpy as np
 import pytest
 
-from bert.config import OptimizerConfig, learning_rate_at, parse_command_line
+from benchmarks.synthetic import draw_lengths
+from bert.config import OptimizerConfig, flatten, learning_rate_at, parse_command_line
 from data.errors import InputError
+from data.packing import largest_prefix, mask_slots_of_row
 from run_pretraining import main
 
 
@@ -15,17 +19,30 @@ def write_config(folder, **values):
     return str(path)
 
 
-@pytest.mark.parametrize("pod, replicas, accumulation", [("pod4", 1, 2048), ("pod16", 4, 512)])
+PODS = {"pod4": 1, "pod8": 2, "pod16": 4, "pod64": 16}  # replicas of four IPUs
+
+
+def pod_config(pod, phase, large=False, packed=False):
+    return parse_command_line(["--config", "%s%s_phase%d%s.json" % ("large_" * large, pod, phase, "_packed" * packed), "--device", "ipu"])
+
+
+def differing(one, other):
+    """The keys in which two configs differ, but for the name of the run's folder."""
+    one, other = [flatten(dataclasses.asdict(config)) for config in (one, other)]
+    return {key for key in one if one[key] != other[key]} - {"training.output"}
+
+
+@pytest.mark.parametrize("pod", PODS)
 @pytest.mark.parametrize("phase", [1, 2])
-def test_pod_configs_are_the_recipe(pod, replicas, accumulation, phase):
-    config = parse_command_line(["--config", "%s_phase%d.json" % (pod, phase)])
-    pick = {1: (128, 20, 10500, 32, 65536, 0.006, 0.28, 16384.0, 1, 0.25), 2: (512, 76, 2038, 8, 16384, 0.002828, 0.128, 128.0, 2, 0.22)}[phase]
+def test_pod_configs_are_the_recipe(pod, phase):
+    config = pod_config(pod, phase)
+    pick = {1: (128, 20, 10500, 32, 65536, 0.006, 0.28, 16384.0, 1, 0.25),
+            2: (512, 76, 2038, 8, 16384, 0.002828, 0.128, 128.0, 2, 0.22)}[phase]
     training, ipu = config.training, config.ipu
     assert (config.data.sequence_length, config.data.mask_tokens, training.max_steps, ipu.micro_batch_size, training.global_batch_size,
             config.optimizer.learning_rate, config.optimizer.warmup_ratio, ipu.loss_scaling, ipu.embedding_serialization_factor,
             ipu.matmul_proportion) == pick
-    assert (ipu.replication_factor, ipu.gradient_accumulation_steps, ipu.device_iterations) == (replicas, accumulation, 1)
-    assert ipu.micro_batch_size * accumulation * replicas == training.global_batch_size
+    assert (ipu.replication_factor, ipu.gradient_accumulation_steps, ipu.device_iterations) == (PODS[pod], 2048 // PODS[pod], 1)
     assert (config.optimizer.betas, config.optimizer.eps, config.optimizer.weight_decay) == ([0.9, 0.999], 1e-8, 0.01)
     assert (training.seed, training.log_every, training.save_every, ipu.layers_per_ipu) == (42, 5, 100, [0, 4, 4, 4])
     model = config.model
@@ -34,6 +51,49 @@ def test_pod_configs_are_the_recipe(pod, replicas, accumulation, phase):
             model.attention_probs_dropout_prob) == (30522, 768, 12, 12, 3072, 512, 1e-3, 0.02, 0.1, 0.1)
     assert config.data.workers == {1: 64, 2: 128}[phase]
     assert training.output == "runs/%s_phase%d" % (pod, phase)
+
+
+@pytest.mark.parametrize("phase, micro_batch", [(1, 8), (2, 2)])
+def test_bert_large_has_the_recipe_with_sizes_and_a_placement_of_its_own(phase, micro_batch):
+    large = pod_config("pod16", phase, large=True)
+    model, ipu = large.model, large.ipu
+    assert (model.hidden_size, model.num_hidden_layers, model.num_attention_heads, model.intermediate_size) == (1024, 24, 16, 4096)
+    assert (ipu.layers_per_ipu, ipu.matmul_proportion) == ([3, 7, 7, 7], [0.14, 0.19, 0.19, 0.19])
+    assert (ipu.micro_batch_size, ipu.gradient_accumulation_steps, ipu.loss_scaling, ipu.embedding_serialization_factor) == (
+        micro_batch, 2048, 32768.0, 2)
+    assert differing(pod_config("pod16", phase), large) <= {"model." + key for key in (
+        "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")} | {"ipu." + key for key in (
+            "layers_per_ipu", "matmul_proportion", "micro_batch_size", "gradient_accumulation_steps", "loss_scaling",
+            "embedding_serialization_factor")}
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("phase", [1, 2])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_pod_of_another_size_accumulates_to_the_same_global_batch(large, phase, packed):
+    of_pod16 = pod_config("pod16", phase, large, packed)
+    for pod, replicas in PODS.items():
+        config = pod_config(pod, phase, large, packed)
+        assert differing(of_pod16, config) <= {"ipu.replication_factor", "ipu.gradient_accumulation_steps"}
+        ipu = config.ipu
+        assert ipu.replication_factor == replicas
+        assert ipu.micro_batch_size * ipu.gradient_accumulation_steps * replicas == of_pod16.training.global_batch_size
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("phase, length, mask_tokens", [(1, 128, 20), (2, 512, 76)])
+def test_packed_configs_differ_in_their_rows_which_hold_the_recipes_samples(large, phase, length, mask_tokens):
+    packed, plain = pod_config("pod16", phase, large, packed=True), pod_config("pod16", phase, large)
+    assert (packed.data.packing, plain.data.packing) == ("rows", "auto")
+    assert differing(plain, packed) <= {"data.packing", "data.samples_per_row", "training.global_batch_size",
+                                        "ipu.gradient_accumulation_steps"}
+    # As many samples as fit the rows of one step, of lengths like Wikipedia's.
+    samples = 2 * plain.training.global_batch_size
+    lengths = draw_lengths("wikipedia", samples, length, np.random.default_rng(0))
+    counts = np.clip(np.round(0.15 * lengths), 1, mask_tokens).astype(np.int64)
+    per_row = packed.data.samples_per_row
+    fitting = largest_prefix(lengths, counts, packed.training.global_batch_size, length, mask_slots_of_row(mask_tokens, per_row), per_row)
+    assert len(fitting.row) == pytest.approx(plain.training.global_batch_size, rel=0.03)
 
 
 @pytest.mark.parametrize("name", ["gpu_phase1", "gpu_phase2.json", "cpu_small.json", "quickstart.json"])
@@ -71,7 +131,17 @@ BAD = [
     ({"ipu": {"layers_per_ipu": [0, 4, 4]}}, ["own.json", "ipu.layers_per_ipu is [0, 4, 4]", "add up to model.num_hidden_layers, 12"]),
     ({"ipu": {"matmul_proportion": [0.1, 0.2]}}, ["own.json", "ipu.matmul_proportion", "each of the 4 IPUs"]),
     ({"ipu": {"matmul_proportion": 1.5}}, ["own.json", "ipu.matmul_proportion is 1.5"]),
-    ({"device": "ipu", "training": {"global_batch_size": 64}}, ["own.json", "training.global_batch_size is 64", "32 x 512 x 4 x 1 = 65536"]),
+    ({"device": "ipu", "training": {"global_batch_size": 64}}, ["own.json", "training.global_batch_size is 64", "32 x 512 x 4 = 65536"]),
+    ({"device": "ipu", "ipu": {"embedding_serialization_factor": 4}},
+     ["own.json", "ipu.embedding_serialization_factor is 4", "divides model.vocab_size, 30522: 1, 2, 3, 6", "--model.vocab_size 30524"]),
+    ({"device": "ipu", "data": {"packing": "samples"}}, ["own.json", "data.packing is \"samples\"", "static"]),
+    ({"device": "ipu", "training": {"precision": "bfloat16"}}, ["own.json", "training.precision is \"bfloat16\"", "float16"]),
+    ({"device": "ipu", "ipu": {"layers_per_ipu": [4, 0, 8]}}, ["own.json", "ipu.layers_per_ipu is [4, 0, 8]", "at least one layer"]),
+    ({"device": "ipu", "training": {"global_batch_size": 1024}, "ipu": {"gradient_accumulation_steps": 8}},
+     ["own.json", "ipu.gradient_accumulation_steps is 8", "at least 9"]),
+    ({"device": "ipu", "ipu": {"device_iterations": 3}}, ["own.json", "training.save_every is 100", "a multiple of ipu.device_iterations, 3"]),
+    ({"device": "cpu", "compile_only": True}, ["own.json", "device is \"cpu\""]),
+    ({"ipu": {"operation_proportions": {"decoder": 0.1}}}, ["own.json", "ipu.operation_proportions", "mlm_decoder"]),
     ({"data": {"mask_tokens": 128}}, ["own.json", "data.mask_tokens is 128", "at most", "125"]),
     ({"data": {"sequence_length": 1024}}, ["own.json", "data.sequence_length is 1024", "max_position_embeddings, 512"]),
     ({"optimizer": {"learning_rate": -1.0}}, ["own.json", "optimizer.learning_rate is -1.0", "above 0"]),

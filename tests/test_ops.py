@@ -1,15 +1,13 @@
 """Each fast form of an operation against its plain one, on fresh random inputs."""
 
 import contextlib
-import sys
-import types
 
 import pytest
 import torch
 
 from ops.attention import attention, attention_plain, same_sample_mask
 from ops.gather import gather_tokens, gather_tokens_one_hot
-from ops.ipu import block, is_lowering, lowering, recompute_from
+from ops.ipu import block, is_lowering, kept_apart, lowering, mark_loss, matmul_memory, recompute_from, serialized_matmul
 from ops.mlm_loss import mlm_loss, mlm_loss_plain
 
 
@@ -45,11 +43,11 @@ def test_attention_forms_agree_on_rows(rows, heads, length, size):
 @pytest.mark.parametrize("form", ["rows", "lowered"])
 def test_attention_drops_the_share_of_weights_that_it_is_told_to(form):
     q, k, v = torch.zeros(1, 256, 8), torch.zeros(1, 256, 8), torch.ones(1, 256, 8)
-    mask = same_sample_mask(torch.ones(1, 256))
+    within = torch.ones(1, 256) if form == "lowered" else same_sample_mask(torch.ones(1, 256))
     with lowering() if form == "lowered" else contextlib.nullcontext():
-        dropped = attention(q, k, v, mask, 1, 0.25)
+        dropped = attention(q, k, v, within, 1, 0.25)
         assert dropped.std() > 0.01 and abs(dropped.mean() - 1) < 0.02  # each token's weights sum to about 1, not to 1
-        assert torch.allclose(attention(q, k, v, mask, 1, 0.0), v)
+        assert torch.allclose(attention(q, k, v, within, 1, 0.0), v)
 
 
 def test_gather_forms_agree():
@@ -89,25 +87,68 @@ def test_serialized_mlm_loss_in_bfloat16_stays_within_its_rounding():
         assert fast.dtype == torch.float32 and relative_error(fast, slow) < 2e-2
 
 
-def test_blocks_are_poptorchs_under_poptorch_and_free_elsewhere(monkeypatch):
-    opened, kept = [], []
+class Recorder:
+    """Takes down what the graph tells PopTorch."""
 
-    class Block:
-        def __init__(self, user_id=None, ipu_id=None):
-            self.where = (user_id, ipu_id)
+    class MatMulSerializationMode:
+        OutputChannels = "output channels"
 
-        def __enter__(self):
-            opened.append(self.where)
+    def __init__(self):
+        self.calls = []
 
-        def __exit__(self, *error):
-            pass
+    def annotate(self, *call):
+        self.calls.append(call)
+        return contextlib.nullcontext()
 
-    poptorch = types.SimpleNamespace(Block=Block, recomputationCheckpoint=lambda tensor: kept.append(tensor) or tensor)
-    monkeypatch.setitem(sys.modules, "poptorch", poptorch)
-    hidden = torch.ones(1)
-    with block("layer0", 1):
-        assert recompute_from(hidden) is hidden
-    assert not opened and not kept and not is_lowering()
-    with lowering(), block("layer0", 1):
-        assert recompute_from(hidden) is hidden
-    assert opened == [("layer0", 1)] and len(kept) == 1
+    def Block(self, user_id=None, ipu_id=None):
+        return self.annotate("block", user_id, ipu_id)
+
+    def Attribute(self, **values):
+        return self.annotate("attribute", values)
+
+    def recomputationCheckpoint(self, tensor):
+        self.annotate("checkpoint")
+        return tensor
+
+    def set_available_memory(self, tensor, available_memory_proportion):
+        self.annotate("memory", available_memory_proportion)
+        return tensor
+
+    def serializedMatMul(self, lhs, rhs, mode, factor=0):
+        self.annotate("serialized", mode, factor)
+        return lhs @ rhs
+
+    def identity_loss(self, x, reduction):
+        self.annotate("loss", reduction)
+        return x
+
+
+def test_annotations_go_to_poptorch_where_it_compiles_and_are_free_elsewhere():
+    x, weight = torch.randn(3, 4), torch.randn(6, 4)
+
+    def annotated():
+        with block("layer0", 1), kept_apart("embeddings"):
+            product = matmul_memory(recompute_from(x) @ x.t(), "attention_scores")
+            return product, matmul_memory(product, "output"), serialized_matmul(x, weight, 2), serialized_matmul(x, weight, 1), mark_loss(x[0, 0])
+
+    plain, recorder = annotated(), Recorder()
+    assert not is_lowering()
+    with lowering(recorder, loss_factor=8.0, proportions={"attention_scores": 0.1}):
+        assert is_lowering()
+        found = annotated()
+    assert recorder.calls == [("block", "layer0", 1), ("attribute", {"__outline": {"layer": "embeddings"}}), ("checkpoint",), ("memory", 0.1),
+                              ("serialized", "output channels", 2), ("loss", "none")]
+    assert all(torch.equal(one, other) for one, other in zip(plain[:4], found)) and found[4] == 8 * plain[4]
+    assert torch.allclose(found[2], x @ weight.t(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("factor", [1, 3])
+def test_the_mlm_loss_that_the_ipu_lowers_agrees_with_the_plain_one(factor):
+    inputs = [torch.randn(20, 16, requires_grad=True), torch.randn(99, 16, requires_grad=True), torch.randn(99, requires_grad=True)]
+    labels, weights = torch.randint(0, 99, (20,), dtype=torch.int32), torch.rand(20) * (torch.rand(20) > 0.3)
+    expected, expected_correct = mlm_loss_plain(*inputs, labels, weights)
+    with lowering(Recorder()):
+        loss, correct = mlm_loss(*inputs, labels, weights, factor)
+    assert torch.isclose(loss, expected, rtol=1e-6) and torch.isclose(correct, expected_correct)
+    for fast, slow in zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(expected, inputs)):
+        assert relative_error(fast, slow) < 1e-5

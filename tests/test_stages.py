@@ -17,6 +17,11 @@ def test_ipu_0_may_hold_layers_and_each_ipu_its_own_proportion():
     assert [stage.matmul_proportion for stage in stages] == [0.14, 0.19, 0.2, 0.21, 0.14]
 
 
+def test_one_ipu_has_one_stage():
+    stage, = make_stages([2], 0.3)
+    assert stage.ipu == 0 and stage.blocks == ("embeddings", "layer0", "layer1", "heads")
+
+
 @pytest.mark.parametrize("layers_per_ipu", [[12], [0, 12], [0, 1, 0, 2], [1, 1, 1, 1]])
 def test_every_block_has_one_place(layers_per_ipu):
     stages = make_stages(layers_per_ipu, 0.5)

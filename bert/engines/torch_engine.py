@@ -28,6 +28,8 @@ class TorchEngine:
     `asynchronous`: it returns before the device is done.
     """
 
+    steps_per_call, index = 1, 0
+
     def __init__(self, graph: nn.Module, device: str, head_size: int, weight_decay: float, betas, eps: float, seed: int,
                  micro_batch_size: int, precision: str = "auto", compile: str = "auto", layers: Sequence[nn.Module] = ()):
         if device == "cpu":
@@ -212,6 +214,9 @@ def keep_memory() -> None:
 def choose_precision(device: str, setting: str) -> str:
     if setting == "auto":
         return "bfloat16" if device == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    if setting == "float8" and not hasattr(torch, "float8_e4m3fn"):
+        raise InputError("training.precision is \"float8\", but torch %s has no float8. Install requirements.txt, or set "
+                         "training.precision to \"auto\"" % torch.__version__)
     if setting == "float8" and device == "cuda" and torch.cuda.get_device_capability() < (8, 9):
         found = (torch.cuda.get_device_name(),) + torch.cuda.get_device_capability()
         raise InputError("training.precision is \"float8\", but %s has compute capability %d.%d, and only 8.9 and newer (Ada, Hopper) "
@@ -231,6 +236,9 @@ def find_compiler(device: str) -> Optional[str]:
 
 
 def wants_compile(setting: str, device: str) -> Tuple[bool, str]:
+    if setting == "on" and not hasattr(nn.Module, "compile"):
+        raise InputError("training.compile is \"on\", but torch %s has no Module.compile. Install requirements.txt, or set "
+                         "training.compile to \"auto\"" % torch.__version__)
     compiler = find_compiler(device)
     missing = "no %s" % ("C++ compiler (g++, or CXX)" if device == "cpu" else "Triton")
     if setting == "on" and compiler is None:

@@ -1,0 +1,315 @@
+"""The engine for IPUs, through PopTorch: a step is one call of the compiled executable.
+
+Shape letters: R rows, L tokens of a row, M mask slots of a row, S samples of a row.
+"""
+
+import importlib
+import importlib.util
+import re
+from typing import Callable, Dict, List, Sequence, Tuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from bert.config import IpuConfig
+from bert.interrupts import cancellable
+from bert.stages import Stage
+from data.errors import InputError
+from ops.ipu import lowering
+from ops.lamb import lamb_groups
+
+__all__ = ["IpuEngine", "IpuModel", "make_options", "process"]
+
+INPUTS = ("input_ids", "token_type_ids", "position_ids", "sample_ids", "mlm_positions", "mlm_labels", "mlm_weights", "cls_positions",
+          "nsp_labels", "nsp_weights")
+# Each metric, and the weights that it is a sum over.
+METRICS = {"mlm_loss": "mlm_weights", "nsp_loss": "nsp_weights", "mlm_accuracy": "mlm_weights", "nsp_accuracy": "nsp_weights"}
+MOMENTS = {"exp_avg": "Accl1___", "exp_avg_sq": "Accl2___"}  # PopART's prefixes of the optimizer's state
+
+
+def process() -> Tuple[int, int]:
+    """(index, number) of this process among those that poprun started; (0, 1) without it."""
+    if importlib.util.find_spec("popdist") is None:
+        return 0, 1
+    popdist = importlib.import_module("popdist")
+    return (popdist.getInstanceIndex(), popdist.getNumInstances()) if popdist.isPopdistEnvSet() else (0, 1)
+
+
+class IpuModel(nn.Module):
+    """What PopTorch compiles: the tensors of a micro-batch of rows (data/rows.py) -> the loss and the graph's metrics, scalars.
+
+    In training the loss that is differentiated is `micro_batches` times the graph's: PopTorch takes the mean over so many micro-batches,
+    whose weights sum to 1 over all of them. So each has a loss of the usual size, which float16 needs.
+    """
+
+    def __init__(self, graph: nn.Module, poptorch, micro_batches: int, proportions: Dict[str, float]):
+        super().__init__()
+        self.graph, self.poptorch, self.micro_batches, self.proportions = graph, poptorch, micro_batches, proportions
+
+    def forward(self, input_ids, token_type_ids, position_ids, sample_ids, mlm_positions, mlm_labels, mlm_weights, cls_positions,
+                nsp_labels, nsp_weights):
+        batch = dict(input_ids=input_ids, token_type_ids=token_type_ids, position_ids=position_ids, sample_ids=sample_ids,
+                     mlm_positions=mlm_positions, mlm_labels=mlm_labels, mlm_weights=mlm_weights, cls_positions=cls_positions,
+                     nsp_labels=nsp_labels, nsp_weights=nsp_weights)
+        with lowering(self.poptorch, self.micro_batches, self.proportions):
+            loss, metrics = self.graph(batch)
+        return (loss,) + tuple(metrics[name] for name in METRICS)
+
+
+
+class IpuEngine:
+    """Trains `graph` (batch of rows -> weighted loss, metrics) with LAMB on a pipeline of IPUs, in `ipu.replication_factor` replicas.
+
+    `layout` gives the shape and type of each array of a global batch, all processes together (data/rows.py: batch_layout); `precision`
+    is "auto" for float16 or "float32". Under poprun each process feeds its share of the rows, and its metrics are those of its share: `index` says which it is.
+    A call does `steps_per_call` optimizer steps, on as many global batches one after the other.
+    """
+
+    asynchronous = False
+
+    def __init__(self, graph: nn.Module, stages: Sequence[Stage], ipu: IpuConfig, layout: Dict[str, tuple], weight_decay: float, betas,
+                 eps: float, seed: int, precision: str = "auto", compile_only: bool = False, ipu_model: bool = False):
+        self.poptorch = importlib.import_module("poptorch")
+        self.graph, self.ipu, self.layout, self.stages = graph, ipu, layout, stages
+        self.micro_batch_size, self.steps_per_call, self.steps_done = ipu.micro_batch_size, ipu.device_iterations, 0
+        self.index, self.processes = process()
+        if ipu.replication_factor % self.processes:
+            raise InputError("ipu.replication_factor is %d, expected a multiple of the %d processes that poprun started" % (
+                ipu.replication_factor, self.processes))
+        self.half = precision != "float32"
+        if self.half:
+            graph.half()
+        self.model = IpuModel(graph, self.poptorch, ipu.gradient_accumulation_steps * ipu.replication_factor, ipu.operation_proportions)
+        self.optimizer = self.make_optimizer(weight_decay, betas, eps)
+        self.options_of = lambda training: make_options(self.poptorch, stages, ipu, self.half, seed, training, compile_only, ipu_model)
+        self.training = self.poptorch.trainingModel(self.model.train(), options=self.options_of(True), optimizer=self.optimizer)
+        self.inference, self.moments = None, None
+
+    def make_optimizer(self, weight_decay: float, betas, eps: float):
+        groups = []
+        for group in lamb_groups(self.graph.named_parameters(), weight_decay):
+            groups.append({"params": group["params"], "weight_decay": group["weight_decay"]})
+            if not group["trust_ratio"]:
+                groups[-1]["max_weight_norm"] = 0.0  # PopART's ratio is then 1
+        half = torch.float16 if self.half else torch.float32
+        optimizer = self.poptorch.optim.LAMB(
+            groups, lr=0.0, betas=tuple(betas), eps=eps, weight_decay=weight_decay, bias_correction=False,
+            loss_scaling=self.ipu.loss_scaling if self.half else 1.0, accum_type=half,
+            first_order_momentum_accum_type=half if self.ipu.enable_half_first_order_momentum else torch.float32,
+            second_order_momentum_accum_type=torch.float32)
+        for name in ("weight_decay", "max_weight_norm"):
+            optimizer.variable_attrs.markAsConstant(name)
+        return optimizer
+
+    def describe(self) -> str:
+        """One line for people: precision, replicas, micro-batches."""
+        return "%s, %d replicas of %d IPUs, micro-batches of %d rows, %d of them in each replica's step%s" % (
+            "float16" if self.half else "float32", self.ipu.replication_factor, len({stage.ipu for stage in self.stages}),
+            self.micro_batch_size, self.ipu.gradient_accumulation_steps,
+            ", process %d of %d" % (self.index, self.processes) if self.processes > 1 else "")
+
+    def compile(self) -> None:
+        """Compiles the training executable, into ipu.executable_cache_dir. Takes minutes; may be interrupted."""
+        rows = self.steps_per_call * self.layout["input_ids"][0][0] // self.processes
+        empty = {name: np.zeros((rows,) + shape[1:], dtype) for name, (shape, dtype) in self.layout.items()}
+        self.training.compile(*(torch.from_numpy(empty[name]) for name in INPUTS))
+
+    def prepare(self) -> None:
+        """Has the training executable on the IPUs, with the state that was loaded."""
+        if self.inference is not None and self.inference.isAttachedToDevice():
+            self.inference.detachFromDevice()
+        if not self.training.isCompiled():
+            self.compile()
+        if self.moments is not None:
+            # Only now are the state's names known: a serialized weight has its moments in parts. They go up when the IPUs are attached.
+            if self.training.isAttachedToDevice():
+                self.training.detachFromDevice()
+            state = self.optimizer.state_dict()
+            state["ipu_state"] = write_moments(state["ipu_state"], self.moments, dict(self.graph.named_parameters()))
+            self.optimizer.load_state_dict(state)
+            self.moments = None
+        if not self.training.isAttachedToDevice():
+            self.training.attachToDevice()
+
+    def step(self, batch: Dict[str, np.ndarray], learning_rate: float, step: int,
+             progress: Callable[[int], None] = lambda rows: None) -> Dict[str, torch.Tensor]:
+        """`steps_per_call` optimizer steps, the last of which is `step`, on as many global batches of rows; then calls `progress(rows)`.
+
+        Returns mlm_loss, nsp_loss, mlm_accuracy and nsp_accuracy, means over the rows of this process, and skipped_updates, which is 0:
+        PopART skips none. Not to be interrupted but while it compiles.
+        """
+        with cancellable():
+            self.prepare()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.training.setOptimizer(self.optimizer)
+        share = self.share(batch)
+        sums = self.training(*(torch.from_numpy(share[name]) for name in INPUTS))[1:]
+        self.steps_done = step
+        progress(len(batch["input_ids"]))
+        metrics = {name: total.float().sum() / float(share[weights].sum(dtype=np.float64))
+                   for (name, weights), total in zip(METRICS.items(), sums)}
+        metrics["skipped_updates"] = torch.tensor(0)
+        return metrics
+
+    def share(self, batch: Dict[str, np.ndarray]) -> Dict[str, np.ndarray]:
+        # Of each of the call's global batches the same part, without a copy where there is one batch.
+        if self.processes == 1:
+            return batch
+        parts = {}
+        for name, array in batch.items():
+            mine = array.reshape((self.steps_per_call, self.processes, -1) + array.shape[1:])[:, self.index]
+            parts[name] = mine.reshape((-1,) + array.shape[1:])
+        return parts
+
+    def evaluate(self, batch: Dict[str, np.ndarray]) -> Dict[str, torch.Tensor]:
+        """The metrics of `step` on these rows, without dropout and without an update. The IPUs go to another executable for it."""
+        if self.training.isAttachedToDevice():
+            self.training.detachFromDevice()
+        self.model.eval()
+        if self.inference is None:
+            self.inference = self.poptorch.inferenceModel(self.model, options=self.options_of(False))
+        elif self.inference.isCompiled() and not self.inference.isAttachedToDevice():
+            self.inference.attachToDevice()
+        # As many micro-batches as the pipeline has stages; the last are filled up with rows of weight 0.
+        rows = self.micro_batch_size * len(self.stages) * self.ipu.replication_factor // self.processes
+        totals = dict.fromkeys(METRICS, torch.zeros(()))
+        for first in range(0, len(batch["input_ids"]), rows):
+            part = {name: array[first:first + rows] for name, array in batch.items()}
+            missing = rows - len(part["input_ids"])
+            part = {name: np.concatenate([array, np.zeros((missing, array.shape[1]), array.dtype)]) for name, array in part.items()}
+            for name, total in zip(METRICS, self.inference(*(torch.from_numpy(part[name]) for name in INPUTS))[1:]):
+                totals[name] = totals[name] + total.float().sum()
+        self.model.train()
+        return totals
+
+    def wait_for(self, step: int) -> None:
+        """Nothing: a step is done when the call returns."""
+
+    def weights(self) -> Dict[str, torch.Tensor]:
+        """Parameter name -> tensor, on the CPU, float32."""
+        if self.training.isAttachedToDevice():
+            self.training.copyWeightsToHost()
+        return {name: parameter.detach().float().clone() for name, parameter in self.graph.named_parameters()}
+
+    def load_weights(self, tensors: Dict[str, torch.Tensor]) -> None:
+        """Takes what `weights` gives; the names must be the graph's."""
+        with torch.no_grad():
+            for name, parameter in self.graph.named_parameters():
+                if name in tensors:
+                    parameter.copy_(tensors[name])
+        if self.training.isAttachedToDevice():
+            self.training.copyWeightsToDevice()
+
+    def optimizer_state(self) -> Dict[str, torch.Tensor]:
+        """"<parameter name>.exp_avg" and ".exp_avg_sq" -> tensor, on the CPU, float32; empty before the first step."""
+        if self.moments is not None:
+            return self.moments
+        if not self.training.isCompiled():
+            return {}
+        return read_moments(self.optimizer.state_dict()["ipu_state"], dict(self.graph.named_parameters()))
+
+    def load_optimizer_state(self, tensors: Dict[str, torch.Tensor], skipped_updates: int = 0) -> None:
+        """Takes what `optimizer_state` gives; none of the updates counted so far concerns the IPU."""
+        self.moments = dict(tensors)
+
+    def skipped_updates(self) -> int:
+        """0: PopART skips no update."""
+        return 0
+
+
+def make_options(poptorch, stages: Sequence[Stage], ipu: IpuConfig, half: bool, seed: int, training: bool, compile_only: bool,
+                 ipu_model: bool):
+    """poptorch.Options for the training executable, or for one that evaluates."""
+    popart = importlib.import_module("popart")
+    index, processes = process()
+    if processes > 1:  # poprun says how many replicas there are
+        importlib.import_module("popdist").init()
+        options = importlib.import_module("popdist.poptorch").Options(ipus_per_replica=1 + max(stage.ipu for stage in stages))
+    else:
+        options = poptorch.Options()
+        options.replicationFactor(ipu.replication_factor)
+    options.autoRoundNumIPUs(True)
+    options.randomSeed(seed)
+    options.outputMode(poptorch.OutputMode.Sum)
+    options.setExecutionStrategy(poptorch.PipelinedExecution(*(poptorch.Stage(*stage.blocks).ipu(stage.ipu) for stage in stages)))
+    options.setAvailableMemoryProportion({"IPU%d" % stage.ipu: stage.matmul_proportion for stage in stages})
+    options.enableExecutableCaching(ipu.executable_cache_dir)
+    options.Precision.setPartialsType(torch.float16 if half and ipu.enable_half_partials else torch.float32)
+    if compile_only:
+        options.useOfflineIpuTarget()
+    if ipu_model:
+        options.useIpuModel(True)
+    if ipu.synthetic_data:
+        options.enableSyntheticData(True)
+    engine_options = {"opt.useAutoloader": "true", "target.syncReplicasIndependently": "true"}
+    if ipu.profile_folder:
+        engine_options.update({"autoReport.all": "true", "autoReport.directory": ipu.profile_folder, "debug.allowOutOfMemory": "true"})
+    options._Popart.setEngineOptions(engine_options)
+    if not training:
+        options.deviceIterations(len(stages))  # enough to fill the pipeline
+        return options
+    options.deviceIterations(ipu.device_iterations)
+    options.Training.gradientAccumulation(ipu.gradient_accumulation_steps)
+    options.Training.accumulationAndReplicationReductionType(poptorch.ReductionType.Mean)
+    if ipu.automatic_loss_scaling:
+        options.Training.setAutomaticLossScaling(True)
+    options.Precision.enableStochasticRounding(half and ipu.stochastic_rounding)
+    options.TensorLocations.setOptimizerLocation(
+        poptorch.TensorLocationSettings().useOnChipStorage(not ipu.optimizer_state_offchip)
+        .useReplicatedTensorSharding(ipu.replicated_tensor_sharding and ipu.replication_factor > 1))
+    # Accumulators stay on the device, and weights are updated where that needs the least memory, IPU 0's tied embedding apart.
+    options._Popart.set("disableGradAccumulationTensorStreams", True)
+    options._Popart.set("accumulateOuterFragmentSettings.schedule", int(popart.AccumulateOuterFragmentSchedule.OverlapMemoryOptimized))
+    options._Popart.set("accumulateOuterFragmentSettings.excludedVirtualGraphs", ["0"])
+    options._Popart.set("subgraphCopyingStrategy", int(popart.SubgraphCopyingStrategy.JustInTime))
+    options._Popart.set("scheduleNonWeightUpdateGradientConsumersEarly", True)
+    # The embedding's gather and the decoder share one layout and one accumulator, and are cut into the same parts.
+    options._Popart.setPatterns({"TiedGather": True, "TiedGatherAccumulate": True, "UpdateInplacePrioritiesForIpu": True})
+    return options
+
+
+def read_moments(state: Dict[str, torch.Tensor], parameters: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+    """PopART's optimizer state -> {"<parameter name>.exp_avg", ".exp_avg_sq": float32 tensor of the parameter's shape}."""
+    moments = {}
+    for key, prefix in MOMENTS.items():
+        for name, keys in parts_of(state, prefix, parameters).items():
+            rows, columns = parameters[name].shape if len(keys) > 1 else (0, 0)
+            parts = [state[one].float() for one in keys]
+            if len(keys) > 1 and parts[0].shape == (columns, rows // len(keys)):  # PopART keeps them as the product takes them
+                parts = [part.t() for part in parts]
+            moments["%s.%s" % (name, key)] = torch.cat(parts).reshape(parameters[name].shape).contiguous()
+    return moments
+
+
+def write_moments(state: Dict[str, torch.Tensor], moments: Dict[str, torch.Tensor], parameters: Dict[str, torch.Tensor]) -> Dict:
+    """`state` with the values of `moments`, each in the shape and type that PopART has: it reads them by their address."""
+    written = dict(state)
+    for key, prefix in MOMENTS.items():
+        for name, keys in parts_of(state, prefix, parameters).items():
+            parts = moments["%s.%s" % (name, key)].chunk(len(keys)) if len(keys) > 1 else [moments["%s.%s" % (name, key)]]
+            for one, part in zip(keys, parts):
+                there = state[one]
+                part = part.t() if part.shape != there.shape and part.dim() == 2 else part
+                written[one] = part.to(there.dtype).reshape(there.shape).contiguous()
+    return written
+
+
+def parts_of(state: Dict[str, torch.Tensor], prefix: str, parameters: Dict[str, torch.Tensor]) -> Dict[str, List[str]]:
+    """Parameter name -> the state's names of its moment: one, or the parts of the weight whose product is serialized."""
+    there = [key for key in state if key.startswith(prefix)]
+    found = {name: [key for key in there if key.endswith("." + name)] for name in parameters}
+    missing = [name for name, keys in found.items() if not keys]
+    known = {key for keys in found.values() for key in keys}
+    parts = [key for key in there if key not in known]
+    # Parts are called "<product>", "<product>/1", "<product>/2" and so on.
+    parts.sort(key=lambda key: int((re.search(r"/(\d+)$", key) or [0, 0])[1]))
+    if len(missing) == 1 and parts and sum(state[key].numel() for key in parts) == parameters[missing[0]].numel():
+        found[missing[0]] = parts
+    elif missing or parts:
+        raise InputError("the optimizer's state on the IPU has %s for %s, expected one tensor for each parameter, or the parts of one "
+                         "serialized weight. Please report it with the versions of PopTorch and of the Poplar SDK; "
+                         "ipu.embedding_serialization_factor 1 avoids it" % (
+                             ", ".join(parts) or "nothing", ", ".join(missing) or "no parameter"))
+    return found

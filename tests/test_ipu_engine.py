@@ -1,0 +1,224 @@
+"""The IPU engine on the stand-in for PopTorch: whole runs beside the CPU engine's, options, moments, processes."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from bert.checkpoint import list_checkpoints, read_safetensors
+from bert.config import IpuConfig, parse_command_line
+from bert.engines.ipu import make_options, read_moments, write_moments
+from bert.stages import make_stages
+from bert.training import make_engine
+from data.errors import InputError
+from data.rows import unpacked_batch
+from run_pretraining import main
+from tests.make_samples import random_samples
+from tests.poptorch_contract import executors, python_path, sdk
+from tests.test_training import LENGTH, MASKS, ROOT, VOCAB, arguments, make_shards, read_lines
+
+EXACT = {"training__precision": "float32", "model__hidden_dropout_prob": 0, "model__attention_probs_dropout_prob": 0,
+         "optimizer__warmup_ratio": 0, "optimizer__eps": 1e-6, "training__max_steps": 3}
+GEOMETRY = {"device": "ipu", "ipu__micro_batch_size": 2, "ipu__gradient_accumulation_steps": 6, "ipu__replication_factor": 2}
+
+
+@pytest.fixture
+def poptorch(monkeypatch):
+    return sdk(monkeypatch)
+
+
+@pytest.fixture
+def shards(tmp_path):
+    return make_shards(tmp_path / "shards")
+
+
+def newest(tmp_path, run, file="model.safetensors"):
+    return read_safetensors(os.path.join(list_checkpoints(str(tmp_path / run / "checkpoints"))[-1], file))
+
+
+def assert_same_run(tmp_path, one, other, tolerance=1e-5):
+    """Weights, moments and metrics. The gradient of key biases is rounding, which LAMB makes as large as any."""
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        a, b = newest(tmp_path, one, file), newest(tmp_path, other, file)
+        assert a.keys() == b.keys()
+        for name in a:
+            if "attention.self.key.bias" not in name:
+                assert (a[name] - b[name]).norm() <= tolerance * b[name].norm(), (file, name)
+    for mine, theirs in zip(read_lines(tmp_path, one), read_lines(tmp_path, other)):
+        for name in ("mlm_loss", "nsp_loss", "mlm_accuracy", "nsp_accuracy", "learning_rate", "step", "samples_seen"):
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-4), name
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"data__packing": "rows"}, {"ipu__embedding_serialization_factor": 2}, {"ipu__layers_per_ipu": "[1,1]"}, {"ipu__layers_per_ipu": "[2]"},
+    {"ipu__recompute_checkpoint_every_layer": "false", "ipu__optimizer_state_offchip": "true"}, {"ipu__operation_proportions.mlm_decoder": 0.1}],
+    ids=lambda options: " ".join(options) or "as it is")
+def test_a_run_on_ipus_has_the_weights_of_one_on_the_cpu(tmp_path, shards, poptorch, options):
+    assert main(arguments(tmp_path, shards, **EXACT, **options, training__output=tmp_path / "cpu")) == 0
+    assert main(arguments(tmp_path, shards, **{**EXACT, **options, **GEOMETRY}, training__output=tmp_path / "ipu",
+                          ipu__executable_cache_dir=tmp_path / "exe")) == 0
+    assert len(read_lines(tmp_path, "ipu")) == 3
+    assert_same_run(tmp_path, "ipu", "cpu")
+
+
+def test_phase_2_on_ipus_starts_from_phase_1s_weights(tmp_path, shards, poptorch):
+    longer = make_shards(tmp_path / "longer", seed=1)
+    assert main(arguments(tmp_path, shards, **EXACT, **GEOMETRY, ipu__executable_cache_dir=tmp_path / "exe", training__output=tmp_path / "one")) == 0
+    start = list_checkpoints(str(tmp_path / "one" / "checkpoints"))[-1]
+    for device in ({}, GEOMETRY):
+        assert main(arguments(tmp_path, longer, **{**EXACT, **device}, training__start_from=start, optimizer__learning_rate=0.003,
+                              ipu__executable_cache_dir=tmp_path / "exe", training__output=tmp_path / device.get("device", "cpu"))) == 0
+    assert_same_run(tmp_path, "ipu", "cpu")
+
+
+@pytest.mark.parametrize("first, second", [("cpu", "ipu"), ("ipu", "cpu"), ("ipu", "ipu")])
+def test_a_run_goes_on_on_another_device(tmp_path, shards, poptorch, first, second):
+    exact = {**EXACT, "training__max_steps": 4, "ipu__executable_cache_dir": tmp_path / "exe", "ipu__embedding_serialization_factor": 3}
+    assert main(arguments(tmp_path, shards, **exact, training__output=tmp_path / "whole")) == 0
+    for device, stop in ((first, 2), (second, 4)):
+        changes = GEOMETRY if device == "ipu" else {}
+        assert main(arguments(tmp_path, shards, **{**exact, **changes}, training__output=tmp_path / "parts", training__stop_at_step=stop,
+                              resume="auto")) == 0
+    assert_same_run(tmp_path, "parts", "whole")
+
+
+def test_in_float16_a_stopped_and_resumed_run_is_the_uninterrupted_one(tmp_path, shards, poptorch):
+    half = {**EXACT, **GEOMETRY, "training__precision": "auto", "training__max_steps": 6, "ipu__executable_cache_dir": tmp_path / "exe"}
+    assert main(arguments(tmp_path, shards, **half, training__output=tmp_path / "whole")) == 0
+    for stop in (4, 6):
+        assert main(arguments(tmp_path, shards, **half, training__output=tmp_path / "parts", training__stop_at_step=stop, resume="auto")) == 0
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        whole, parts = newest(tmp_path, "whole", file), newest(tmp_path, "parts", file)
+        assert all(torch.equal(whole[name], parts[name]) for name in whole)
+        assert all(tensor.dtype == torch.float32 for tensor in whole.values())
+    assert all(torch.equal(tensor, tensor.half().float()) for tensor in newest(tmp_path, "whole").values())
+    assert main(arguments(tmp_path, shards, **{**half, "device": "cpu"}, training__output=tmp_path / "cpu")) == 0
+    losses, expected = [[line["mlm_loss"] for line in read_lines(tmp_path, run)] for run in ("whole", "cpu")]
+    assert losses == pytest.approx(expected, rel=2e-2) and losses[-1] < losses[0]
+
+
+def test_held_out_samples_are_evaluated_on_the_ipus_as_on_the_cpu(tmp_path, shards, poptorch):
+    for device in ({}, GEOMETRY):
+        name = device.get("device", "cpu")
+        assert main(arguments(tmp_path, shards, **{**EXACT, **device}, data__files=shards / "train-00000.h5",
+                              data__held_out_files=shards / "train-00001.h5", training__output=tmp_path / name,
+                              ipu__executable_cache_dir=tmp_path / "exe")) == 0
+    found, expected = [json.loads((tmp_path / name / "held_out.json").read_text()) for name in ("ipu", "cpu")]
+    assert found == pytest.approx(expected, rel=1e-5)
+    training, inference = executors()[-2:]
+    assert inference.options.called["deviceIterations"] == 3 and not training.isAttachedToDevice()
+
+
+def engine_for(tmp_path, shards, **changes):
+    config = parse_command_line(arguments(tmp_path, shards, **{**EXACT, **GEOMETRY, "ipu__executable_cache_dir": tmp_path / "exe", **changes}))
+    return make_engine(config, "ipu")
+
+
+def test_device_iterations_are_steps_one_after_the_other(tmp_path, shards, poptorch):
+    steps = {"training__log_every": 2, "training__save_every": 2, "training__max_steps": 4}
+    batches = [unpacked_batch(random_samples(np.random.default_rng(), 24, LENGTH, MASKS, VOCAB)) for _ in range(2)]
+    one, two = engine_for(tmp_path, shards, **steps), engine_for(tmp_path, shards, **steps, ipu__device_iterations=2)
+    metrics = [one.step(batch, 0.01, step + 1) for step, batch in enumerate(batches)]
+    both = two.step({name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}, 0.01, 2)
+    for name, value in both.items():
+        assert value == pytest.approx(sum(float(one[name]) for one in metrics) / 2, rel=1e-5)
+    for name, tensor in two.weights().items():
+        assert torch.equal(tensor, one.weights()[name]), name
+    assert one.steps_done == two.steps_done == 2
+
+
+def test_a_run_with_device_iterations_takes_their_steps_and_samples(tmp_path, shards, poptorch):
+    changes = {**EXACT, **GEOMETRY, "training__max_steps": 4, "ipu__device_iterations": 2, "training__log_every": 2, "training__save_every": 4,
+               "ipu__executable_cache_dir": tmp_path / "exe"}
+    assert main(arguments(tmp_path, shards, **changes)) == 0
+    assert [(line["step"], line["samples_seen"]) for line in read_lines(tmp_path)] == [(2, 48), (4, 96)]
+
+
+def test_what_is_fed_is_the_loaders_memory(tmp_path, shards, poptorch, monkeypatch):
+    engine = engine_for(tmp_path, shards)
+    batch, fed = unpacked_batch(random_samples(np.random.default_rng(), 24, LENGTH, MASKS, VOCAB)), []
+    engine.prepare()
+    monkeypatch.setattr(type(engine.training), "__call__", lambda self, *tensors: fed.extend(tensors) or [torch.zeros(2)] * 5)
+    engine.step(batch, 0.01, 1)
+    assert [tensor.data_ptr() for tensor in fed] == [array.__array_interface__["data"][0] for array in batch.values()]
+    assert {tensor.dtype for tensor in fed} == {torch.int32, torch.float32}
+
+
+def test_compile_only_needs_neither_ipus_nor_data(tmp_path, shards, poptorch, monkeypatch, capsys):
+    monkeypatch.setenv("STAND_IN_IPUS", "0")
+    changes = {**EXACT, **GEOMETRY, "ipu__executable_cache_dir": tmp_path / "exe", "data__files": "nothing"}
+    assert main(arguments(tmp_path, shards, **changes) + ["--compile-only"]) == 0
+    assert "compiled into" in capsys.readouterr().out and os.listdir(tmp_path / "exe") and not (tmp_path / "run").exists()
+    assert executors()[-1].options.called["useOfflineIpuTarget"] == 2
+    assert main(arguments(tmp_path, shards, **changes)) == 2
+    assert "finds 0 IPUs, expected 4" in capsys.readouterr().err
+
+
+def test_two_processes_of_poprun_do_what_one_does(tmp_path, shards, poptorch):
+    changes = {**EXACT, **GEOMETRY, "ipu__executable_cache_dir": tmp_path / "exe"}
+    assert main(arguments(tmp_path, shards, **changes, training__output=tmp_path / "one")) == 0
+    words = [str(word) for word in arguments(tmp_path, shards, **changes, training__output=tmp_path / "two")]
+    (tmp_path / "meet").mkdir()
+    started = []
+    for index in (0, 1):
+        environment = dict(os.environ, PYTHONPATH=python_path(), STAND_IN_POPDIST_INSTANCES="2", STAND_IN_POPDIST_INDEX=str(index),
+                           STAND_IN_POPDIST_TOTAL_REPLICAS="2", STAND_IN_POPDIST_FOLDER=str(tmp_path / "meet"))
+        started.append(subprocess.Popen([sys.executable, os.path.join(ROOT, "run_pretraining.py")] + words, env=environment,
+                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    outputs = [process.communicate(timeout=120) for process in started]
+    assert [process.returncode for process in started] == [0, 0], outputs
+    assert "process 0 of 2" in outputs[0][0] and outputs[1][0] == ""
+    one, two = newest(tmp_path, "one"), newest(tmp_path, "two")
+    assert all((two[name] - one[name]).norm() <= 1e-5 * one[name].norm() for name in one if not name.endswith("key.bias"))
+    assert len(read_lines(tmp_path, "two")) == 3
+
+
+def test_the_recipes_options_reach_poptorch(poptorch):
+    ipu = parse_command_line(["--config", "pod16_phase2.json"]).ipu
+    called = make_options(poptorch, make_stages(ipu.layers_per_ipu, ipu.matmul_proportion), ipu, True, 42, True, False, False).called
+    assert called["replicationFactor"] == 4 and called["Training.gradientAccumulation"] == 512 and called["deviceIterations"] == 1
+    assert called["Training.accumulationAndReplicationReductionType"] is poptorch.ReductionType.Mean
+    assert called["outputMode"] is poptorch.OutputMode.Sum and called["randomSeed"] == 42 and called["autoRoundNumIPUs"]
+    assert called["setAvailableMemoryProportion"] == {"IPU0": 0.22, "IPU1": 0.22, "IPU2": 0.22, "IPU3": 0.22}
+    assert called["Precision.setPartialsType"] is torch.float16 and called["Precision.enableStochasticRounding"] is True
+    assert called["enableExecutableCaching"] == "./exe_cache" and "useOfflineIpuTarget" not in called
+
+
+@pytest.mark.parametrize("changes, key, value", [
+    ({"automatic_loss_scaling": True}, "Training.setAutomaticLossScaling", True),
+    ({"stochastic_rounding": False}, "Precision.enableStochasticRounding", False),
+    ({"enable_half_partials": False}, "Precision.setPartialsType", torch.float32),
+    ({"synthetic_data": True}, "enableSyntheticData", True)])
+def test_a_setting_reaches_poptorch(poptorch, changes, key, value):
+    ipu = dataclasses.replace(IpuConfig(), **changes)
+    assert make_options(poptorch, make_stages([0, 12], 0.2), ipu, True, 1, True, False, False).called[key] == value
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_moments_of_a_serialized_weight_are_found_by_their_parts(transposed):
+    parameters = {"word.weight": torch.zeros(6, 4), "layer.weight": torch.zeros(3, 3), "layer.bias": torch.zeros(3)}
+    moments = {"%s.%s" % (name, key): torch.rand(tensor.shape) for name, tensor in parameters.items() for key in ("exp_avg", "exp_avg_sq")}
+    state = {"Step___x": torch.zeros(1)}
+    for prefix, dtype in (("Accl1___", torch.float16), ("Accl2___", torch.float32)):
+        for name in ("layer.weight", "layer.bias"):
+            state[prefix + "model.graph." + name] = torch.zeros(parameters[name].shape, dtype=dtype)
+        for name in ("/2", "", "/1"):
+            state[prefix + "heads/MatMul:0_Slice:0" + name] = torch.zeros((4, 2) if transposed else (2, 4), dtype=dtype)
+    written = write_moments(state, moments, parameters)
+    assert all(written[name].dtype == tensor.dtype and written[name].shape == tensor.shape and written[name].is_contiguous()
+               for name, tensor in state.items())
+    part = written["Accl2___heads/MatMul:0_Slice:0/1"]
+    assert torch.equal(part.t() if transposed else part, moments["word.weight.exp_avg_sq"][2:4])
+    for name, tensor in read_moments(written, parameters).items():
+        assert torch.equal(tensor, moments[name].half().float() if name.endswith("exp_avg") else moments[name]), name
+
+
+def test_moments_that_cannot_be_told_apart_are_an_error():
+    state = {"Accl1___a": torch.zeros(2), "Accl2___a": torch.zeros(2)}
+    with pytest.raises(InputError, match="Accl1___a for x.weight, expected one tensor for each parameter"):
+        read_moments(state, {"x.weight": torch.zeros(3)})
