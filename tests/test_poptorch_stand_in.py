@@ -501,6 +501,17 @@ def test_the_sum_of_gradients_is_the_mean_times_their_number(poptorch):
     torch.testing.assert_close(first_moment("Sum"), 8 * first_moment("Mean"))
 
 
+def test_gradients_are_added_up_in_their_own_type(poptorch):
+    def first_moment(accum_type):
+        _, optimizer, executor = make_training(poptorch, settings={"accum_type": accum_type})
+        executor(*make_batch())
+        return optimizer.state_dict()["ipu_state"]["Accl1___model.first.weight"]
+
+    half, full = first_moment(torch.float16), first_moment(torch.float32)
+    assert not torch.equal(half, full)
+    torch.testing.assert_close(half, full, rtol=1e-2, atol=1e-4)
+
+
 def test_device_iterations_are_consecutive_steps(poptorch):
     (x1, y1), (x2, y2) = make_batch(seed=1), make_batch(seed=2)
     both = torch.cat([x1, x2]), torch.cat([y1, y2])
@@ -618,12 +629,14 @@ def test_a_state_loaded_after_compilation_waits_for_the_next_attachment(poptorch
 
 
 def test_detaching_keeps_weights_and_state(poptorch):
-    batches = [make_batch(seed=seed) for seed in range(2)]
-    model, _, executor = make_training(poptorch)
+    batches = [make_batch(seed=seed) for seed in range(3)]
+    model, optimizer, executor = make_training(poptorch)
     executor(*batches[0])
+    optimizer.state_dict()  # is older than what is detached
+    executor(*batches[1])
     executor.detachFromDevice()
     executor.attachToDevice()
-    executor(*batches[1])
+    executor(*batches[2])
     executor.copyWeightsToHost()
     assert_same({name: weight.detach() for name, weight in model.named_parameters()},
                 weights_after(poptorch, batches, make_options(poptorch)), rtol=0, atol=0)
