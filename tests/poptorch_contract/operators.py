@@ -4,7 +4,7 @@ import contextlib
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
-from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,6 +19,7 @@ _HANDLED = set(FACTS["aten_ops_handled"]) | {name.split(".")[0] for name in FACT
 _WHOLE = {name.split(".")[0] for name in FACTS["aten_ops_whole"]} - {"item", "_local_scalar_dense"}
 # Read a tensor's value on the host while tracing, or lower to nothing.
 _REFUSED = {"item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__", "scaled_dot_product_attention"}
+_PRODUCT_NAMES = {"mm", "bmm", "addmm", "baddbmm", "mv", "dot"}
 _PRODUCTS = ("MmBackward", "BmmBackward", "AddmmBackward", "BaddbmmBackward", "MvBackward", "DotBackward")
 _VIEWS = ("ViewBackward", "UnsafeViewBackward", "ReshapeAliasBackward", "SqueezeBackward", "UnsqueezeBackward")
 
@@ -218,10 +219,16 @@ class _Checked(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         namespace, name = func._schema.name.split("::")
-        output = None
         if namespace != "prim" and not self.trace.inside and not (name in _HANDLED or name.rstrip("_") in _HANDLED):
             raise RuntimeError("%s::%s is not lowered by PopTorch (in block %r)" % (namespace, name, self.trace.block))
-        output = func(*args, **(kwargs or {}))
+        if name in _PRODUCT_NAMES:
+            types = {tensor.dtype for tensor in args if isinstance(tensor, torch.Tensor)}
+            if len(types) > 1:
+                raise RuntimeError("%s::%s of several types, %s" % (namespace, name, ", ".join(sorted(map(str, types)))))
+        try:
+            output = func(*args, **(kwargs or {}))
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise RuntimeError("%s::%s: a shape or a branch would depend on values" % (namespace, name)) from error
         tensors = [tensor for tensor in tree_flatten(output)[0] if isinstance(tensor, torch.Tensor)]
         if any(tensor.dtype == torch.float64 for tensor in tensors):
             raise RuntimeError("%s::%s gives float64, which the IPU does not have" % (namespace, name))
