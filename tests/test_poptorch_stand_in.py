@@ -293,6 +293,32 @@ def test_annotations_are_recorded_and_checked(poptorch):
         poptorch.recomputationCheckpoint(torch.ones(2))
 
 
+def test_an_input_goes_to_one_ipu(poptorch):
+    class Twice(Net):
+        def forward(self, x, labels):
+            self.odd = lambda y: y + x.sum()
+            return super().forward(x, labels)
+
+    model = Twice()
+    with pytest.raises(RuntimeError, match="input 0 is taken by operators on IPUs 0 and 1"):
+        poptorch.trainingModel(model, make_options(poptorch), make_lamb(poptorch, model)).compile(*make_batch())
+
+
+def test_the_moments_of_a_serialized_weight_come_in_parts(poptorch):
+    class Cut(Net):
+        def forward(self, x, labels):
+            self.odd = lambda y: y + poptorch.serializedMatMul(
+                torch.ones(len(y), 8, device=y.device, dtype=y.dtype), self.last.weight.t(), poptorch.MatMulSerializationMode.OutputChannels, C)
+            return super().forward(x, labels)
+
+    model = Cut()
+    optimizer = make_lamb(poptorch, model)
+    executor = poptorch.trainingModel(model, make_options(poptorch), optimizer)
+    executor.compile(*make_batch())
+    names = [name for name in optimizer.state_dict()["ipu_state"] if name.startswith("Accl2___")]
+    assert sum("Slice:0" in name for name in names) == C and "Accl2___model.last.weight" not in names
+
+
 def test_the_loss_is_marked_once(poptorch):
     with pytest.raises(RuntimeError, match="0 times"):
         compile_net(poptorch, mark=False)

@@ -121,7 +121,7 @@ class PoplarExecutor:
                        for tensor in (*parameters.values(), *buffers.values())]
             inputs = [tensor.float() if tensor.is_floating_point() else tensor for tensor in micro_batch]
             graph = make_fx(self._step_of(names + list(buffers), strategy), tracing_mode="fake")(weights, torch.ones(()), inputs)
-        self._ipus = self._round(trace.ipus)
+        self._ipus, self._parts = self._round(trace.ipus), trace.parts
         if not self._offline:
             self._need_ipus()
         self._trace, self._graph = trace.events, graph
@@ -353,7 +353,15 @@ class PoplarExecutor:
         self._count = int(self._optimizer.get_state_dict()["ipu_param"].get("step", self._count))
 
     def _tensors(self):
-        return {"Accl%d___model.%s" % (i + 1, name): moment for name, moments in self._moments.items() for i, moment in enumerate(moments)}
+        tensors = {}
+        for name, moments in self._moments.items():
+            for prefix, moment in zip(("Accl1___", "Accl2___"), moments):
+                if self._parts.get(name, 1) == 1:
+                    tensors[prefix + "model." + name] = moment
+                else:  # PopART names the moments of a serialized weight after the parts of its product
+                    for i, part in enumerate(moment.chunk(self._parts[name])):
+                        tensors["%sMatMul:MatMulRhsGradOp_Slice:0%s" % (prefix, "/%d" % i if i else "")] = part
+        return tensors
 
     def _read_state(self):
         self._need_compiled()
