@@ -119,6 +119,15 @@ def engine_for(tmp_path, shards, **changes):
     return make_engine(config, "ipu")
 
 
+def test_a_serialized_weights_moments_come_back_whole(tmp_path, shards, poptorch):
+    engine = engine_for(tmp_path, shards, ipu__embedding_serialization_factor=3)
+    engine.step(unpacked_batch(random_samples(np.random.default_rng(), 24, LENGTH, MASKS, VOCAB)), 0.01, 1)
+    parts = [name for name in engine.optimizer.state_dict()["ipu_state"] if "Slice" in name]
+    assert len(parts) == 2 * 3
+    moments, weights = engine.optimizer_state(), engine.weights()
+    assert {name.rsplit(".", 1)[0]: tensor.shape for name, tensor in moments.items()} == {name: t.shape for name, t in weights.items()}
+
+
 def test_device_iterations_are_steps_one_after_the_other(tmp_path, shards, poptorch):
     steps = {"training__log_every": 2, "training__save_every": 2, "training__max_steps": 4}
     batches = [unpacked_batch(random_samples(np.random.default_rng(), 24, LENGTH, MASKS, VOCAB)) for _ in range(2)]

@@ -64,7 +64,7 @@ class PoplarExecutor:
         self._mean = set_to("Training.accumulationAndReplicationReductionType", ENUMS["ReductionType"].Mean) is ENUMS["ReductionType"].Mean
         self._graph = self._optimizer = self._values = None
         self._attached = self._dirty = False
-        self._steps = 0
+        self._steps, self._trace = 0, []
         self._number = sum(1 for executor in executors() if executor._training)
         if training:
             self.setOptimizer(optimizer)
@@ -104,6 +104,9 @@ class PoplarExecutor:
         self._values = values
 
     def compile(self, *args, **kwargs):
+        if self.isCompiled():
+            warnings.warn("compile: the executor is compiled already, and stays as it is")
+            return
         inputs, self._structure = _flatten(args, kwargs)
         self._signature = [(tensor.shape, tensor.dtype) for tensor in inputs]
         names = [name for name, _ in self._model.named_parameters()]
@@ -118,7 +121,10 @@ class PoplarExecutor:
                        for tensor in (*parameters.values(), *buffers.values())]
             inputs = [tensor.float() if tensor.is_floating_point() else tensor for tensor in micro_batch]
             graph = make_fx(self._step_of(names + list(buffers), strategy), tracing_mode="fake")(weights, torch.ones(()), inputs)
-        self._trace, self._graph, self._ipus = trace.events, graph, self._round(trace.ipus)
+        self._ipus, self._parts = self._round(trace.ipus), trace.parts
+        if not self._offline:
+            self._need_ipus()
+        self._trace, self._graph = trace.events, graph
         seed = self._options.called.get("randomSeed", random.randrange(2 ** 32))
         self._generator = torch.Generator().manual_seed(seed + self._options.Distributed.processId).get_state()
         self._cache()
@@ -152,9 +158,7 @@ class PoplarExecutor:
         return tree_unflatten(outputs, self._output_structure)
 
     def copyWeightsToHost(self):
-        self._need_compiled()
-        if not self._training:
-            raise RuntimeError("copyWeightsToHost: an inferenceModel does not change weights")
+        self._need_attached()
         with torch.no_grad():
             for name, tensor in self._state().items():
                 tensor.copy_(self._device[name])
@@ -167,7 +171,7 @@ class PoplarExecutor:
         return True
 
     def copyWeightsToDevice(self):
-        self._need_compiled()
+        self._need_attached()
         self._device = {name: tensor.detach().clone() for name, tensor in self._state().items()}
         self._dirty = False
 
@@ -178,9 +182,7 @@ class PoplarExecutor:
         return loaded
 
     def detachFromDevice(self):
-        self._need_compiled()
-        if not self._attached:
-            raise RuntimeError("detachFromDevice: the executor is not attached")
+        self._need_attached()
         if self._training:
             self.copyWeightsToHostIfNeeded()
             self._optimizer.state_dict()
@@ -191,6 +193,7 @@ class PoplarExecutor:
         assert not self._offline, "attachToDevice: the executor was compiled for no device (ConnectionType.Never)"
         if self._attached:
             raise RuntimeError("attachToDevice: the executor is attached already")
+        self._need_ipus()
         self._attach()
 
     def destroy(self):
@@ -306,14 +309,21 @@ class PoplarExecutor:
         if not self.isCompiled():
             raise RuntimeError("the model has not been compiled, or has been destroyed")
 
-    def _state(self):
-        return {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
+    def _need_attached(self):
+        self._need_compiled()
+        if not self._attached:
+            raise RuntimeError("the executor is not attached to IPUs")
 
-    def _attach(self):
+    def _need_ipus(self):
         attached = sum(executor._ipus for executor in executors() if executor._attached)
         if not self._options.called.get("useIpuModel", False) and attached + self._ipus > ipus_available():
             raise RuntimeError("%d IPUs are wanted, %d are attached to executors, and there are %d" % (
                 self._ipus, attached, ipus_available()))
+
+    def _state(self):
+        return {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
+
+    def _attach(self):
         self._attached = True
         self.copyWeightsToDevice()
         if self._training:
@@ -343,7 +353,15 @@ class PoplarExecutor:
         self._count = int(self._optimizer.get_state_dict()["ipu_param"].get("step", self._count))
 
     def _tensors(self):
-        return {"Accl%d___model.%s" % (i + 1, name): moment for name, moments in self._moments.items() for i, moment in enumerate(moments)}
+        tensors = {}
+        for name, moments in self._moments.items():
+            for prefix, moment in zip(("Accl1___", "Accl2___"), moments):
+                if self._parts.get(name, 1) == 1:
+                    tensors[prefix + "model." + name] = moment
+                else:  # PopART names the moments of a serialized weight after the parts of its product
+                    for i, part in enumerate(moment.chunk(self._parts[name])):
+                        tensors["%sMatMul:MatMulRhsGradOp_Slice:0%s" % (prefix, "/%d" % i if i else "")] = part
+        return tensors
 
     def _read_state(self):
         self._need_compiled()
@@ -362,5 +380,5 @@ def _flatten(args, kwargs):
         if tensor.dtype not in _INPUT_TYPES:
             raise TypeError("an input is %s; an IPU takes int32, float32, float16 and bool" % tensor.dtype)
     if len({tensor.shape[:1] for tensor in inputs}) != 1 or not inputs[0].dim():
-        raise RuntimeError("the inputs have to have the same first dimension; their shapes are %s" % [tuple(tensor.shape) for tensor in inputs])
+        raise RuntimeError("the inputs need the same first dimension; their shapes are %s" % [tuple(tensor.shape) for tensor in inputs])
     return [tensor.detach() for tensor in inputs], structure

@@ -48,7 +48,7 @@ def function(owner: str, name: str, parameters, implementation=None, is_method: 
     """A function that binds its arguments to the facts' parameters and checks their types before `implementation` gets them by name."""
     place = "%s.%s" % (owner, name)
     signature = _signature(tuple(parameters), is_method)
-    variadic = any(parameter.kind == parameter.VAR_POSITIONAL for parameter in signature.parameters.values())
+    variadic = any(parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) for parameter in signature.parameters.values())
 
     def call(*args, **kwargs):
         try:

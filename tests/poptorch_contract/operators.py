@@ -1,10 +1,10 @@
 """One trace of a module as PopTorch makes it: blocks, annotations, and a check of every operator that reaches the dispatcher."""
 
 import contextlib
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Set, Tuple
 
 import torch
-from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,6 +19,7 @@ _HANDLED = set(FACTS["aten_ops_handled"]) | {name.split(".")[0] for name in FACT
 _WHOLE = {name.split(".")[0] for name in FACTS["aten_ops_whole"]} - {"item", "_local_scalar_dense"}
 # Read a tensor's value on the host while tracing, or lower to nothing.
 _REFUSED = {"item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__", "scaled_dot_product_attention"}
+_PRODUCT_NAMES = {"mm", "bmm", "addmm", "baddbmm", "mv", "dot"}
 _PRODUCTS = ("MmBackward", "BmmBackward", "AddmmBackward", "BaddbmmBackward", "MvBackward", "DotBackward")
 _VIEWS = ("ViewBackward", "UnsafeViewBackward", "ReshapeAliasBackward", "SqueezeBackward", "UnsqueezeBackward")
 
@@ -44,6 +45,9 @@ class Trace:
         self.strategy, self.block, self.ipu, self.inside = strategy, None, None, 0
         self.visits: List[Tuple[int, int]] = []  # (stage, IPU)
         self.losses: List[torch.Tensor] = []
+        self.inputs: List[torch.Tensor] = []
+        self.places: Dict[int, Set[int]] = {}  # number of an input -> the IPUs whose operators take it
+        self.serialized: List[Tuple[torch.Tensor, int]] = []  # weights whose product is cut, and in how many parts
 
     @contextlib.contextmanager
     def open(self):
@@ -91,6 +95,10 @@ class Trace:
             raise RuntimeError("the strategy has %d stages, the module's blocks visit %d" % (count, len(self.visits)))
         if training and len(self.losses) != 1:
             raise RuntimeError("identity_loss marks the loss once; the module calls it %d times" % len(self.losses))
+        for number, ipus in self.places.items():
+            if len(ipus) > 1:
+                raise RuntimeError("input %d is taken by operators on IPUs %s: a pipeline streams an input to one IPU" % (
+                    number, " and ".join(map(str, sorted(ipus)))))
 
     @property
     def stages(self) -> int:
@@ -151,6 +159,7 @@ def _serialized_matmul(lhs, rhs, mode, factor, keep_precision):
         if factor < 1 or size % factor:
             raise ValueError("poptorch.serializedMatMul: factor %d does not divide the %d of %s" % (factor, size, mode.name))
     _annotate("serializedMatMul", mode=mode, factor=factor, keep_precision=keep_precision)
+    Trace.current.serialized.append((rhs if rhs._base is None else rhs._base, factor))
     return torch.matmul(lhs, rhs)
 
 
@@ -218,10 +227,19 @@ class _Checked(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         namespace, name = func._schema.name.split("::")
-        output = None
         if namespace != "prim" and not self.trace.inside and not (name in _HANDLED or name.rstrip("_") in _HANDLED):
             raise RuntimeError("%s::%s is not lowered by PopTorch (in block %r)" % (namespace, name, self.trace.block))
-        output = func(*args, **(kwargs or {}))
+        for number, tensor in enumerate(self.trace.inputs):
+            if self.trace.block is not None and any(argument is tensor for argument in tree_flatten((args, kwargs))[0]):
+                self.trace.places.setdefault(number, set()).add(self.trace.ipu)
+        if name in _PRODUCT_NAMES:
+            types = {tensor.dtype for tensor in args if isinstance(tensor, torch.Tensor)}
+            if len(types) > 1:
+                raise RuntimeError("%s::%s of several types, %s" % (namespace, name, ", ".join(sorted(map(str, types)))))
+        try:
+            output = func(*args, **(kwargs or {}))
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise RuntimeError("%s::%s: a shape or a branch would depend on values" % (namespace, name)) from error
         tensors = [tensor for tensor in tree_flatten(output)[0] if isinstance(tensor, torch.Tensor)]
         if any(tensor.dtype == torch.float64 for tensor in tensors):
             raise RuntimeError("%s::%s gives float64, which the IPU does not have" % (namespace, name))
@@ -245,10 +263,11 @@ def check(call, parameters: Dict[str, torch.Tensor], buffers, inputs, strategy, 
     trace, fake = Trace(strategy), FakeTensorMode()
     state = {name: fake.from_tensor(tensor.detach()).requires_grad_(tensor.requires_grad) for name, tensor in parameters.items()}
     state.update((name, fake.from_tensor(tensor.detach())) for name, tensor in buffers.items())
-    inputs = [fake.from_tensor(tensor) for tensor in inputs]
+    trace.inputs = inputs = [fake.from_tensor(tensor) for tensor in inputs]
     with trace.open(), fake, _Checked(trace), Whole():
         outputs = call(state, inputs)
     trace.close(training)
+    trace.parts = {name: factor for weight, factor in trace.serialized for name, tensor in state.items() if tensor is weight}
     if training:
         _refuse_own_backward(trace.losses[0])
     outputs = tree_flatten(outputs)[0]

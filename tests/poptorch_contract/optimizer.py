@@ -7,7 +7,7 @@ import torch
 
 from tests.poptorch_contract.facts import FACTS, from_facts, function, types_of
 
-__all__ = ["OPTIM", "lamb_update"]
+__all__ = ["LAMB", "OPTIM", "check_constants", "lamb_update"]
 
 _GROUP = ("lr", "betas", "eps", "weight_decay", "max_weight_norm")
 _FLOAT16_MAX = 65500.0
@@ -94,7 +94,8 @@ class LAMB(Optimizer, torch.optim.Optimizer):
         for number, group in enumerate(self.param_groups):
             unknown = sorted(set(group) - set(_GROUP) - {"params"})
             if unknown:
-                raise ValueError("group %d of poptorch.optim.LAMB has %s; a group takes %s" % (number, ", ".join(unknown), ", ".join(_GROUP)))
+                raise ValueError("group %d of poptorch.optim.LAMB has %s; a group takes %s" % (
+                    number, ", ".join(unknown), ", ".join(_GROUP)))
             values = {name: self.defaults[name] if group.get(name) is None else group[name] for name in _GROUP}
             if not isinstance(values["betas"], tuple) or len(values["betas"]) != 2:
                 raise ValueError("group %d of poptorch.optim.LAMB: betas is a pair, not %r" % (number, values["betas"]))
