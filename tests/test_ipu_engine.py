@@ -67,12 +67,14 @@ def test_a_run_on_ipus_has_the_weights_of_one_on_the_cpu(tmp_path, shards, popto
 
 
 def test_phase_2_on_ipus_starts_from_phase_1s_weights(tmp_path, shards, poptorch):
-    longer = make_shards(tmp_path / "longer", seed=1)
-    assert main(arguments(tmp_path, shards, **EXACT, **GEOMETRY, ipu__executable_cache_dir=tmp_path / "exe", training__output=tmp_path / "one")) == 0
+    longer = make_shards(tmp_path / "longer", seed=1, length=2 * LENGTH, masks=2 * MASKS)
+    both = {**EXACT, "model__max_position_embeddings": 2 * LENGTH, "ipu__executable_cache_dir": tmp_path / "exe"}
+    assert main(arguments(tmp_path, shards, **{**both, **GEOMETRY}, training__output=tmp_path / "one")) == 0
     start = list_checkpoints(str(tmp_path / "one" / "checkpoints"))[-1]
     for device in ({}, GEOMETRY):
-        assert main(arguments(tmp_path, longer, **{**EXACT, **device}, training__start_from=start, optimizer__learning_rate=0.003,
-                              ipu__executable_cache_dir=tmp_path / "exe", training__output=tmp_path / device.get("device", "cpu"))) == 0
+        assert main(arguments(tmp_path, longer, **{**both, **device}, data__sequence_length=2 * LENGTH, data__mask_tokens=2 * MASKS,
+                              training__start_from=start, optimizer__learning_rate=0.003, ipu__embedding_serialization_factor=2,
+                              training__output=tmp_path / device.get("device", "cpu"))) == 0
     assert_same_run(tmp_path, "ipu", "cpu")
 
 

@@ -34,13 +34,13 @@ def shards(tmp_path):
     return make_shards(tmp_path / "shards")
 
 
-def make_shards(folder, samples=100, seed=0):
+def make_shards(folder, samples=100, seed=0, length=LENGTH, masks=MASKS):
     folder.mkdir()
     words = list(SPECIAL_WORDS) + ["word%d" % i for i in range(VOCAB - len(SPECIAL_WORDS))]
     (folder / "vocab.txt").write_text("".join(word + "\n" for word in words))
     rng = np.random.default_rng(seed)
     for i, count in enumerate((samples - 33, 33)):
-        write_shard(str(folder / ("train-%05d.h5" % i)), random_samples(rng, count, LENGTH, MASKS, VOCAB), VOCAB, vocab_sha256(words), {})
+        write_shard(str(folder / ("train-%05d.h5" % i)), random_samples(rng, count, length, masks, VOCAB), VOCAB, vocab_sha256(words), {})
     return folder
 
 
