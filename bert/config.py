@@ -370,6 +370,8 @@ def validate_for_ipu(config: Config, source: str = "config") -> None:
         if not good:
             raise InputError("%s: %s is %s, expected %s" % (source, key, json.dumps(found), expected))
 
+    expect(not (config.compile_only and config.ipu_model), "ipu_model", True,
+           "false with --compile-only: the simulator's executables are not kept")
     expect(config.device in ("auto", "ipu"), "device", config.device, "\"ipu\" or \"auto\" with --compile-only and --ipu-model")
     geometry = (ipu.micro_batch_size, ipu.gradient_accumulation_steps, ipu.replication_factor)
     product = geometry[0] * geometry[1] * geometry[2]
@@ -380,8 +382,9 @@ def validate_for_ipu(config: Config, source: str = "config") -> None:
            "\"auto\" (float16) or \"float32\" on IPUs")
     factor = ipu.embedding_serialization_factor or 1
     expect(model.vocab_size % factor == 0, "ipu.embedding_serialization_factor", factor,
-           "a number that divides model.vocab_size, %d: %s. Or pad the vocabulary: --model.vocab_size %d" % (
-               model.vocab_size, ", ".join(str(i) for i in range(1, 33) if model.vocab_size % i == 0), -(-model.vocab_size // factor) * factor))
+           "a number that divides model.vocab_size, %d: %s. Or begin with a vocabulary padded by unused words: --model.vocab_size %d" % (
+               model.vocab_size, ", ".join(str(i) for i in range(1, 33) if model.vocab_size % i == 0),
+               -(-model.vocab_size // factor) * factor))
     expect(all(ipu.layers_per_ipu[1:]), "ipu.layers_per_ipu", ipu.layers_per_ipu, "at least one layer on each IPU but the first")
     stages = 2 * len(ipu.layers_per_ipu) + 1 if len(ipu.layers_per_ipu) > 1 else 1
     expect(ipu.gradient_accumulation_steps >= stages, "ipu.gradient_accumulation_steps", ipu.gradient_accumulation_steps,

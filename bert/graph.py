@@ -91,7 +91,8 @@ class EncoderLayer(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.attention = nn.ModuleDict({"self": SelfAttention(config), "output": DenseAddNorm(config.hidden_size, config, "attention_output")})
+        output = DenseAddNorm(config.hidden_size, config, "attention_output")
+        self.attention = nn.ModuleDict({"self": SelfAttention(config), "output": output})
         self.intermediate = DenseGelu(config)
         self.output = DenseAddNorm(config.intermediate_size, config, "output")
 

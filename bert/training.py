@@ -9,7 +9,7 @@ import os
 import sys
 import tempfile
 import time
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, Iterator, List, Optional, Tuple
 
 import numpy as np
 import torch
@@ -56,15 +56,11 @@ def train(config: Config) -> int:
             make_engine(config, device).compile()
             say("compiled into %s" % config.ipu.executable_cache_dir)
             return 0
-        index, processes = process() if device == "ipu" else (0, 1)
-        if processes > 1 and config.data.text:
-            raise InputError("data.text is set, and poprun started %d processes. Make the shards before, with python -m data.prepare, and "
-                             "leave data.text out" % processes)
+        index = process()[0] if device == "ipu" else 0
         checkpoint = find_checkpoint(config, index)
-        if index:  # poprun's first process writes the run's folder; the others feed their share
-            folder = closing.enter_context(tempfile.TemporaryDirectory())
-            config = dataclasses.replace(config, training=dataclasses.replace(config.training, output=folder))
-            closing.enter_context(contextlib.redirect_stdout(closing.enter_context(open(os.devnull, "w"))))
+        drawn = os.path.exists(os.path.join(config.training.output, "curve.png"))
+        if index:
+            config = closing.enter_context(quiet(config))
         make_shards_from_text(config)
         shards, words, skipped = open_data(config)
         data_set = {"shards": [[os.path.basename(shard.path), shard.num_samples] for shard in shards],
@@ -72,12 +68,14 @@ def train(config: Config) -> int:
         state = read_state(checkpoint, data_set, config.data.on_bad_shard == "skip")
         state["skipped"].update(skipped)
         last = min(config.training.max_steps, config.training.stop_at_step or config.training.max_steps)
-        finished = last < config.training.max_steps or os.path.exists(os.path.join(config.training.output, "curve.png"))
-        if state["step"] >= last and finished:
+        if state["step"] >= last and (last < config.training.max_steps or drawn):
             say("%s: step %d of %d is done already, nothing to do" % (config.training.output, state["step"], last))
             return state["step"]
         loader = closing.enter_context(open_loader(config, shards, state, device))
         engine = make_engine(config, device)
+        if state["step"] % engine.steps_per_call:
+            raise InputError("ipu.device_iterations is %d, expected a divisor of %d, the step of %s. Go on with --ipu.device_iterations 1, "
+                             "or from a checkpoint whose step it divides" % (engine.steps_per_call, state["step"], checkpoint))
         if checkpoint:
             load_weights_into(engine, checkpoint, config, words, complete=True)
             engine.load_optimizer_state(load_moments(checkpoint), state.get("skipped_updates", 0))
@@ -189,11 +187,23 @@ def run_steps(config: Config, engine, loader: Loader, batch: GlobalBatch, words:
         except (KeyboardInterrupt, InputError, LoaderDied):
             if due:
                 write_line()
-            if engine.steps_done > saved:
+            if engine.steps_done > saved and engine.processes == 1:  # several may have been stopped at different steps
                 engine.wait_for(engine.steps_done)
                 save()
-            say("stopped after step %d of %d. To go on: the same command with --resume auto" % (engine.steps_done, training.max_steps))
+            say("stopped after step %d of %d. To go on from step %d: the same command with --resume auto" % (
+                engine.steps_done, training.max_steps, saved))
             raise
+
+
+@contextlib.contextmanager
+def quiet(config: Config) -> Iterator[Config]:
+    """The config of one of poprun's processes that is not the first, which alone writes the run's folder and says what happens: with a
+    folder that vanishes. Raises InputError where shards are still to be made."""
+    if config.data.text:
+        raise InputError("data.text is set, and poprun started several processes. Make the shards before, with python -m data.prepare, and "
+                         "leave data.text out")
+    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield dataclasses.replace(config, training=dataclasses.replace(config.training, output=folder))
 
 
 def next_batch(loader: Loader, count: int) -> GlobalBatch:
@@ -363,11 +373,12 @@ def say_what_runs(config: Config, device_line: str, engine, shards: List[ShardIn
     """Lines for people: where it runs, on what, from where."""
     training, samples = config.training, sum(shard.num_samples for shard in shards)
     rows, length = batch.arrays["input_ids"].shape
+    rows, samples_of_step = rows // engine.steps_per_call, batch.samples // engine.steps_per_call
     say("device: %s, %s" % (device_line, engine.describe()))
     say("global batch: %d samples in %d rows of %d, %.1f %% of the slots filled, %d micro-batches" % (
-        batch.samples, rows, length, 100 * (batch.arrays["sample_ids"] > 0).mean(), -(-rows // engine.micro_batch_size)))
+        samples_of_step, rows, length, 100 * (batch.arrays["sample_ids"] > 0).mean(), -(-rows // engine.micro_batch_size)))
     say("data: %d samples in %d shards; %d steps are %.2f epochs" % (
-        samples, len(shards), training.max_steps, training.max_steps * batch.samples / samples))
+        samples, len(shards), training.max_steps, training.max_steps * samples_of_step / samples))
     if checkpoint or training.start_from:
         say("%s %s" % ("continues from" if checkpoint else "starts from", checkpoint or training.start_from))
 

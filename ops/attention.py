@@ -45,9 +45,9 @@ def attention(query, key, value, within: Union[torch.Tensor, Spans], heads: int,
     """softmax(Q K^T / sqrt(D)) V within samples (arXiv 1706.03762, eq. 1).
 
     Of rows, [R, L, A * D] where `within` is a mask (bool, broadcastable to [R, A, L, L], True where one token sees another); of tokens
-    laid end to end, [T, A * D] where it is `Spans`. For the IPU it is the rows' sample ids [R, L], of any type: each layer
-    makes the mask where it needs it, so that none is sent from IPU to IPU or kept. `dropout` is the probability that an attention weight is dropped: 0 where
-    the model is not in training.
+    laid end to end, [T, A * D] where it is `Spans`. For the IPU it is the rows' sample ids [R, L], of any type: each layer makes the
+    mask where it needs it, so that none is sent from IPU to IPU or kept. `dropout` is the probability that an attention weight is
+    dropped: 0 where the model is not in training.
     """
     if isinstance(within, Spans):
         if query.device.type == "cpu":

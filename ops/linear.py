@@ -26,7 +26,8 @@ def linears(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[t
 
 def linears_plain(x, weights, biases) -> Tuple[torch.Tensor, ...]:
     """The same as one product of the parameters side by side."""
-    return _linear(x, torch.cat(tuple(weights)), torch.cat(tuple(biases)), "query_key_value").split([len(weight) for weight in weights], dim=-1)
+    product = _linear(x, torch.cat(tuple(weights)), torch.cat(tuple(biases)), "query_key_value")
+    return product.split([len(weight) for weight in weights], dim=-1)
 
 
 def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, name: str = "") -> torch.Tensor:
@@ -42,7 +43,8 @@ def linear_gelu_plain(x, weight, bias, name="") -> torch.Tensor:
     return F.gelu(_linear(x, weight, bias, name))
 
 
-def linear_dropout_add_norm(x, weight, bias, residual, norm_weight, norm_bias, eps: float, dropout: float, name: str = "") -> torch.Tensor:
+def linear_dropout_add_norm(x, weight, bias, residual, norm_weight, norm_bias, eps: float, dropout: float,
+                            name: str = "") -> torch.Tensor:
     """LayerNorm(dropout(linear(x)) + residual): x [T, I], weight [O, I], the biases and norm_weight [O], residual [T, O] -> [T, O].
 
     `dropout` is the probability that an element is dropped: 0 where the model is not in training. `name` is the product's in

@@ -19,7 +19,7 @@ from data.errors import InputError
 from data.rows import unpacked_batch
 from run_pretraining import main
 from tests.make_samples import random_samples
-from tests.poptorch_contract import executors, python_path, sdk
+from tests.poptorch_contract import python_path, sdk
 from tests.test_training import LENGTH, MASKS, ROOT, VOCAB, arguments, make_shards, read_lines
 
 EXACT = {"training__precision": "float32", "model__hidden_dropout_prob": 0, "model__attention_probs_dropout_prob": 0,
@@ -35,6 +35,14 @@ def poptorch(monkeypatch):
 @pytest.fixture
 def shards(tmp_path):
     return make_shards(tmp_path / "shards")
+
+
+@pytest.fixture
+def engines(monkeypatch):
+    """The engines of the runs, in order."""
+    made = []
+    monkeypatch.setattr("bert.training.make_engine", lambda *arguments: made.append(make_engine(*arguments)) or made[-1])
+    return made
 
 
 def newest(tmp_path, run, file="model.safetensors"):
@@ -55,8 +63,9 @@ def assert_same_run(tmp_path, one, other, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("options", [
-    {}, {"data__packing": "rows"}, {"ipu__embedding_serialization_factor": 2}, {"ipu__layers_per_ipu": "[1,1]"}, {"ipu__layers_per_ipu": "[2]"},
-    {"ipu__recompute_checkpoint_every_layer": "false", "ipu__optimizer_state_offchip": "true"}, {"ipu__operation_proportions.mlm_decoder": 0.1}],
+    {}, {"data__packing": "rows"}, {"ipu__embedding_serialization_factor": 2}, {"ipu__layers_per_ipu": "[1,1]"},
+    {"ipu__layers_per_ipu": "[2]"}, {"ipu__recompute_checkpoint_every_layer": "false", "ipu__optimizer_state_offchip": "true"},
+    {"ipu__operation_proportions.mlm_decoder": 0.1}],
     ids=lambda options: " ".join(options) or "as it is")
 def test_a_run_on_ipus_has_the_weights_of_one_on_the_cpu(tmp_path, shards, poptorch, options):
     assert main(arguments(tmp_path, shards, **EXACT, **options, training__output=tmp_path / "cpu")) == 0
@@ -93,7 +102,8 @@ def test_in_float16_a_stopped_and_resumed_run_is_the_uninterrupted_one(tmp_path,
     half = {**EXACT, **GEOMETRY, "training__precision": "auto", "training__max_steps": 6, "ipu__executable_cache_dir": tmp_path / "exe"}
     assert main(arguments(tmp_path, shards, **half, training__output=tmp_path / "whole")) == 0
     for stop in (4, 6):
-        assert main(arguments(tmp_path, shards, **half, training__output=tmp_path / "parts", training__stop_at_step=stop, resume="auto")) == 0
+        changes = {**half, "training__output": tmp_path / "parts", "training__stop_at_step": stop, "resume": "auto"}
+        assert main(arguments(tmp_path, shards, **changes)) == 0
     for file in ("model.safetensors", "optimizer.safetensors"):
         whole, parts = newest(tmp_path, "whole", file), newest(tmp_path, "parts", file)
         assert all(torch.equal(whole[name], parts[name]) for name in whole)
@@ -104,7 +114,7 @@ def test_in_float16_a_stopped_and_resumed_run_is_the_uninterrupted_one(tmp_path,
     assert losses == pytest.approx(expected, rel=2e-2) and losses[-1] < losses[0]
 
 
-def test_held_out_samples_are_evaluated_on_the_ipus_as_on_the_cpu(tmp_path, shards, poptorch):
+def test_held_out_samples_are_evaluated_on_the_ipus_as_on_the_cpu(tmp_path, shards, poptorch, engines):
     for device in ({}, GEOMETRY):
         name = device.get("device", "cpu")
         assert main(arguments(tmp_path, shards, **{**EXACT, **device}, data__files=shards / "train-00000.h5",
@@ -112,13 +122,12 @@ def test_held_out_samples_are_evaluated_on_the_ipus_as_on_the_cpu(tmp_path, shar
                               ipu__executable_cache_dir=tmp_path / "exe")) == 0
     found, expected = [json.loads((tmp_path / name / "held_out.json").read_text()) for name in ("ipu", "cpu")]
     assert found == pytest.approx(expected, rel=1e-5)
-    training, inference = executors()[-2:]
-    assert inference.options.called["deviceIterations"] == 3 and not training.isAttachedToDevice()
+    assert engines[-1].inference.options.called["deviceIterations"] == 3 and not engines[-1].training.isAttachedToDevice()
 
 
 def engine_for(tmp_path, shards, **changes):
-    config = parse_command_line(arguments(tmp_path, shards, **{**EXACT, **GEOMETRY, "ipu__executable_cache_dir": tmp_path / "exe", **changes}))
-    return make_engine(config, "ipu")
+    changes = {**EXACT, **GEOMETRY, "ipu__executable_cache_dir": tmp_path / "exe", **changes}
+    return make_engine(parse_command_line(arguments(tmp_path, shards, **changes)), "ipu")
 
 
 def test_a_serialized_weights_moments_come_back_whole(tmp_path, shards, poptorch):
@@ -143,11 +152,13 @@ def test_device_iterations_are_steps_one_after_the_other(tmp_path, shards, popto
     assert one.steps_done == two.steps_done == 2
 
 
-def test_a_run_with_device_iterations_takes_their_steps_and_samples(tmp_path, shards, poptorch):
-    changes = {**EXACT, **GEOMETRY, "training__max_steps": 4, "ipu__device_iterations": 2, "training__log_every": 2, "training__save_every": 4,
-               "ipu__executable_cache_dir": tmp_path / "exe"}
+def test_a_run_with_device_iterations_takes_their_steps_and_samples(tmp_path, shards, poptorch, capsys):
+    changes = {**EXACT, **GEOMETRY, "training__max_steps": 4, "ipu__device_iterations": 2, "training__log_every": 2,
+               "training__save_every": 4, "ipu__executable_cache_dir": tmp_path / "exe"}
     assert main(arguments(tmp_path, shards, **changes)) == 0
     assert [(line["step"], line["samples_seen"]) for line in read_lines(tmp_path)] == [(2, 48), (4, 96)]
+    output = capsys.readouterr().out
+    assert "global batch: 24 samples in 24 rows" in output and "12 micro-batches" in output and "4 steps are 0.96 epochs" in output
 
 
 def test_what_is_fed_is_the_loaders_memory(tmp_path, shards, poptorch, monkeypatch):
@@ -160,54 +171,114 @@ def test_what_is_fed_is_the_loaders_memory(tmp_path, shards, poptorch, monkeypat
     assert {tensor.dtype for tensor in fed} == {torch.int32, torch.float32}
 
 
-def test_compile_only_needs_neither_ipus_nor_data(tmp_path, shards, poptorch, monkeypatch, capsys):
+def test_compile_only_needs_neither_ipus_nor_data(tmp_path, shards, poptorch, engines, monkeypatch, capsys):
     monkeypatch.setenv("STAND_IN_IPUS", "0")
     changes = {**EXACT, **GEOMETRY, "ipu__executable_cache_dir": tmp_path / "exe", "data__files": "nothing"}
     assert main(arguments(tmp_path, shards, **changes) + ["--compile-only"]) == 0
     assert "compiled into" in capsys.readouterr().out and os.listdir(tmp_path / "exe") and not (tmp_path / "run").exists()
-    assert executors()[-1].options.called["useOfflineIpuTarget"] == 2
+    assert engines[-1].training.options.called["useOfflineIpuTarget"] == 2
     assert main(arguments(tmp_path, shards, **changes)) == 2
     assert "finds 0 IPUs, expected 4" in capsys.readouterr().err
+
+
+def poprun(words, folder, replicas=2):
+    """(exit status, standard output, standard error) of each of two processes."""
+    folder.mkdir()
+    started = []
+    for index in (0, 1):
+        environment = dict(os.environ, PYTHONPATH=python_path(), STAND_IN_POPDIST_INSTANCES="2", STAND_IN_POPDIST_INDEX=str(index),
+                           STAND_IN_POPDIST_TOTAL_REPLICAS=str(replicas), STAND_IN_POPDIST_FOLDER=str(folder))
+        started.append(subprocess.Popen([sys.executable, os.path.join(ROOT, "run_pretraining.py")] + [str(word) for word in words],
+                                        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    outputs = [process.communicate(timeout=120) for process in started]
+    return [(process.returncode,) + output for process, output in zip(started, outputs)]
 
 
 def test_two_processes_of_poprun_do_what_one_does(tmp_path, shards, poptorch):
     changes = {**EXACT, **GEOMETRY, "ipu__executable_cache_dir": tmp_path / "exe"}
     assert main(arguments(tmp_path, shards, **changes, training__output=tmp_path / "one")) == 0
-    words = [str(word) for word in arguments(tmp_path, shards, **changes, training__output=tmp_path / "two")]
-    (tmp_path / "meet").mkdir()
-    started = []
-    for index in (0, 1):
-        environment = dict(os.environ, PYTHONPATH=python_path(), STAND_IN_POPDIST_INSTANCES="2", STAND_IN_POPDIST_INDEX=str(index),
-                           STAND_IN_POPDIST_TOTAL_REPLICAS="2", STAND_IN_POPDIST_FOLDER=str(tmp_path / "meet"))
-        started.append(subprocess.Popen([sys.executable, os.path.join(ROOT, "run_pretraining.py")] + words, env=environment,
-                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-    outputs = [process.communicate(timeout=120) for process in started]
-    assert [process.returncode for process in started] == [0, 0], outputs
-    assert "process 0 of 2" in outputs[0][0] and outputs[1][0] == ""
+    words = arguments(tmp_path, shards, **changes, training__output=tmp_path / "two")
+    first, second = poprun(words, tmp_path / "meet")
+    assert first[0] == second[0] == 0, (first, second)
+    assert "process 0 of 2" in first[1] and second[1] == ""
     one, two = newest(tmp_path, "one"), newest(tmp_path, "two")
     assert all((two[name] - one[name]).norm() <= 1e-5 * one[name].norm() for name in one if not name.endswith("key.bias"))
     assert len(read_lines(tmp_path, "two")) == 3
+    again = poprun(words + ["--resume", "auto"], tmp_path / "again")  # done already: no process waits for another
+    assert [status for status, _, _ in again] == [0, 0] and "nothing to do" in again[0][1] and not os.listdir(tmp_path / "again")
+
+
+def test_poprun_has_to_start_the_configs_replicas(tmp_path, shards):
+    words = arguments(tmp_path, shards, **EXACT, **GEOMETRY, ipu__executable_cache_dir=tmp_path / "exe")
+    for status, _, errors in poprun(words, tmp_path / "meet", replicas=4):
+        assert status == 2 and "ipu.replication_factor is 2, and poprun started 4 replicas: poprun --num-replicas 2" in errors
+
+
+def options_of(poptorch, ipu, training=True, compile_only=False, ipu_model=False):
+    stages = make_stages(ipu.layers_per_ipu, ipu.matmul_proportion)
+    return dict(make_options(poptorch, stages, ipu, True, 42, training, compile_only, ipu_model).called)
 
 
 def test_the_recipes_options_reach_poptorch(poptorch):
-    ipu = parse_command_line(["--config", "pod16_phase2.json"]).ipu
-    called = make_options(poptorch, make_stages(ipu.layers_per_ipu, ipu.matmul_proportion), ipu, True, 42, True, False, False).called
-    assert called["replicationFactor"] == 4 and called["Training.gradientAccumulation"] == 512 and called["deviceIterations"] == 1
-    assert called["Training.accumulationAndReplicationReductionType"] is poptorch.ReductionType.Mean
-    assert called["outputMode"] is poptorch.OutputMode.Sum and called["randomSeed"] == 42 and called["autoRoundNumIPUs"]
-    assert called["setAvailableMemoryProportion"] == {"IPU0": 0.22, "IPU1": 0.22, "IPU2": 0.22, "IPU3": 0.22}
-    assert called["Precision.setPartialsType"] is torch.float16 and called["Precision.enableStochasticRounding"] is True
-    assert called["enableExecutableCaching"] == "./exe_cache" and "useOfflineIpuTarget" not in called
+    called = options_of(poptorch, parse_command_line(["--config", "pod16_phase2.json"]).ipu)
+    strategy, location = called.pop("setExecutionStrategy"), called.pop("TensorLocations.setOptimizerLocation")
+    assert strategy._count == 5 and location.called == {"useOnChipStorage": True, "useReplicatedTensorSharding": True}
+    assert called == {
+        "replicationFactor": 4, "autoRoundNumIPUs": True, "randomSeed": 42, "outputMode": poptorch.OutputMode.Sum, "deviceIterations": 1,
+        "setAvailableMemoryProportion": {"IPU0": 0.22, "IPU1": 0.22, "IPU2": 0.22, "IPU3": 0.22}, "enableExecutableCaching": "./exe_cache",
+        "Precision.setPartialsType": torch.float16, "Precision.enableStochasticRounding": True,
+        "Training.gradientAccumulation": 512, "Training.accumulationAndReplicationReductionType": poptorch.ReductionType.Mean,
+        "_Popart.disableGradAccumulationTensorStreams": True, "_Popart.accumulateOuterFragmentSettings.schedule": 3,
+        "_Popart.accumulateOuterFragmentSettings.excludedVirtualGraphs": ["0"], "_Popart.subgraphCopyingStrategy": 1,
+        "_Popart.scheduleNonWeightUpdateGradientConsumersEarly": True,
+        "_Popart.setEngineOptions": {"opt.useAutoloader": "true", "target.syncReplicasIndependently": "true"},
+        "_Popart.setPatterns": {"TiedGather": True, "TiedGatherAccumulate": True, "UpdateInplacePrioritiesForIpu": True}}
 
 
 @pytest.mark.parametrize("changes, key, value", [
     ({"automatic_loss_scaling": True}, "Training.setAutomaticLossScaling", True),
     ({"stochastic_rounding": False}, "Precision.enableStochasticRounding", False),
     ({"enable_half_partials": False}, "Precision.setPartialsType", torch.float32),
-    ({"synthetic_data": True}, "enableSyntheticData", True)])
+    ({"synthetic_data": True}, "enableSyntheticData", True),
+    ({"executable_cache_dir": "elsewhere"}, "enableExecutableCaching", "elsewhere")])
 def test_a_setting_reaches_poptorch(poptorch, changes, key, value):
-    ipu = dataclasses.replace(IpuConfig(), **changes)
-    assert make_options(poptorch, make_stages([0, 12], 0.2), ipu, True, 1, True, False, False).called[key] == value
+    assert options_of(poptorch, dataclasses.replace(IpuConfig(), **changes))[key] == value
+
+
+@pytest.mark.parametrize("changes, value", [
+    ({"optimizer_state_offchip": True}, {"useOnChipStorage": False, "useReplicatedTensorSharding": True}),
+    ({"replicated_tensor_sharding": False}, {"useOnChipStorage": True, "useReplicatedTensorSharding": False}),
+    ({"replication_factor": 1}, {"useOnChipStorage": True, "useReplicatedTensorSharding": False})])
+def test_the_place_of_the_moments_reaches_poptorch(poptorch, changes, value):
+    assert options_of(poptorch, dataclasses.replace(IpuConfig(), **changes))["TensorLocations.setOptimizerLocation"].called == value
+
+
+def test_a_profile_is_also_made_of_what_does_not_fit(poptorch):
+    engine_options = options_of(poptorch, dataclasses.replace(IpuConfig(), profile_folder="profile"))["_Popart.setEngineOptions"]
+    assert engine_options["autoReport.all"] == engine_options["debug.allowOutOfMemory"] == "true"
+    assert engine_options["autoReport.directory"] == "profile"
+
+
+def test_the_simulator_needs_no_ipus_and_keeps_no_executable(tmp_path, shards, poptorch, monkeypatch, capsys):
+    monkeypatch.setenv("STAND_IN_IPUS", "0")
+    called = options_of(poptorch, IpuConfig(), ipu_model=True)
+    assert called["useIpuModel"] is True and "enableExecutableCaching" not in called
+    changes = {**EXACT, **GEOMETRY, "ipu__executable_cache_dir": tmp_path / "exe"}
+    assert main(arguments(tmp_path, shards, **changes) + ["--compile-only", "--ipu-model"]) == 2
+    assert "ipu_model is true" in capsys.readouterr().err
+
+
+def test_the_optimizers_groups_are_the_recipes(tmp_path, shards, poptorch):
+    engine = engine_for(tmp_path, shards, training__precision="auto")
+    lamb, names = engine.optimizer, {id(parameter): name for name, parameter in engine.graph.named_parameters()}
+    assert (lamb.bias_correction, lamb.loss_scaling, lamb.accum_type, lamb.first_order_momentum_accum_type,
+            lamb.second_order_momentum_accum_type) == (False, 16384.0, torch.float16, torch.float16, torch.float32)
+    assert sum(len(group["params"]) for group in lamb.param_groups) == len(names)
+    for group in lamb.param_groups:
+        for name in (names[id(parameter)] for parameter in group["params"]):
+            assert group["weight_decay"] == (0.0 if name.endswith("bias") or "LayerNorm" in name else 0.01), name
+            assert (group["max_weight_norm"] == 0.0) == name.endswith("bias"), name
+    assert lamb.variable_attrs.isConstant("weight_decay") and not lamb.variable_attrs.isConstant("lr")
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -218,7 +289,7 @@ def test_moments_of_a_serialized_weight_are_found_by_their_parts(transposed):
     for prefix, dtype in (("Accl1___", torch.float16), ("Accl2___", torch.float32)):
         for name in ("layer.weight", "layer.bias"):
             state[prefix + "model.graph." + name] = torch.zeros(parameters[name].shape, dtype=dtype)
-        for name in ("/2", "", "/1"):
+        for name in ("/2", "", "/1"):  # in no order
             state[prefix + "heads/MatMul:0_Slice:0" + name] = torch.zeros((4, 2) if transposed else (2, 4), dtype=dtype)
     written = write_moments(state, moments, parameters)
     assert all(written[name].dtype == tensor.dtype and written[name].shape == tensor.shape and written[name].is_contiguous()
@@ -229,7 +300,40 @@ def test_moments_of_a_serialized_weight_are_found_by_their_parts(transposed):
         assert torch.equal(tensor, moments[name].half().float() if name.endswith("exp_avg") else moments[name]), name
 
 
-def test_moments_that_cannot_be_told_apart_are_an_error():
-    state = {"Accl1___a": torch.zeros(2), "Accl2___a": torch.zeros(2)}
-    with pytest.raises(InputError, match="Accl1___a for x.weight, expected one tensor for each parameter"):
-        read_moments(state, {"x.weight": torch.zeros(3)})
+@pytest.mark.parametrize("names, shapes", [
+    (["MatMul__t5", "MatMul__t7", "MatMul__t6"], [(2, 4)] * 3),  # parts of an unknown order
+    (["MatMul", "MatMul/1"], [(4, 4), (2, 4)]),  # parts of unequal size
+    (["MatMul", "Other/1"], [(3, 4)] * 2),  # of different products
+    (["MatMul", "MatMul/1", "MatMul/2"], [(4, 2)] * 2 + [(2, 4)]),
+    ([], [])])
+def test_moments_that_cannot_be_told_apart_are_an_error(names, shapes):
+    state = {prefix + name: torch.zeros(shape) for prefix in ("Accl1___", "Accl2___") for name, shape in zip(names, shapes)}
+    with pytest.raises(InputError, match="for word.weight, expected one tensor for each parameter"):
+        read_moments(state, {"word.weight": torch.zeros(6, 4)})
+
+
+def test_square_parts_of_a_serialized_weight_are_not_guessed():
+    state = {prefix + name: torch.zeros(4, 4) for prefix in ("Accl1___", "Accl2___") for name in ("MatMul", "MatMul/1")}
+    with pytest.raises(InputError, match="ipu.embedding_serialization_factor 1 avoids it"):
+        read_moments(state, {"word.weight": torch.zeros(8, 4)})
+
+
+def test_a_moment_of_another_shape_than_its_parameter_is_an_error():
+    state = {prefix + "model.graph.word.weight": torch.zeros(4, 6) for prefix in ("Accl1___", "Accl2___")}
+    with pytest.raises(InputError, match="for word.weight"):
+        read_moments(state, {"word.weight": torch.zeros(6, 4)})
+
+
+def test_a_resumed_run_draws_other_dropout_than_its_first_steps(tmp_path, shards, poptorch, engines):
+    changes = {**EXACT, **GEOMETRY, "ipu__executable_cache_dir": tmp_path / "exe", "training__max_steps": 4}
+    for stop in (2, 4):
+        assert main(arguments(tmp_path, shards, **changes, training__stop_at_step=stop, resume="auto")) == 0
+        assert engines[-1].training.options.called["randomSeed"] == 42 + stop - 2
+
+
+def test_a_checkpoint_between_two_calls_is_an_error(tmp_path, shards, poptorch, capsys):
+    assert main(arguments(tmp_path, shards, **{**EXACT, "training__max_steps": 6}, training__stop_at_step=3)) == 0
+    changes = {**EXACT, **GEOMETRY, "training__max_steps": 6, "ipu__device_iterations": 2, "training__log_every": 2,
+               "training__save_every": 2, "ipu__executable_cache_dir": tmp_path / "exe", "resume": "auto"}
+    assert main(arguments(tmp_path, shards, **changes)) == 2
+    assert "expected a divisor of 3, the step of" in capsys.readouterr().err

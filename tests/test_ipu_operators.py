@@ -49,6 +49,8 @@ def test_poptorch_lowers_every_operator_of_the_recipes_graphs(monkeypatch, name)
     counts = collections.Counter(event.name for event in found.events)
     assert counts["poptorch.recomputationCheckpoint"] == layers and counts["poptorch.identity_loss"] == 1
     assert counts["dropout"] == 1 + 3 * layers and counts["native_layer_norm"] == 2 + 2 * layers
+    outlined = [event.block for event in found.events if event.name == "poptorch.Attribute"]
+    assert outlined == ["embeddings"]  # its LayerNorm is kept apart
     factors = [event.arguments["factor"] for event in found.events if event.name == "poptorch.serializedMatMul"]
     assert factors == ([config.ipu.embedding_serialization_factor] if config.ipu.embedding_serialization_factor > 1 else [])
     scores = [event for event in found.events if event.name == "_softmax"]

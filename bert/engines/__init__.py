@@ -11,7 +11,7 @@ An engine has
                                                                   be read after wait_for
     steps_done, graph, micro_batch_size, describe()               the last step in the weights; what it trains, how, in a line
     steps_per_call                                                how many optimizer steps `step` does, on as many batches in one
-    index                                                         of this process among those of the run: 0 writes the run's folder
+    index, processes                                              of this process, and how many there are: 0 writes the run's folder
 
 and takes any graph whose forward turns a batch of rows into (weighted loss, metrics).
 """

@@ -6,7 +6,7 @@ Shape letters: R rows, L tokens of a row, M mask slots of a row, S samples of a 
 import importlib
 import importlib.util
 import re
-from typing import Callable, Dict, List, Sequence, Tuple
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -57,13 +57,12 @@ class IpuModel(nn.Module):
         return (loss,) + tuple(metrics[name] for name in METRICS)
 
 
-
 class IpuEngine:
     """Trains `graph` (batch of rows -> weighted loss, metrics) with LAMB on a pipeline of IPUs, in `ipu.replication_factor` replicas.
 
     `layout` gives the shape and type of each array of a global batch, all processes together (data/rows.py: batch_layout); `precision`
-    is "auto" for float16 or "float32". Under poprun each process feeds its share of the rows, and its metrics are those of its share: `index` says which it is.
-    A call does `steps_per_call` optimizer steps, on as many global batches one after the other.
+    is "auto" for float16 or "float32". Under poprun each process feeds its share of the rows, and its metrics are those of its share:
+    `index` says which it is. A call does `steps_per_call` optimizer steps, on as many global batches one after the other.
     """
 
     asynchronous = False
@@ -71,20 +70,34 @@ class IpuEngine:
     def __init__(self, graph: nn.Module, stages: Sequence[Stage], ipu: IpuConfig, layout: Dict[str, tuple], weight_decay: float, betas,
                  eps: float, seed: int, precision: str = "auto", compile_only: bool = False, ipu_model: bool = False):
         self.poptorch = importlib.import_module("poptorch")
-        self.graph, self.ipu, self.layout, self.stages = graph, ipu, layout, stages
+        self.graph, self.ipu, self.layout, self.stages, self.seed = graph, ipu, layout, stages, seed
         self.micro_batch_size, self.steps_per_call, self.steps_done = ipu.micro_batch_size, ipu.device_iterations, 0
         self.index, self.processes = process()
-        if ipu.replication_factor % self.processes:
-            raise InputError("ipu.replication_factor is %d, expected a multiple of the %d processes that poprun started" % (
-                ipu.replication_factor, self.processes))
+        if self.processes > 1:
+            self.check_poprun(compile_only)
         self.half = precision != "float32"
         if self.half:
             graph.half()
         self.model = IpuModel(graph, self.poptorch, ipu.gradient_accumulation_steps * ipu.replication_factor, ipu.operation_proportions)
         self.optimizer = self.make_optimizer(weight_decay, betas, eps)
-        self.options_of = lambda training: make_options(self.poptorch, stages, ipu, self.half, seed, training, compile_only, ipu_model)
-        self.training = self.poptorch.trainingModel(self.model.train(), options=self.options_of(True), optimizer=self.optimizer)
-        self.inference, self.moments = None, None
+        self.compile_only, self.ipu_model = compile_only, ipu_model
+        self.training, self.inference, self.moments = None, None, None
+
+    def check_poprun(self, compile_only: bool) -> None:
+        """Starts PopDist. Raises InputError where poprun was told something else than the config."""
+        popdist = importlib.import_module("popdist")
+        popdist.init()
+        if compile_only:
+            raise InputError("--compile-only compiles for one process, and poprun started %d: leave it out; the first run under poprun "
+                             "compiles" % self.processes)
+        if popdist.getNumTotalReplicas() != self.ipu.replication_factor:
+            raise InputError("ipu.replication_factor is %d, and poprun started %d replicas: poprun --num-replicas %d ..., or a config for "
+                             "as many" % (self.ipu.replication_factor, popdist.getNumTotalReplicas(), self.ipu.replication_factor))
+
+    def options(self, training: bool):
+        # Another seed where a run goes on: it would draw the dropout of its first steps again.
+        return make_options(self.poptorch, self.stages, self.ipu, self.half, self.seed + self.steps_done, training, self.compile_only,
+                            self.ipu_model)
 
     def make_optimizer(self, weight_decay: float, betas, eps: float):
         groups = []
@@ -111,25 +124,26 @@ class IpuEngine:
 
     def compile(self) -> None:
         """Compiles the training executable, into ipu.executable_cache_dir. Takes minutes; may be interrupted."""
+        self.training = self.poptorch.trainingModel(self.model.train(), options=self.options(True), optimizer=self.optimizer)
         rows = self.steps_per_call * self.layout["input_ids"][0][0] // self.processes
         empty = {name: np.zeros((rows,) + shape[1:], dtype) for name, (shape, dtype) in self.layout.items()}
         self.training.compile(*(torch.from_numpy(empty[name]) for name in INPUTS))
 
     def prepare(self) -> None:
         """Has the training executable on the IPUs, with the state that was loaded."""
-        if self.inference is not None and self.inference.isAttachedToDevice():
+        if is_attached(self.inference):
             self.inference.detachFromDevice()
-        if not self.training.isCompiled():
+        if self.training is None or not self.training.isCompiled():
             self.compile()
         if self.moments is not None:
-            # Only now are the state's names known: a serialized weight has its moments in parts. They go up when the IPUs are attached.
-            if self.training.isAttachedToDevice():
+            # Only now are the state's names known: a serialized weight has its moments in parts. PopTorch sends them up when it attaches.
+            if is_attached(self.training):
                 self.training.detachFromDevice()
             state = self.optimizer.state_dict()
             state["ipu_state"] = write_moments(state["ipu_state"], self.moments, dict(self.graph.named_parameters()))
             self.optimizer.load_state_dict(state)
             self.moments = None
-        if not self.training.isAttachedToDevice():
+        if not is_attached(self.training):
             self.training.attachToDevice()
 
     def step(self, batch: Dict[str, np.ndarray], learning_rate: float, step: int,
@@ -165,12 +179,12 @@ class IpuEngine:
 
     def evaluate(self, batch: Dict[str, np.ndarray]) -> Dict[str, torch.Tensor]:
         """The metrics of `step` on these rows, without dropout and without an update. The IPUs go to another executable for it."""
-        if self.training.isAttachedToDevice():
+        if is_attached(self.training):
             self.training.detachFromDevice()
         self.model.eval()
         if self.inference is None:
-            self.inference = self.poptorch.inferenceModel(self.model, options=self.options_of(False))
-        elif self.inference.isCompiled() and not self.inference.isAttachedToDevice():
+            self.inference = self.poptorch.inferenceModel(self.model, options=self.options(False))
+        elif not is_attached(self.inference):
             self.inference.attachToDevice()
         # As many micro-batches as the pipeline has stages; the last are filled up with rows of weight 0.
         rows = self.micro_batch_size * len(self.stages) * self.ipu.replication_factor // self.processes
@@ -189,8 +203,8 @@ class IpuEngine:
 
     def weights(self) -> Dict[str, torch.Tensor]:
         """Parameter name -> tensor, on the CPU, float32."""
-        if self.training.isAttachedToDevice():
-            self.training.copyWeightsToHost()
+        if is_attached(self.training):
+            self.training.copyWeightsToHostIfNeeded()
         return {name: parameter.detach().float().clone() for name, parameter in self.graph.named_parameters()}
 
     def load_weights(self, tensors: Dict[str, torch.Tensor]) -> None:
@@ -199,14 +213,14 @@ class IpuEngine:
             for name, parameter in self.graph.named_parameters():
                 if name in tensors:
                     parameter.copy_(tensors[name])
-        if self.training.isAttachedToDevice():
+        if is_attached(self.training):
             self.training.copyWeightsToDevice()
 
     def optimizer_state(self) -> Dict[str, torch.Tensor]:
         """"<parameter name>.exp_avg" and ".exp_avg_sq" -> tensor, on the CPU, float32; empty before the first step."""
         if self.moments is not None:
             return self.moments
-        if not self.training.isCompiled():
+        if self.training is None or not self.training.isCompiled():
             return {}
         return read_moments(self.optimizer.state_dict()["ipu_state"], dict(self.graph.named_parameters()))
 
@@ -219,13 +233,16 @@ class IpuEngine:
         return 0
 
 
+def is_attached(executor) -> bool:
+    return executor is not None and executor.isAttachedToDevice()
+
+
 def make_options(poptorch, stages: Sequence[Stage], ipu: IpuConfig, half: bool, seed: int, training: bool, compile_only: bool,
                  ipu_model: bool):
     """poptorch.Options for the training executable, or for one that evaluates."""
     popart = importlib.import_module("popart")
     index, processes = process()
     if processes > 1:  # poprun says how many replicas there are
-        importlib.import_module("popdist").init()
         options = importlib.import_module("popdist.poptorch").Options(ipus_per_replica=1 + max(stage.ipu for stage in stages))
     else:
         options = poptorch.Options()
@@ -235,12 +252,14 @@ def make_options(poptorch, stages: Sequence[Stage], ipu: IpuConfig, half: bool, 
     options.outputMode(poptorch.OutputMode.Sum)
     options.setExecutionStrategy(poptorch.PipelinedExecution(*(poptorch.Stage(*stage.blocks).ipu(stage.ipu) for stage in stages)))
     options.setAvailableMemoryProportion({"IPU%d" % stage.ipu: stage.matmul_proportion for stage in stages})
-    options.enableExecutableCaching(ipu.executable_cache_dir)
     options.Precision.setPartialsType(torch.float16 if half and ipu.enable_half_partials else torch.float32)
-    if compile_only:
-        options.useOfflineIpuTarget()
-    if ipu_model:
+    if ipu_model:  # it has no cache
         options.useIpuModel(True)
+    else:
+        options.enableExecutableCaching(ipu.executable_cache_dir)
+    if compile_only:  # for IPUs like those that are here, else for Mk2
+        version = poptorch.ipuHardwareVersion() if poptorch.ipuHardwareIsAvailable() else 2
+        options.useOfflineIpuTarget(version if version > 0 else 2)
     if ipu.synthetic_data:
         options.enableSyntheticData(True)
     engine_options = {"opt.useAutoloader": "true", "target.syncReplicasIndependently": "true"}
@@ -274,12 +293,9 @@ def read_moments(state: Dict[str, torch.Tensor], parameters: Dict[str, torch.Ten
     """PopART's optimizer state -> {"<parameter name>.exp_avg", ".exp_avg_sq": float32 tensor of the parameter's shape}."""
     moments = {}
     for key, prefix in MOMENTS.items():
-        for name, keys in parts_of(state, prefix, parameters).items():
-            rows, columns = parameters[name].shape if len(keys) > 1 else (0, 0)
-            parts = [state[one].float() for one in keys]
-            if len(keys) > 1 and parts[0].shape == (columns, rows // len(keys)):  # PopART keeps them as the product takes them
-                parts = [part.t() for part in parts]
-            moments["%s.%s" % (name, key)] = torch.cat(parts).reshape(parameters[name].shape).contiguous()
+        for name, (keys, transposed) in parts_of(state, prefix, parameters).items():
+            parts = [state[one].float().t() if transposed else state[one].float() for one in keys]
+            moments["%s.%s" % (name, key)] = torch.cat(parts) if len(parts) > 1 else parts[0].clone()
     return moments
 
 
@@ -287,29 +303,43 @@ def write_moments(state: Dict[str, torch.Tensor], moments: Dict[str, torch.Tenso
     """`state` with the values of `moments`, each in the shape and type that PopART has: it reads them by their address."""
     written = dict(state)
     for key, prefix in MOMENTS.items():
-        for name, keys in parts_of(state, prefix, parameters).items():
-            parts = moments["%s.%s" % (name, key)].chunk(len(keys)) if len(keys) > 1 else [moments["%s.%s" % (name, key)]]
-            for one, part in zip(keys, parts):
-                there = state[one]
-                part = part.t() if part.shape != there.shape and part.dim() == 2 else part
-                written[one] = part.to(there.dtype).reshape(there.shape).contiguous()
+        for name, (keys, transposed) in parts_of(state, prefix, parameters).items():
+            moment = moments["%s.%s" % (name, key)]
+            for one, part in zip(keys, moment.chunk(len(keys)) if len(keys) > 1 else [moment]):
+                written[one] = (part.t() if transposed else part).to(state[one].dtype).contiguous()
     return written
 
 
-def parts_of(state: Dict[str, torch.Tensor], prefix: str, parameters: Dict[str, torch.Tensor]) -> Dict[str, List[str]]:
-    """Parameter name -> the state's names of its moment: one, or the parts of the weight whose product is serialized."""
+def parts_of(state: Dict[str, torch.Tensor], prefix: str, parameters: Dict[str, torch.Tensor]) -> Dict[str, Tuple[List[str], bool]]:
+    """Parameter name -> (the state's names of its moment, whether those tensors are transposed).
+
+    The one weight whose product is serialized has its moment in parts, "<product>", "<product>/1", "<product>/2" and so on, which are
+    rows of it or, as the product takes them, columns. Raises InputError for anything else, rather than guess.
+    """
     there = [key for key in state if key.startswith(prefix)]
     found = {name: [key for key in there if key.endswith("." + name)] for name in parameters}
-    missing = [name for name, keys in found.items() if not keys]
     known = {key for keys in found.values() for key in keys}
-    parts = [key for key in there if key not in known]
-    # Parts are called "<product>", "<product>/1", "<product>/2" and so on.
-    parts.sort(key=lambda key: int((re.search(r"/(\d+)$", key) or [0, 0])[1]))
-    if len(missing) == 1 and parts and sum(state[key].numel() for key in parts) == parameters[missing[0]].numel():
-        found[missing[0]] = parts
-    elif missing or parts:
-        raise InputError("the optimizer's state on the IPU has %s for %s, expected one tensor for each parameter, or the parts of one "
+    parts, missing = [key for key in there if key not in known], [name for name, keys in found.items() if not keys]
+    if len(missing) == 1:
+        products = {re.sub(r"/\d+$", "", key) for key in parts}
+        found[missing[0]] = [product + ("/%d" % i if i else "") for product in products for i in range(len(parts))]
+    placed = {name: (keys, orientation([state.get(key) for key in keys], parameters[name].shape)) for name, keys in found.items()}
+    if len(missing) > 1 or (parts and not missing) or any(transposed is None for _, transposed in placed.values()):
+        wrong = missing or [name for name, (_, transposed) in placed.items() if transposed is None] or ["no parameter"]
+        raise InputError("the optimizer's state on the IPU has %s for %s, expected one tensor for each parameter, or equal parts of one "
                          "serialized weight. Please report it with the versions of PopTorch and of the Poplar SDK; "
                          "ipu.embedding_serialization_factor 1 avoids it" % (
-                             ", ".join(parts) or "nothing", ", ".join(missing) or "no parameter"))
-    return found
+                             ", ".join("%s %s" % (key, list(state[key].shape)) for key in parts or found[wrong[0]]) or "nothing",
+                             ", ".join(wrong)))
+    return placed
+
+
+def orientation(parts: List[Optional[torch.Tensor]], shape: torch.Size) -> Optional[bool]:
+    """Whether these tensors, row after row, are transposed to make one of `shape`; None where they make none, or it is open."""
+    if not parts or any(part is None or part.shape != parts[0].shape for part in parts):
+        return None
+    if len(parts) == 1:
+        return False if parts[0].shape == shape else None
+    rows, columns = shape[0] / len(parts), shape[1]
+    fits = [parts[0].shape == (rows, columns), parts[0].shape == (columns, rows)]
+    return fits[1] if sum(fits) == 1 else None

@@ -24,11 +24,11 @@ class TorchEngine:
     The graph's parameters are in the type that it computes in; `masters`, the weights that LAMB updates, are float32: in float32 the
     same tensors, in bfloat16 rounded copies are made of them once a step. `layers` are compiled one by one, where `compile` says
     so; `head_size` is their attention's. Dropout draws from a generator state of its own: a function of (seed, step, first row of the
-    micro-batch), so that a run is repeatable whatever else draws random numbers. `steps_done` is the last step whose update is in the weights. On CUDA a step is
-    `asynchronous`: it returns before the device is done.
+    micro-batch), so that a run is repeatable whatever else draws random numbers. `steps_done` is the last step whose update is in the
+    weights. On CUDA a step is `asynchronous`: it returns before the device is done.
     """
 
-    steps_per_call, index = 1, 0
+    steps_per_call, index, processes = 1, 0, 1
 
     def __init__(self, graph: nn.Module, device: str, head_size: int, weight_decay: float, betas, eps: float, seed: int,
                  micro_batch_size: int, precision: str = "auto", compile: str = "auto", layers: Sequence[nn.Module] = ()):

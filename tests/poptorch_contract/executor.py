@@ -125,8 +125,6 @@ class PoplarExecutor:
         if not self._offline:
             self._need_ipus()
         self._trace, self._graph = trace.events, graph
-        seed = self._options.called.get("randomSeed", random.randrange(2 ** 32))
-        self._generator = torch.Generator().manual_seed(seed + self._options.Distributed.processId).get_state()
         self._cache()
         self._device = self._moments = None
         if not self._offline:
@@ -222,6 +220,8 @@ class PoplarExecutor:
 
     def _check_options(self, trace, strategy):
         called, stages = self._options.called, trace.stages
+        if called.get("useIpuModel") and self._offline:
+            raise RuntimeError("useOfflineIpuTarget (ConnectionType.Never) is not supported for the IPU model")
         if stages > 1 and not isinstance(strategy, ShardedExecution):
             name, number, needed = ("Training.gradientAccumulation", self._accumulation, 2 * stages - 1) if self._training else (
                 "deviceIterations", self._iterations, stages)
@@ -259,21 +259,24 @@ class PoplarExecutor:
     def _iterate(self, iteration, batches, outputs):
         weights = [tensor.float() if tensor.is_floating_point() else tensor for tensor in self._device.values()]
         loss_scaling = torch.tensor(self._values["loss_scaling"] if self._training else 1.0)
-        accumulators = {}
+        accumulators, running = {}, self._mean and self._training and self._optimizer.accum_type == torch.float16
         for replica in range(self._replicas):
             for micro_batch in range(self._accumulation):
+                done = replica * self._accumulation + micro_batch
                 inputs = [batch[iteration, replica, micro_batch] for batch in batches]
                 outputs[iteration, replica, micro_batch], gradients = self._graph(weights, loss_scaling, inputs)
                 for name, gradient in zip(self._trained, gradients):
                     if gradient is not None:
                         before = accumulators.get(name, torch.zeros(()))
-                        accumulators[name] = (before.float() + gradient).to(self._optimizer.accum_type)
+                        # In float16 PopTorch has PopART keep the mean so far, a sum in float32: that of many would run over.
+                        total = before.float() + (gradient - before.float()) / (done + 1) if running else before + gradient
+                        accumulators[name] = total.to(self._optimizer.accum_type)
         if self._training:
-            self._update(accumulators)
+            self._update(accumulators, self._accumulation * self._replicas if self._mean and not running else 1)
 
-    def _update(self, accumulators):
+    def _update(self, accumulators, parts):
         processes = self._options.Distributed.numProcesses
-        parts = self._accumulation * self._replicas * processes if self._mean else 1
+        parts *= processes if self._mean else 1
         gradients = {name: tensor.float() for name, tensor in accumulators.items()}
         if processes > 1:
             gradients = add_up(gradients, "%d-%d" % (self._number, self._steps), self._options.Distributed.processId, processes)
@@ -325,6 +328,8 @@ class PoplarExecutor:
 
     def _attach(self):
         self._attached = True
+        seed = self._options.called.get("randomSeed", random.randrange(2 ** 32))
+        self._generator = torch.Generator().manual_seed(seed + self._options.Distributed.processId).get_state()
         self.copyWeightsToDevice()
         if self._training:
             self._write_state()

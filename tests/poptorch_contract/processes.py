@@ -40,8 +40,13 @@ def local_replicas() -> int:
     return total_replicas() // instances()
 
 
+_started = []
+
+
 def start() -> None:
-    instances()
+    if _started:
+        raise RuntimeError("popdist.init() is called a second time")
+    _started.append(instances())
 
 
 def add_up(tensors, name: str, index: int, count: int):
