@@ -225,7 +225,10 @@ def find_device(config: Config) -> Tuple[str, str]:
     wanted = "ipu" if config.compile_only or config.ipu_model else config.device
     device, line = choose_device(wanted, ipus, needs_hardware=not (config.compile_only or config.ipu_model))
     if device == "ipu":
-        validate_for_ipu(config)
+        try:
+            validate_for_ipu(config)
+        except InputError as error:
+            raise InputError("%s. To train without the IPUs that are here: --device cuda or --device cpu" % error)
     return device, line
 
 

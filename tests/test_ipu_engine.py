@@ -125,6 +125,15 @@ def test_held_out_samples_are_evaluated_on_the_ipus_as_on_the_cpu(tmp_path, shar
     assert engines[-1].inference.options.called["deviceIterations"] == 3 and not engines[-1].training.isAttachedToDevice()
 
 
+def test_auto_takes_ipus_and_says_how_to_leave_them(tmp_path, shards, poptorch, capsys):
+    changes = {**EXACT, **GEOMETRY, "device": "auto", "ipu__executable_cache_dir": tmp_path / "exe"}
+    assert main(arguments(tmp_path, shards, **changes)) == 0
+    assert "device: ipu (4 Mk2 IPUs)" in capsys.readouterr().out
+    assert main(arguments(tmp_path, shards, **{**changes, "ipu__replication_factor": 1}, training__output=tmp_path / "other")) == 2
+    errors = capsys.readouterr().err
+    assert "training.global_batch_size is 24, expected" in errors and "--device cuda or --device cpu" in errors
+
+
 def engine_for(tmp_path, shards, **changes):
     changes = {**EXACT, **GEOMETRY, "ipu__executable_cache_dir": tmp_path / "exe", **changes}
     return make_engine(parse_command_line(arguments(tmp_path, shards, **changes)), "ipu")
