@@ -15,7 +15,7 @@ from data.packing import SAMPLES_PER_ROW
 from ops.ipu import MATMULS
 
 __all__ = ["Config", "DataConfig", "IpuConfig", "ModelConfig", "OptimizerConfig", "TrainingConfig",
-           "learning_rate_at", "parse_command_line", "validate", "validate_for_ipu"]
+           "learning_rate_at", "parse_command_line", "samples_per_row", "validate", "validate_for_ipu"]
 
 CONFIG_FOLDER = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs")
 
@@ -395,6 +395,12 @@ def validate_for_ipu(config: Config, source: str = "config") -> None:
         steps = getattr(training, name)
         expect(not steps or steps % ipu.device_iterations == 0, "training." + name, steps,
                "a multiple of ipu.device_iterations, %d" % ipu.device_iterations)
+
+
+def samples_per_row(config: Config, device: str) -> int:
+    """How many samples a row may hold: packing `auto` means one on IPUs."""
+    packing = config.data.packing
+    return 1 if packing == "off" or (packing == "auto" and device == "ipu") else config.data.samples_per_row
 
 
 def learning_rate_at(step: int, optimizer: OptimizerConfig, max_steps: int) -> float:

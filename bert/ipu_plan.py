@@ -7,7 +7,7 @@ for the last, which has just been computed.
 """
 
 from dataclasses import dataclass
-from typing import Dict, List, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 from bert.config import Config
 from bert.stages import Stage
@@ -51,14 +51,14 @@ class IpuMemory:
     """Inputs and checkpoints of the micro-batches under way."""
     activations: int
     """Recomputed from a checkpoint, and gradients, when they and the product's temporaries need most."""
-    products: int
+    temporaries: int
     """Temporaries of the matrix product at that moment."""
     moment: str
     """That moment: the operation whose gradient is computed, and its block."""
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.stashes + self.activations + self.products
+        return self.weights + self.gradients + self.optimizer + self.stashes + self.activations + self.temporaries
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,14 @@ class IpuPlan:
     filling: int
     """Of these, the cycles that fill and drain the pipeline."""
     peak: float
-    """FLOP/s of an IPU's matrix units."""
+    """FLOP/s of a Mk2 IPU's matrix units; in float16 with float16 partial sums."""
+    trace: Trace
+    """What it was made from."""
+
+    @property
+    def fullest(self) -> float:
+        """The share of its memory that the fullest IPU needs."""
+        return max(one.total for one in self.memory) / IPU_BYTES
 
     def work_of(self, ipu: int) -> int:
         """FLOPs of an IPU in a cycle."""
@@ -85,9 +92,9 @@ class IpuPlan:
         return max(range(len(self.memory)), key=self.work_of)
 
 
-def make_ipu_plan(config: Config) -> IpuPlan:
-    """The plan of a config that validate_for_ipu accepts."""
-    found = trace(config)
+def make_ipu_plan(config: Config, traced: Optional[Trace] = None) -> IpuPlan:
+    """The plan of a config that validate_for_ipu accepts; `traced` is its trace, where there is one: replicas do not change it."""
+    found = traced or trace(config)
     ipu, last = config.ipu, len(found.stages) - 1
     number_bytes = 4 if config.training.precision == "float32" else 2
     stages, peaks, seen = [], [], set()
@@ -107,10 +114,10 @@ def make_ipu_plan(config: Config) -> IpuPlan:
     for number in range(len(ipu.layers_per_ipu)):
         here = [i for i, one in enumerate(stages) if one.stage.ipu == number]
         parameters = sum(stages[i].parameters for i in here)
-        activations, products, moment = max((peaks[i] for i in here), key=lambda one: one[0] + one[1])
+        activations, taken, moment = max((peaks[i] for i in here), key=lambda one: one[0] + one[1])
         memory.append(IpuMemory(parameters * number_bytes, parameters * number_bytes, optimizer_bytes(parameters, config),
-                                sum(stages[i].kept * stages[i].micro_batches_kept for i in here), activations, products, moment))
-    return IpuPlan(stages, memory, ipu.gradient_accumulation_steps + 2 * last, 2 * last, PEAK_FLOPS[number_bytes])
+                                sum(stages[i].kept * stages[i].micro_batches_kept for i in here), activations, taken, moment))
+    return IpuPlan(stages, memory, ipu.gradient_accumulation_steps + 2 * last, 2 * last, PEAK_FLOPS[number_bytes], found)
 
 
 def optimizer_bytes(parameters: int, config: Config) -> int:
@@ -118,7 +125,8 @@ def optimizer_bytes(parameters: int, config: Config) -> int:
     ipu = config.ipu
     if ipu.optimizer_state_offchip:
         return 0
-    each = (2 if ipu.enable_half_first_order_momentum else 4) + 4
+    half = ipu.enable_half_first_order_momentum and config.training.precision != "float32"
+    each = (2 if half else 4) + 4
     return -(-parameters * each // (ipu.replication_factor if ipu.replicated_tensor_sharding else 1))
 
 
@@ -143,8 +151,8 @@ def peak_of(found: Trace, part: Sequence[int], proportion: float, proportions: D
             half_partials: bool) -> Tuple[int, int, str]:
     """(bytes of activations and gradients, of a product's temporaries, the operation) at the fullest moment of a part's backward pass.
 
-    At the gradient of operation k there are: what the gradients of k and of the operations before it need, the gradients of k's outputs and
-    inputs, those of the part's own inputs, which gather, and the temporaries of k's products.
+    At the gradient of operation k there are, about: what the gradients of k and of the operations before it need, the gradients of k's
+    outputs and inputs, those of the part's own inputs, which gather, and the temporaries of k's products.
     """
     values, inside = found.values, set(part)
     saved = [value for value in values if value.made_by in inside and value.saved_by in inside]
@@ -173,6 +181,6 @@ def temporaries(found: Trace, one: Operation, half_partials: bool) -> int:
         return 0
     number_bytes = found.values[one.outputs[0]].bytes // (batch * rows * columns)
     left, right = rows * inner * number_bytes, inner * columns * number_bytes // one.parts
-    result = rows * columns * number_bytes // one.parts * (1 if half_partials else 2)
+    result = rows * columns // one.parts * (2 if half_partials and number_bytes == 2 else 4)
     spread = 3 * (left * right * result * max(1.0, TILES / batch)) ** (1 / 3)
     return int(batch * max(spread, left + right + result))

@@ -3,6 +3,7 @@
 For IPUs everything comes from the traced graph and one published speed; for CUDA and CPU a micro-batch is measured.
 """
 
+import copy
 import glob
 import os
 import sys
@@ -10,11 +11,10 @@ import textwrap
 from dataclasses import dataclass
 from typing import List, Optional, Sequence, Tuple
 
-from bert.config import CONFIG_FOLDER, Config, parse_command_line, validate_for_ipu
+from bert.config import CONFIG_FOLDER, Config, IpuConfig, parse_command_line, samples_per_row, validate_for_ipu
 from bert.ipu_plan import IPU_BYTES, IpuPlan, make_ipu_plan
 from bert.plan_warnings import warnings_of
 from bert.training import duration
-from bert.trace import rows_are_packed
 from data.errors import InputError
 from data.packing import mask_slots_of_row, pack
 from data.shards import open_shards, read_samples
@@ -56,17 +56,18 @@ def say(lines: Sequence[str]) -> None:
 
 
 def is_for_ipu(config: Config) -> Tuple[bool, str]:
-    """Whether the plan is for IPUs, and why not where the config leaves it open."""
+    """Whether the plan is for IPUs, and why not where the config leaves it open. Raises InputError for an ipu section that cannot run."""
     if config.device != "auto" or config.compile_only or config.ipu_model:
         return config.device in ("auto", "ipu"), ""
-    ipu = config.ipu
+    ipu, usual = config.ipu, IpuConfig()
     rows = ipu.micro_batch_size * ipu.gradient_accumulation_steps * ipu.replication_factor
-    if rows != config.training.global_batch_size:
-        return False, "the ipu section gives %d rows a step, the global batch is %d" % (rows, config.training.global_batch_size)
+    names = ("micro_batch_size", "gradient_accumulation_steps", "replication_factor")
+    if rows != config.training.global_batch_size and all(getattr(ipu, name) == getattr(usual, name) for name in names):
+        return False, "the config says nothing of %s" % ", ".join("ipu." + name for name in names)
     try:
         validate_for_ipu(config)
     except InputError as error:
-        return False, str(error)
+        raise InputError("%s. To plan for this machine instead: --device cpu, or --device cuda" % error)
     return True, ""
 
 
@@ -99,7 +100,8 @@ def look_at_data(config: Config) -> DataFacts:
     """Opens the shards where there are some. Raises InputError where they do not fit the config."""
     data = config.data
     if not any(glob.glob(pattern) for pattern in data.files):
-        return DataFacts(None, None, None, "no shards at %s" % (", ".join(data.files) or "data.files, which is empty"))
+        return DataFacts(None, None, None, "no shards at %s%s" % (
+            ", ".join(data.files) or "data.files, which is empty", ", training makes them from data.text" if data.text else ""))
     skipped = {} if data.on_bad_shard == "skip" else None
     shards = open_shards(data.files, data.sequence_length, data.mask_tokens, config.model.vocab_size, skipped)
     samples = sum(shard.num_samples for shard in shards)
@@ -125,9 +127,8 @@ def calibrate() -> Tuple[Config, IpuPlan, Speed]:
     """The published run: its config and plan, and the speed that it had, whose efficiency is what other plans are estimated with."""
     config = parse_command_line(["--config", os.path.join(CONFIG_FOLDER, PUBLISHED[0] + ".json")])
     found = make_ipu_plan(config)
-    step = config.training.global_batch_size / PUBLISHED[1]
-    cycle = step / found.cycles
-    return config, found, Speed(found.work_of(found.slowest) / cycle / found.peak, cycle, step)
+    cycle = config.training.global_batch_size / PUBLISHED[1] / found.cycles
+    return config, found, speed_of(found, found.work_of(found.slowest) / cycle / found.peak)
 
 
 def speed_of(found: IpuPlan, efficiency: float) -> Speed:
@@ -139,9 +140,10 @@ def speed_of(found: IpuPlan, efficiency: float) -> Speed:
 def ipu_report(config: Config, found: IpuPlan, facts: DataFacts) -> List[str]:
     """The plan for IPUs, in lines for people."""
     ipu, count = config.ipu, len(found.stages)
-    lines = ["Plan of %s for %d IPUs: %s, each %s on %s" % (
-        name_of(config), ipus_of(config), number_of(ipu.replication_factor, "replica"),
-        "a pipeline of %d stages" % count if count > 1 else "a single stage", number_of(len(ipu.layers_per_ipu), "IPU")), ""]
+    lines = ["Plan of %s for %s: %s, %s%s on %s" % (
+        name_of(config), number_of(ipus_of(config), "IPU"), number_of(ipu.replication_factor, "replica"),
+        "each " if ipu.replication_factor > 1 else "", "a pipeline of %d stages" % count if count > 1 else "a single stage",
+        number_of(len(ipu.layers_per_ipu), "IPU")), ""]
     lines += step_lines(config, facts) + [""] + stage_lines(found) + [""] + memory_lines(config, found) + [""]
     lines += time_lines(config, found, facts) + [""]
     warnings = warnings_of(config, found)
@@ -154,48 +156,51 @@ def step_lines(config: Config, facts: DataFacts) -> List[str]:
     lines = ["A step", "  %s micro-batches of %d rows on each replica: %s rows of %d tokens, %s token slots" % (
         thousands(ipu.gradient_accumulation_steps), ipu.micro_batch_size, thousands(rows), data.sequence_length,
         thousands(rows * data.sequence_length))]
-    if not rows_are_packed(config):
-        lines.append("  %s samples, one a row (data.packing is \"%s\")%s" % (
-            thousands(samples), data.packing, ", which fill %.0f %% of the slots" % (100 * facts.filled) if facts.filled else ""))
+    if samples_per_row(config, "ipu") == 1:
+        lines.append("  %s samples, one a row (data.packing is \"%s\")" % (thousands(samples), data.packing))
     elif samples:
         lines.append("  about %s samples, %.2f a row, as the first of data.files pack; up to %d share a row" % (
             thousands(samples), facts.per_row, data.samples_per_row))
     else:
         lines.append("  up to %d samples share a row; how many do depends on their lengths" % data.samples_per_row)
+    if facts.filled:
+        tokens = samples * facts.filled * data.sequence_length
+        lines.append("  about %s tokens, which fill %.0f %% of the slots" % (thousands(tokens), 100 * tokens / rows / data.sequence_length))
     if facts.missing:
-        lines.append("  %s: with shards there, the plan says how many epochs the run is%s" % (
-            facts.missing, " and how many samples a step has" if samples is None else ""))
+        lines.append("  %s: with shards there, the plan says how many tokens%s a step has, and how many epochs the run is" % (
+            facts.missing, " and samples" if samples is None else ""))
     return lines
 
 
 def samples_of_a_step(config: Config, facts: DataFacts) -> Optional[int]:
     """None where samples share rows and nothing says how many do."""
     rows = config.training.global_batch_size
-    if not rows_are_packed(config):
+    if samples_per_row(config, "ipu") == 1:
         return rows
     return int(rows * facts.per_row) if facts.per_row else None
 
 
 def stage_lines(found: IpuPlan) -> List[str]:
     works = sum(stage.work for stage in found.stages)
-    rows = [("stage", "IPU", "blocks", "parameters", "forward", "recompute", "backward", "share", "keeps")]
+    rows = [("stage", "IPU", "blocks", "parameters", "forward", "recompute", "backward", "share", "stash")]
     for one in found.stages:
         blocks = one.stage.blocks
         rows.append((one.stage.name, one.stage.ipu, blocks[0] if len(blocks) == 1 else "%s to %s" % (blocks[0], blocks[-1]),
                      thousands(one.parameters), gflop(one.forward), gflop(one.recompute), gflop(one.backward),
                      "%.1f %%" % (100 * one.work / works), "%.2f MiB x %d" % (one.kept / MIB, one.micro_batches_kept)))
-    slowest = max(found.stages, key=lambda one: one.work)
+    most = max(one.work for one in found.stages)
+    slowest = [one.stage.name for one in found.stages if one.work == most]
     return ["Stages: what a micro-batch costs in matrix products, in GFLOP"] + table(rows, left=(0, 2)) + [
-        "  The slowest stage is %s. Keeps: inputs and checkpoints, until the backward pass, of so many micro-batches." % slowest.stage.name,
-        "  A parameter that two stages of an IPU use counts in the first: the MLM decoder's weight is the word embedding.",
-        "  Lookups, softmax, LayerNorm, GELU and dropout are no matrix products; the estimate has them in its efficiency."]
+        "  Slowest: %s. Stash: inputs and checkpoints that the backward pass begins from, of so many micro-batches under way." % (
+            " and ".join(filter(None, (", ".join(slowest[:-1]), slowest[-1])))),
+        "  The heads share the word embedding with the first stage, where it is counted."]
 
 
 def memory_lines(config: Config, found: IpuPlan) -> List[str]:
-    rows = [("IPU", "weights", "gradients", "optimizer", "stashes", "activations", "products", "together", "full",
-             "fullest at the gradient of")]
+    rows = [("IPU", "weights", "gradients", "optimizer", "stashes", "activations", "temporaries", "together", "full",
+             "fullest in the backward pass of")]
     for number, one in enumerate(found.memory):
-        parts = (one.weights, one.gradients, one.optimizer, one.stashes, one.activations, one.products, one.total)
+        parts = (one.weights, one.gradients, one.optimizer, one.stashes, one.activations, one.temporaries, one.total)
         rows.append((number,) + tuple("%.1f" % (part / MIB) for part in parts) + ("%.0f %%" % (100 * one.total / IPU_BYTES), one.moment))
     ipu = config.ipu
     if ipu.optimizer_state_offchip:
@@ -204,12 +209,12 @@ def memory_lines(config: Config, found: IpuPlan) -> List[str]:
         state = "1/%d of them on each replica" % ipu.replication_factor
     else:
         state = "whole on each replica"
-    return ["Memory: an IPU at its fullest moment, in MiB of %d" % (IPU_BYTES / MIB)] + table(rows, left=(9,)) + [
+    return ["Memory: each IPU when it is fullest, in MiB of %d" % (IPU_BYTES / MIB)] + table(rows, left=(9,)) + [
         "  weights and gradients (added up over the step): %s. optimizer: LAMB's two moments, %s." % (
             "float32" if config.training.precision == "float32" else "float16", state),
-        "  stashes: what the stages keep, from the table above. activations: %s, and gradients." % (
+        "  stashes: of its stages, from the table above. activations: %s, and gradients." % (
             "computed anew from a stash" if len(found.stages) > 1 else "what the backward pass needs"),
-        "  products: temporaries of a matrix product, at most ipu.matmul_proportion of the IPU.",
+        "  temporaries: of a matrix product, at most ipu.matmul_proportion of the IPU.",
         "  Program code and exchange buffers are not counted."]
 
 
@@ -220,36 +225,48 @@ def time_lines(config: Config, found: IpuPlan, facts: DataFacts) -> List[str]:
     samples = samples_of_a_step(config, facts)
     unit, amount = ("sequences", samples) if samples else ("rows", training.global_batch_size)
     lines = [
-        "Time: an estimate, from the one published speed: %s, %s sequences/s" % (PUBLISHED[0], thousands(PUBLISHED[1])),
+        "Time: an estimate for Mk2 IPUs, from the one published speed: %s, %s sequences/s" % (PUBLISHED[0], thousands(PUBLISHED[1])),
+        "  In a cycle each IPU works on one micro-batch for each of its stages, and waits for the slowest IPU.",
         "  published: %s / %s = %.3f s a step, / %d cycles = %.2f ms a cycle, in which the slowest IPU does" % (
             thousands(base.training.global_batch_size), thousands(PUBLISHED[1]), base_speed.step, base_plan.cycles, 1e3 * base_speed.cycle),
         "    %s GFLOP (forward, recompute, backward): %.1f %% of its %.0f TFLOP/s" % (
             gflop(base_plan.work_of(base_plan.slowest)), 100 * base_speed.efficiency, base_plan.peak / 1e12),
         "  here: IPU %d is the slowest, %s GFLOP at %.1f %% of %g TFLOP/s = %.2f ms a cycle, x %s cycles = %.2f s a step" % (
             slowest, gflop(found.work_of(slowest)), 100 * speed.efficiency, found.peak / 1e12, 1e3 * speed.cycle, thousands(found.cycles),
-            speed.step),
-        "    %d of the cycles fill and drain the pipeline: %.1f %% of a step" % (found.filling, 100 * found.filling / found.cycles),
-        "    busy in a full cycle: %s" % ", ".join("IPU %d %.0f %%" % (i, 100 * found.work_of(i) / found.work_of(slowest))
-                                               for i in range(len(found.memory))),
-        "  about %s %s/s. The whole run, %s steps%s: about %s%s" % (
-            thousands(amount / speed.step), unit, thousands(training.max_steps),
-            ", %s samples" % thousands(training.max_steps * samples) if samples else "", duration(training.max_steps * speed.step),
-            ", %.2f epochs" % (training.max_steps * samples / facts.samples) if samples and facts.samples else "")]
+            speed.step)]
+    if found.filling:
+        lines += ["    %d of the cycles fill and drain the pipeline: %.1f %% of a step" % (
+                      found.filling, 100 * found.filling / found.cycles),
+                  "    work of each IPU in a full cycle: %s" % ", ".join(
+                      "IPU %d %.0f %%" % (i, 100 * found.work_of(i) / found.work_of(slowest)) for i in range(len(found.memory)))]
+    lines.append("  about %s %s/s. The whole run, %s steps%s: about %s%s" % (
+        thousands(amount / speed.step), unit, thousands(training.max_steps),
+        ", %s samples" % thousands(training.max_steps * samples) if samples else "", duration(training.max_steps * speed.step),
+        epochs_of(training.max_steps * samples, facts) if samples else ""))
     others = other_pods(config, found, speed)
     if others:
-        lines.append("  the same global batch on other pods, %s/s: %s" % (
-            unit, ", ".join("POD%d %s" % (pod, thousands(amount / seconds)) for pod, seconds in others)))
-    return lines + ["  Updates, data, and adding up gradients over replicas are in the efficiency, in the share that they had in that run."]
+        lines.append("  the same global batch on other pods, %s/s: %s" % (unit, ", ".join(
+            "POD%d %s%s" % (pod, thousands(amount / seconds), "" if fits else " (does not fit so)") for pod, seconds, fits in others)))
+    return lines + [
+        "  The efficiency has all that is no matrix product (lookups, softmax, LayerNorm, update, adding up gradients) as in that run.",
+        "  Where a step has fewer micro-batches, updates come more often: larger pods will be slower than estimated."]
 
 
-def other_pods(config: Config, found: IpuPlan, speed: Speed) -> List[Tuple[int, float]]:
-    """(IPUs, seconds of a step) of the pods that the global batch can be cut for in the same micro-batches."""
+def epochs_of(samples: int, facts: DataFacts) -> str:
+    return ", {:,.2f} epochs".format(samples / facts.samples) if facts.samples else ""
+
+
+def other_pods(config: Config, found: IpuPlan, speed: Speed) -> List[Tuple[int, float, bool]]:
+    """(IPUs, seconds of a step, whether it fits) of the pods that the global batch can be cut for in the same micro-batches."""
     ipus, rows, own = len(config.ipu.layers_per_ipu), config.training.global_batch_size, ipus_of(config)
     others = []
     for pod in POD_IPUS:
         accumulation, rest = divmod(rows * ipus, config.ipu.micro_batch_size * pod)
         if pod != own and pod % ipus == 0 and rest == 0 and accumulation > found.filling:
-            others.append((pod, speed.cycle * (accumulation + found.filling)))
+            there = copy.deepcopy(config)
+            there.ipu.replication_factor, there.ipu.gradient_accumulation_steps = pod // ipus, accumulation
+            other = make_ipu_plan(there, found.trace)
+            others.append((pod, speed.cycle * other.cycles, other.fullest <= 1))
     return others
 
 
@@ -280,7 +297,7 @@ def measured_report(config: Config, facts: DataFacts, why_not_ipu: str) -> List[
             thousands(count), found.micro_batch, found.update, rounded(step), rounded(samples / step)),
         "  the whole run, %s steps, %s samples: about %s%s" % (
             thousands(training.max_steps), thousands(training.max_steps * samples), duration(training.max_steps * step),
-            ", %.2f epochs" % (training.max_steps * samples / facts.samples) if facts.samples else ""),
+            epochs_of(training.max_steps * samples, facts)),
         "  Not counted: reading data, checkpoints, evaluation. Rows that are not full are faster, where no padding is computed."]
 
 

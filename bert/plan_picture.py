@@ -8,9 +8,9 @@ __all__ = ["cycle_parts", "draw_plan"]
 
 MIB = 2 ** 20
 COLOURS = {"forward": "#4878a8", "recompute": "#b9c7d6", "backward": "#d98442"}
-HEAD_COLOURS = {"forward": "#3f8f6b", "recompute": "#b5d6c7", "backward": "#a3b84c"}  # the last stage, beside the first on IPU 0
+HEAD_COLOURS = {"forward": "#3f8f6b", "backward": "#a3b84c"}  # the last stage, beside the first on IPU 0
 MEMORY = (("weights", "#3c4f6b"), ("gradients", "#6f87a6"), ("optimizer", "#a9b9cc"), ("stashes", "#3f8f6b"),
-          ("activations", "#a5cdb9"), ("products", "#e3b58c"))
+          ("activations", "#a5cdb9"), ("temporaries", "#e3b58c"))
 THINNEST = 0.02  # of a cycle: a stage without matrix products is drawn so wide, or it would not be seen
 
 
@@ -68,8 +68,9 @@ def draw_schedule(axes, found: IpuPlan) -> None:
             for index, phase, micro_batch, begin, stop in cycle_parts(found, ipu, cycle):
                 colours = HEAD_COLOURS if index == last and last else COLOURS
                 axes.broken_barh([(at + begin * 0.96, (stop - begin) * 0.96)], (ipu - 0.4, 0.8), color=colours[phase], linewidth=0)
-                if stop - begin > 0.1:
-                    upright = 0.09 * len(str(micro_batch + 1)) > stop - begin
+                room = (stop - begin) * 23 / len(shown)  # for a digit, where 23 cycles are shown
+                if room > 0.1:
+                    upright = 0.09 * len(str(micro_batch + 1)) > room
                     axes.text(at + 0.48 * (begin + stop), ipu, str(micro_batch + 1), ha="center", va="center", fontsize=6,
                               rotation=90 if upright else 0, color="white" if phase == "forward" else "black")
     width = len(shown) + gap
@@ -109,6 +110,6 @@ def draw_memory(axes, found: IpuPlan) -> None:
     axes.text(limit, -0.42, " %.0f MiB" % limit, color="#b02020", fontsize=8, va="bottom", ha="left")
     axes.set_yticks(range(len(found.memory)), ["IPU %d" % ipu for ipu in range(len(found.memory))])
     axes.set(xlim=(0, 1.08 * max([limit] + [one.total / MIB for one in found.memory])), ylim=(len(found.memory) - 0.4, -0.8),
-             xlabel="MiB at the fullest moment, without program code and exchange buffers")
+             xlabel="MiB when it is fullest, without program code and exchange buffers")
     axes.set_title("Memory of each IPU", fontsize=10)
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8, frameon=False)

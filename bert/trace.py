@@ -13,14 +13,14 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bert.config import Config
+from bert.config import Config, samples_per_row
 from bert.graph import BertForPretraining
 from bert.stages import Stage, make_stages
 from data.packing import mask_slots_of_row
 from data.rows import batch_layout
 from ops.ipu import MATMULS, lowering
 
-__all__ = ["Operation", "Trace", "Value", "rows_are_packed", "trace"]
+__all__ = ["Operation", "Trace", "Value", "trace"]
 
 
 @dataclass
@@ -83,16 +83,11 @@ class Trace:
         return sorted(i for i in used if self.values[i].parameter)
 
 
-def rows_are_packed(config: Config) -> bool:
-    """Whether rows hold several samples on IPUs, where `auto` means one."""
-    return config.data.packing not in ("off", "auto")
-
-
 def trace(config: Config) -> Trace:
     """Runs the graph of `config`, as it is on IPUs, with one micro-batch that has shapes and types only."""
     data, ipu = config.data, config.ipu
     stages = make_stages(ipu.layers_per_ipu, ipu.matmul_proportion)
-    per_row = data.samples_per_row if rows_are_packed(config) else 1
+    per_row = samples_per_row(config, "ipu")
     layout = batch_layout(ipu.micro_batch_size, data.sequence_length, mask_slots_of_row(data.mask_tokens, per_row), per_row)
     with torch.device("meta"):
         graph = BertForPretraining(config.model, stages, ipu.embedding_serialization_factor, ipu.recompute_checkpoint_every_layer)
@@ -153,8 +148,10 @@ class Tracer(TorchDispatchMode):
     def save(self, tensor: torch.Tensor) -> torch.Tensor:
         """Notes that the gradient of the operation that runs now needs `tensor`."""
         value, now = self.value(tensor), len(self.trace.operations)
-        # An operation's inputs are saved before it runs, its outputs after.
-        now -= value.made_by is not None and value.made_by == now - 1
+        # An operation's inputs are saved before it runs, as they are; its outputs after, without their history.
+        if value.made_by == now - 1 and value.made_by is not None and not tensor.requires_grad:
+            maker = self.trace.operations[value.made_by]
+            now -= any(self.trace.values[i].differentiable for i in maker.inputs)
         value.saved_by = now if value.saved_by is None else value.saved_by
         return tensor
 

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from bert.checkpoint import list_checkpoints, load_moments, load_weights, read_json, save_checkpoint, write_json
-from bert.config import Config, learning_rate_at, validate_for_ipu
+from bert.config import Config, learning_rate_at, samples_per_row, validate_for_ipu
 from bert.curve import draw_curve, read_metrics
 from bert.engines import choose_device
 from bert.engines.ipu import IpuEngine, process
@@ -240,7 +240,7 @@ def make_engine(config: Config, device: str):
     initialize(graph, config.model.initializer_range, config.training.seed)
     data, optimizer, training = config.data, config.optimizer, config.training
     if device == "ipu":
-        per_row = data.samples_per_row if data.packing == "rows" else 1
+        per_row = samples_per_row(config, device)
         layout = batch_layout(training.global_batch_size, data.sequence_length, mask_slots_of_row(data.mask_tokens, per_row), per_row)
         return IpuEngine(graph, stages, config.ipu, layout, optimizer.weight_decay, optimizer.betas, optimizer.eps, training.seed,
                          training.precision, config.compile_only, config.ipu_model)
@@ -250,7 +250,7 @@ def make_engine(config: Config, device: str):
     engine = TorchEngine(graph, device, head_size, optimizer.weight_decay, optimizer.betas, optimizer.eps, training.seed, rows,
                          training.precision, training.compile, graph.bert.encoder["layer"])
     if device == "cuda" and not training.micro_batch_size:
-        per_row = 1 if data.packing == "off" else data.samples_per_row
+        per_row = samples_per_row(config, device)
         slots = mask_slots_of_row(data.mask_tokens, per_row)
         moments = 8 * sum(master.numel() for master in engine.masters.values())
         free, _ = torch.cuda.mem_get_info()
@@ -397,7 +397,10 @@ def duration(seconds: float) -> str:
     minutes = math.ceil(seconds / 60)
     if seconds < 120:
         return "%d s" % math.ceil(seconds)
-    return "%d min" % minutes if minutes < 120 else "%d h %d min" % divmod(minutes, 60)
+    if minutes < 48 * 60:
+        return "%d min" % minutes if minutes < 120 else "%d h %d min" % divmod(minutes, 60)
+    days, hours = divmod(math.ceil(seconds / 3600), 24)
+    return "{:,} days {} h".format(days, hours)
 
 
 def diverged(config: Config, step: int, what: str) -> Diverged:

@@ -11,13 +11,17 @@ import torch
 
 from bert.config import CONFIG_FOLDER, parse_command_line
 from bert.graph import BertForPretraining
-from bert.ipu_plan import IPU_BYTES, make_ipu_plan
-from bert.plan import calibrate, ipu_report, is_for_ipu, look_at_data, speed_of
+from bert.ipu_plan import IPU_BYTES, make_ipu_plan, temporaries
+from bert.measure import Measured
+from bert.plan import DataFacts, calibrate, ipu_report, is_for_ipu, look_at_data, measured_report, other_pods, speed_of
 from bert.plan_picture import cycle_parts
 from bert.plan_warnings import warnings_of
 from bert.stages import make_stages
 from bert.trace import trace
-from data.shards import write_shard
+from bert.training import duration
+from data.errors import InputError
+from data.rows import packed_batch
+from data.shards import read_samples, write_shard
 from ops.ipu import MATMULS, is_lowering
 from run_pretraining import main
 from tests.make_samples import random_samples
@@ -100,7 +104,7 @@ def test_work_and_stashes_grow_with_the_micro_batch_and_weights_do_not():
         assert (more.forward, more.backward, more.kept) == (2 * less.forward, 2 * less.backward, 2 * less.kept)
     for less, more in zip(one.memory, two.memory):
         assert (less.weights, less.gradients, less.optimizer) == (more.weights, more.gradients, more.optimizer)
-        assert less.activations < more.activations and less.products <= more.products
+        assert less.activations < more.activations and less.temporaries <= more.temporaries
 
 
 def test_checkpoints_of_layers_cost_stashes_and_save_activations():
@@ -119,11 +123,13 @@ def test_the_optimizers_state_is_split_over_replicas_halved_or_off_the_chip():
     assert states("--ipu.replication_factor", "1") == [3 * size for size in weights]
     assert states("--ipu.enable_half_first_order_momentum", "false") == weights
     assert states("--ipu.optimizer_state_offchip", "true") == [0] * 4
+    assert states("--training.precision", "float32") == weights  # 4 + 4 bytes a parameter, over 4 replicas
 
 
 def test_temporaries_stay_within_the_memory_proportion_and_a_factor_makes_them_less():
     for share in (0.1, 0.22):
-        assert max(one.products for one in plan_of("pod16_phase2", "--ipu.matmul_proportion", str(share)).memory) == int(share * IPU_BYTES)
+        memory = plan_of("pod16_phase2", "--ipu.matmul_proportion", str(share)).memory
+        assert max(one.temporaries for one in memory) == int(share * IPU_BYTES)
     proportions = "--ipu.operation_proportions", json.dumps({"output": 0.05, "intermediate": 0.05})
     assert plan_of("pod16_phase2", *proportions).memory[1].total < plan_of("pod16_phase2").memory[1].total
     parts = [plan_of("pod16_phase1", "--ipu.embedding_serialization_factor", str(factor)).memory[0].total for factor in (1, 2, 6)]
@@ -165,12 +171,13 @@ def test_each_warning_comes_alone_where_it_should(word, changes):
     assert {line.split(":")[0] for line in lines} <= {word, "tight"}
 
 
-def test_a_missing_factor_is_warned_of_where_the_decoder_is_the_fullest_moment(tmp_path):
+def test_a_missing_factor_is_warned_of_where_logits_are_large(tmp_path):
     path = tmp_path / "own.json"
     path.write_text(json.dumps({"ipu": {"embedding_serialization_factor": None}}))
     large, small = config_of(str(path)), config_of(str(path), "--model.vocab_size", "50", "--ipu.layers_per_ipu", "[3, 3, 3, 3]")
     line, = warnings_of(large, make_ipu_plan(large))
     assert line.startswith("factor missing") and "ipu.embedding_serialization_factor, for example to 2" in line
+    assert "logits of %.0f MiB" % (32 * 20 * 30522 * 2 / 2 ** 20) in line
     assert not any("factor" in line for line in warnings_of(small, make_ipu_plan(small)))
 
 
@@ -181,9 +188,65 @@ def test_what_does_not_fit_comes_with_settings_that_were_tried():
     remedy = next(line for line in lines if "micro_batch_size 32, ipu.gradient_accumulation_steps 512" in line)
     fullest = max(one.total for one in plan_of("pod16_phase1").memory) / 2 ** 20
     assert remedy.endswith(": %.0f MiB" % fullest)
-    hopeless = config_of("pod16_phase1", "--ipu.layers_per_ipu", "[12]", "--ipu.micro_batch_size", "128",
-                         "--ipu.gradient_accumulation_steps", "128")
-    assert "several of these together, or more IPUs" in " ".join(warnings_of(hopeless, make_ipu_plan(hopeless)))
+    full = config_of("pod16_phase1", "--training.precision", "float32", "--ipu.micro_batch_size", "31",
+                     "--ipu.gradient_accumulation_steps", "528", "--training.global_batch_size", str(31 * 528 * 4))
+    lines = warnings_of(full, make_ipu_plan(full))
+    assert lines[1].startswith("  training.precision \"auto\": ") and lines[1].endswith(" MiB") and lines[2].endswith("still too much")
+    hopeless = config_of("large_pod16_phase1", "--ipu.layers_per_ipu", "[24]", "--ipu.matmul_proportion", "0.2")
+    assert any("all of these together" in line and "still too much. More IPUs" in line
+               for line in warnings_of(hopeless, make_ipu_plan(hopeless)))
+
+
+def test_a_better_balance_is_tried_before_it_is_named():
+    config = config_of("large_pod16_phase1")
+    line = next(line for line in warnings_of(config, make_ipu_plan(config)) if line.startswith("unbalanced"))
+    even = plan_of("large_pod16_phase1", "--ipu.layers_per_ipu", "[6, 6, 6, 6]")
+    gain = 1 - even.work_of(even.slowest) / make_ipu_plan(config).work_of(1)
+    assert "[6, 6, 6, 6]: %.0f %% less work" % (100 * gain) in line and "%.0f %% full" % (100 * even.fullest) in line
+    assert 0.05 < gain < 0.15
+
+
+def test_the_fullest_of_a_backward_pass_is_what_a_hand_counts():
+    rows, hidden, inner, heads = 32 * 128, 768, 3072, 12
+    product = plan_of("pod16_phase1", "--ipu.matmul_proportion", "1.0").trace
+    mlp = next(one for one in product.operations if one.name == "intermediate" and one.block == "layer0")
+    a, b, c = rows * hidden * 2, hidden * inner * 2, rows * inner * 2
+    assert temporaries(product, mlp, True) == int(3 * (a * b * c * 1472) ** (1 / 3))
+    assert temporaries(product, mlp, False) == int(3 * (a * b * 2 * c * 1472) ** (1 / 3))
+    # In the backward pass of a layer, at the gradient of its last product: what the products, softmax, GELU and norms keep, and gradients.
+    saved = next(one for one in plan_of("pod16_phase1").memory if one.moment == "output of layer0").activations
+    kept = 2 * (rows * hidden * 6 + rows * inner * 2 + 2 * heads * 32 * 128 * 128)
+    assert 0.8 * kept < saved < 2.2 * kept
+
+
+def test_the_estimate_of_another_config_is_its_own():
+    efficiency = calibrate()[2].efficiency
+    assert efficiency == pytest.approx(0.315, abs=0.001)
+    phase1 = speed_of(plan_of("pod16_phase1"), efficiency)
+    assert phase1.step == pytest.approx(953.5e9 / (0.3152 * 250e12) * 520, rel=1e-3)
+    config, pods = config_of("pod16_phase1"), dict()
+    for pod, seconds, fits in other_pods(config, plan_of("pod16_phase1"), phase1):
+        pods[pod] = seconds, fits
+    assert sorted(pods) == [4, 8, 32, 64]
+    assert pods[64] == (pytest.approx(speed_of(plan_of("pod64_phase1"), efficiency).step), True)
+    large = config_of("large_pod16_phase1")
+    assert dict((pod, fits) for pod, _, fits in other_pods(large, make_ipu_plan(large), phase1)) == {4: False, 8: False, 32: True, 64: True}
+
+
+def test_the_run_takes_its_steps_times_a_step():
+    config = config_of("pod16_phase1")
+    lines = ipu_report(config, plan_of("pod16_phase1"), DataFacts(1000000, 0.9, 1.05))
+    seconds = 10500 * speed_of(plan_of("pod16_phase1"), calibrate()[2].efficiency).step
+    assert any("about %s, %.2f epochs" % (duration(seconds), 10500 * 65536 / 1e6) in line for line in lines)
+    assert any("about 7,549,747 tokens, which fill 90 % of the slots" in line for line in lines)
+
+
+def test_what_was_measured_is_scaled_to_a_step_and_a_run(monkeypatch):
+    monkeypatch.setattr("bert.measure.measure", lambda config, rows: Measured("here", 100, 0.5, 0.25))
+    config = config_of("cpu_small")  # 256 samples a step, 10,000 steps
+    lines = " ".join(measured_report(config, DataFacts(25600, 0.9, 1.0), ""))
+    assert "3 micro-batches" in lines and "3 x 0.500 s + 0.250 s = 1.75 s, %.3g sequences/s" % (256 / 1.75) in lines
+    assert "about 4 h 52 min, 100.00 epochs" in lines
 
 
 @pytest.mark.parametrize("layers", ["[1, 2, 2]", "[0, 5]", "[5]"])
@@ -209,16 +272,19 @@ def test_the_pictures_schedule_does_everything_once_and_in_order(layers):
 def test_which_plan_it_is():
     assert is_for_ipu(config_of("pod16_phase1"))[0] and is_for_ipu(config_of("pod4_phase2", "--device", "ipu"))[0]
     assert not is_for_ipu(config_of("pod16_phase1", "--device", "cpu"))[0]
-    for_ipu, why = is_for_ipu(config_of("pod16_phase1", "--training.global_batch_size", "512"))
-    assert not for_ipu and "65536 rows" in why and "512" in why
     for_ipu, why = is_for_ipu(config_of("quickstart"))
-    assert not for_ipu and "ipu.gradient_accumulation_steps is 1" in why
+    assert not for_ipu and "ipu.gradient_accumulation_steps" in why
+    for broken in (["--ipu.gradient_accumulation_steps", "510"], ["--ipu.layers_per_ipu", "[0, 12, 0]"],
+                   ["--ipu.embedding_serialization_factor", "5"]):
+        key = "training.global_batch_size" if "510" in broken else broken[0][2:]
+        with pytest.raises(InputError, match="%s is .*--device cpu, or --device cuda" % key):
+            is_for_ipu(config_of("pod16_phase1", *broken))
 
 
 def test_ipus_that_cannot_run_the_config_are_an_error_as_in_training(monkeypatch, capsys):
     monkeypatch.setattr("bert.measure.choose_device", lambda wanted: ("ipu", "4 IPUs"))
     assert main(["--config", "quickstart.json", "--plan"]) == 2
-    assert "ipu.gradient_accumulation_steps is 1" in capsys.readouterr().err
+    assert "training.global_batch_size is 32" in capsys.readouterr().err
 
 
 def shards_of(tmp_path, length, masks, vocab):
@@ -233,7 +299,8 @@ def test_the_command_prints_the_plan_and_writes_the_picture_and_nothing_else(tmp
     lines = capsys.readouterr().out.splitlines()
     assert os.listdir(str(tmp_path)) == ["plan-pod16_phase2.svg"] and b"<svg" in (tmp_path / "plan-pod16_phase2.svg").read_bytes()
     assert max(map(len, lines)) <= 120
-    for words in ("16 IPUs", "layers4-7", "897", "an estimate", "about 2,409 sequences/s", "no shards at shards/wikipedia-512", "No warnings.",
+    for words in ("16 IPUs", "layers4-7", "897", "an estimate", "about 2,409 sequences/s", "no shards at shards/wikipedia-512",
+                  "No warnings.",
                   "8 of the cycles fill and drain the pipeline: 1.5 %", "POD64", "plan-pod16_phase2.svg", "--device cpu"):
         assert any(words in line for line in lines), words
 
@@ -243,9 +310,13 @@ def test_shards_tell_the_epochs_and_how_many_samples_share_a_row(tmp_path, monke
     files = shards_of(tmp_path, 128, 20, 30522)
     assert main(["--config", "pod16_phase1.json", "--plan", *files]) == 0
     printed = capsys.readouterr().out
-    assert "%.2f epochs" % (10500 * 65536 / 5000) in printed and "% of the slots" in printed
+    assert "{:,.2f} epochs".format(10500 * 65536 / 5000) in printed and "% of the slots" in printed
     assert main(["--config", "pod16_phase1.json", "--plan", "--data.packing", "rows", *files]) == 0
-    assert " a row, as the first of data.files pack" in capsys.readouterr().out
+    facts = look_at_data(config_of("pod16_phase1", "--data.packing", "rows", *files))
+    samples = read_samples(str(tmp_path / "train-00000.h5"), 0, 5000)
+    assert facts.filled == pytest.approx(samples.lengths.mean() / 128)
+    assert facts.per_row == pytest.approx(5000 / len(packed_batch(samples, config_of("pod16_phase1").data.samples_per_row)["input_ids"]))
+    assert "%.2f a row, as the first of data.files pack" % facts.per_row in capsys.readouterr().out
 
 
 def test_shards_that_do_not_fit_the_config_are_an_error(tmp_path, monkeypatch, capsys):
