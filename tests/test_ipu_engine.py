@@ -275,6 +275,14 @@ def test_the_simulator_needs_no_ipus_and_keeps_no_executable(tmp_path, shards, p
     changes = {**EXACT, **GEOMETRY, "ipu__executable_cache_dir": tmp_path / "exe"}
     assert main(arguments(tmp_path, shards, **changes) + ["--compile-only", "--ipu-model"]) == 2
     assert "ipu_model is true" in capsys.readouterr().err
+    assert main(arguments(tmp_path, shards, **changes) + ["--ipu-model"]) == 0
+    assert "device: ipu (PopTorch without hardware)" in capsys.readouterr().out and len(read_lines(tmp_path)) == 3
+
+
+def test_a_run_on_made_up_data_is_a_run(tmp_path, shards, poptorch):
+    changes = {**EXACT, **GEOMETRY, "ipu__executable_cache_dir": tmp_path / "exe", "ipu__synthetic_data": "true"}
+    assert main(arguments(tmp_path, shards, **changes)) == 0
+    assert [line["step"] for line in read_lines(tmp_path)] == [1, 2, 3]
 
 
 def test_the_optimizers_groups_are_the_recipes(tmp_path, shards, poptorch):
