@@ -10,9 +10,10 @@ from bert.training import make_engine
 from data.packing import mask_slots_of_row
 from data.rows import packed_batch
 from ops.attention import Spans, attention, same_sample_mask
+from tests.cuda import on_cuda
 from tests.make_samples import random_samples
 
-pytestmark = pytest.mark.cuda
+pytestmark = on_cuda
 
 LENGTH, MASKS, VOCAB = 64, 10, 300
 

@@ -9,8 +9,9 @@ from bert.graph import BertForPretraining, initialize
 from bert.stages import make_stages
 from ops.float8 import float8, float8_linear, float8_linear_plain, is_float8
 from ops.linear import linear_dropout_add_norm_plain, linear_gelu_plain, linears_plain
+from tests.cuda import on_cuda
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
+DEVICES = ["cpu", pytest.param("cuda", marks=on_cuda)]
 
 
 def relative_error(found, expected):

@@ -18,10 +18,11 @@ from bert.graph import BertForPretraining
 from bert.stages import make_stages
 from ops.lamb import Lamb, lamb_groups
 from ops.native import native
+from tests.cuda import on_cuda
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-FUSED = ["native", pytest.param("triton", marks=[] if INTERPRETED else pytest.mark.cuda)]
+FUSED = ["native", pytest.param("triton", marks=[] if INTERPRETED else on_cuda)]
 IMPLEMENTATIONS = ["plain", "foreach"] + FUSED
 SHAPES = [(16, 12) if INTERPRETED else (64, 48), (48,), (1,), (3, 5, 7), (0,), (33, 2)]
 

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from ops.mlm_loss import mlm_loss, mlm_loss_plain
+from tests.cuda import on_cuda
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 # The interpreter, which is chosen when triton is imported, would stay for all tests of this process.
-on_kernel = [] if INTERPRETED else [pytest.mark.cuda]
+on_kernel = [] if INTERPRETED else on_cuda
 
 
 def relative_error(found, expected):

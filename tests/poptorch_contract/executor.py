@@ -90,7 +90,7 @@ class PoplarExecutor:
 
     def setOptimizer(self, optimizer):
         if not isinstance(optimizer, LAMB):
-            raise NotImplementedError("the stand-in trains with poptorch.optim.LAMB, not %r" % (optimizer,))
+            raise TypeError("the optimizer is poptorch.optim.LAMB here, not %r" % (optimizer,))
         values = optimizer._values({id(parameter): name for name, parameter in self._model.named_parameters()})
         if self.isCompiled():
             check_constants(self._values, values)
@@ -302,8 +302,10 @@ class PoplarExecutor:
             chosen = [value for (iteration, _, micro_batch), value in values.items() if (iteration, micro_batch) == last]
         elif self._output_mode is modes.Sum:
             chosen = [sum(value for key, value in values.items() if key[1] == replica) for replica in range(self._replicas)]
-        else:
-            raise NotImplementedError("the stand-in does not model OutputMode.EveryN")
+        else:  # EveryN
+            period = self._options.called["outputReturnPeriod"]
+            chosen = [value for (iteration, _, micro_batch), value in values.items()
+                      if (iteration * self._accumulation + micro_batch + 1) % period == 0]
         return (torch.cat(chosen) if chosen[0].dim() else torch.stack(chosen)).to(dtype)
 
     # The device's weights and state.

@@ -13,7 +13,7 @@ import types
 
 import torch
 
-__all__ = ["ENUMS", "FACTS", "Module", "POPART_ENUMS", "from_facts", "function", "register", "types_of"]
+__all__ = ["ENUMS", "FACTS", "Module", "POPART_ENUMS", "from_facts", "function", "refuse", "register", "types_of"]
 
 FACTS = json.loads((pathlib.Path(__file__).parent / "facts.json").read_text())
 ENUMS = {name: enum.Enum(name, members) for name, members in FACTS["enums"].items()}
@@ -38,13 +38,13 @@ def register(cls):
 
 
 class Module(types.ModuleType):
-    """A module that has what the SDK's has, and says so of what it has not."""
+    """A module that has what the project uses of the SDK's, and says why it has no other name."""
 
     def __getattr__(self, name):
-        raise AttributeError("%s.%s is not PopTorch's" % (self.__name__, name))
+        refuse(self.__name__, name, self.__dict__.get("__unused__", ()))
 
 
-def function(owner: str, name: str, parameters, implementation=None, is_method: bool = False):
+def function(owner: str, name: str, parameters, implementation, is_method: bool = False):
     """A function that binds its arguments to the facts' parameters and checks their types before `implementation` gets them by name."""
     place = "%s.%s" % (owner, name)
     signature = _signature(tuple(parameters), is_method)
@@ -60,13 +60,10 @@ def function(owner: str, name: str, parameters, implementation=None, is_method: 
             parameter = signature.parameters[key]
             if value is not parameter.default and not _fits(value, parameter.annotation):
                 raise TypeError("%s takes %s, not %r for it" % (place, str(parameter).replace("'", ""), value))
-        if implementation is None:
-            raise NotImplementedError("%s is PopTorch's, but the stand-in does not model it" % place)
         return implementation(*bound.args, **bound.kwargs) if variadic else implementation(**bound.arguments)
 
-    if implementation is not None:
-        functools.update_wrapper(call, implementation)
-        del call.__wrapped__
+    functools.update_wrapper(call, implementation)
+    del call.__wrapped__
     call.__name__ = name
     return call
 
@@ -74,7 +71,8 @@ def function(owner: str, name: str, parameters, implementation=None, is_method: 
 def from_facts(section: str, name: str = None, fallback=None):
     """Decorates the class that models `name` of a section of the facts: every method becomes a `function`, and no other name is there.
 
-    A method without a model goes to `fallback(self, method, arguments)`; without one it raises NotImplementedError.
+    A method without a model goes to `fallback(self, method, arguments)`, or where there is none it is left out: the project has no use
+    for it.
     """
     def decorate(cls):
         known, methods = name or cls.__name__, FACTS[section] if name == "PoplarExecutor" else FACTS[section][name or cls.__name__]
@@ -82,9 +80,9 @@ def from_facts(section: str, name: str = None, fallback=None):
             model = cls.__dict__.get(method)
             if model is None and fallback is not None and method != "__init__":
                 model = _falling_back(fallback, method)
-            if model is not None or method != "__init__":
+            if model is not None:
                 setattr(cls, method, function(known, method, parameters, model, is_method=True))
-        cls.__getattr__ = lambda self, attribute: _refuse(known, attribute)
+        cls.__getattr__ = lambda self, attribute: refuse(known, attribute, methods)
         cls.__name__ = cls.__qualname__ = known
         return register(cls)
     return decorate
@@ -96,8 +94,10 @@ def _falling_back(fallback, method):
     return model
 
 
-def _refuse(owner, attribute):
-    raise AttributeError("%s.%s is not PopTorch's" % (owner, attribute))
+def refuse(owner: str, attribute: str, unused) -> None:
+    """Raises AttributeError for a name that is not PopTorch's, or is one of the `unused` ones, which a first user has to model."""
+    why = "PopTorch's, but nothing here has used it yet: give it a model first" if attribute in unused else "not PopTorch's"
+    raise AttributeError("%s.%s is %s" % (owner, attribute, why))
 
 
 @functools.lru_cache(maxsize=None)

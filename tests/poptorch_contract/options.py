@@ -212,6 +212,8 @@ class Options(_Group):
     def outputMode(self, output_mode, output_return_period):
         if (output_mode is ENUMS["OutputMode"].EveryN) != (output_return_period is not None):
             raise ValueError("outputMode: EveryN, and no other, takes an output_return_period")
+        if output_return_period is not None:
+            _record(self, "outputReturnPeriod", {"": output_return_period})
         return _record(self, "outputMode", {"": output_mode})
 
     def setExecutionStrategy(self, strategy):

@@ -26,12 +26,8 @@ def _is_available(num_ipus):
     return num_ipus <= ipus_available()
 
 
-def _ignore(**_):
-    pass
-
-
 _MODELS = {"trainingModel": _training_model, "inferenceModel": _inference_model, "ipuHardwareIsAvailable": _is_available,
-           "ipuHardwareVersion": lambda: 2, "setLogLevel": _ignore, "poptorchAtExit": _ignore}
+           "ipuHardwareVersion": lambda: 2}
 
 
 def become(name: str, contents) -> None:
@@ -44,18 +40,14 @@ def become(name: str, contents) -> None:
 
 
 def poptorch():
-    """What is in the facts, modelled or raising NotImplementedError."""
-    contents = {"__version__": VERSION}
-    for section in ("classes", "options"):
-        for name, methods in FACTS[section].items():
-            if not name.startswith("_"):
-                contents[name] = function("poptorch", name, methods.get("__init__", []))
-    for name, parameters in FACTS["functions"].items():
-        contents[name] = FUNCTIONS.get(name) or function("poptorch", name, parameters, _MODELS.get(name))
+    """What is modelled of the facts; the names of the rest as `__unused__`."""
     optim = sys.modules["poptorch.optim"] = Module("poptorch.optim")
-    vars(optim).update(OPTIM)
-    contents.update({**ENUMS, **OPTIONS, "Attribute": Attribute, "Block": Block, "PoplarExecutor": PoplarExecutor, "optim": optim})
-    return contents
+    vars(optim).update(OPTIM, __unused__=sorted(set(FACTS["optim"]) - set(OPTIM)))
+    models = {name: function("poptorch", name, FACTS["functions"][name], model) for name, model in _MODELS.items()}
+    contents = {**ENUMS, **OPTIONS, **FUNCTIONS, **models, "Attribute": Attribute, "Block": Block, "PoplarExecutor": PoplarExecutor,
+                "optim": optim, "__version__": VERSION}
+    known = {name for section in ("classes", "options", "functions") for name in FACTS[section] if not name.startswith("_")}
+    return {**contents, "__unused__": sorted(known - set(contents))}
 
 
 def popart():
