@@ -19,7 +19,7 @@ from bert.checkpoint import list_checkpoints, load_moments, load_weights, read_j
 from bert.config import Config, learning_rate_at, samples_per_row, validate_for_ipu
 from bert.curve import draw_curve, read_metrics
 from bert.engines import choose_device
-from bert.engines.ipu import IpuEngine, process
+from bert.engines.ipu import METRICS, IpuEngine, process
 from bert.engines.micro_batch import full_rows, largest_that_fits, peak_memory
 from bert.engines.torch_engine import TorchEngine
 from bert.errors import Diverged
@@ -40,7 +40,6 @@ __all__ = ["make_engine", "train"]
 # Values of a micro-batch's hidden state [rows, length, hidden] where the config leaves its size open. On the CPU 4 MB of them stay
 # near the caches; on CUDA more than this make nothing faster.
 MICRO_BATCH_VALUES = {"cpu": 2 ** 20, "cuda": 96 * 2 ** 20}
-METRICS = ("mlm_loss", "nsp_loss", "mlm_accuracy", "nsp_accuracy")
 
 
 def train(config: Config) -> int:

@@ -19,11 +19,11 @@ from data.errors import InputError
 from ops.ipu import lowering
 from ops.lamb import lamb_groups
 
-__all__ = ["IpuEngine", "IpuModel", "make_options", "process"]
+__all__ = ["IpuEngine", "IpuModel", "METRICS", "make_options", "process"]
 
 INPUTS = ("input_ids", "token_type_ids", "position_ids", "sample_ids", "mlm_positions", "mlm_labels", "mlm_weights", "cls_positions",
           "nsp_labels", "nsp_weights")
-# Each metric, and the weights that it is a sum over.
+# Each metric of the graph, and the weights that it is a sum over.
 METRICS = {"mlm_loss": "mlm_weights", "nsp_loss": "nsp_weights", "mlm_accuracy": "mlm_weights", "nsp_accuracy": "nsp_weights"}
 MOMENTS = {"exp_avg": "Accl1___", "exp_avg_sq": "Accl2___"}  # PopART's prefixes of the optimizer's state
 
