@@ -9,21 +9,24 @@ from data.errors import InputError, LoaderDied, PrepareStopped
 
 
 def main(arguments=None) -> int:
-    """Runs the command and returns its exit status: 2 for input that cannot be used, 1 for a run that failed, 130 for Ctrl-C."""
+    """Runs the command and returns its exit status: 2 for input that cannot be used, 1 for a run that failed, 130 for
+    Ctrl-C."""
     try:
         config = parse_command_line(sys.argv[1:] if arguments is None else arguments)
         # After the config: torch takes seconds to import, an error should not.
         if config.plan:
-            from bert.plan import plan
+            from bert.plan.report import plan
+
             plan(config)
         else:
-            from bert.training import train
+            from bert.run.training import train
+
             train(config)
     except (InputError, Diverged, LoaderDied, PrepareStopped) as error:
-        print("error: %s" % error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
     except OSError as error:  # a folder that cannot be written, a full disk: the message has its name
-        print("error: %s" % error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
         print("interrupted", file=sys.stderr)

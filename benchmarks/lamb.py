@@ -3,10 +3,11 @@
     python benchmarks/lamb.py --config pod16_phase1.json
     python benchmarks/lamb.py --device cuda --json result.json
 
-Options are run_pretraining.py's, and those below; the parameters are those of its model. An update moves 40 bytes a parameter at least:
-gradient, moments and weight read and all but the gradient written, 28, then moments and weight read once more and the weight written
-once its norm is known. The last column compares with the time that a copy of so many bytes, half of them read and half written, takes:
-above 100 % where what is read again still lies in a cache, or where a copy reads first what it writes.
+Options are run_pretraining.py's, and those below; the parameters are those of its model. An update moves 40 bytes a
+parameter at least: gradient, moments and weight read and all but the gradient written, 28, then moments and weight read
+once more and the weight written once its norm is known. The last column compares with the time that a copy of so many
+bytes, half of them read and half written, takes: above 100 % where what is read again still lies in a cache, or where a
+copy reads first what it writes.
 """
 
 import argparse
@@ -16,17 +17,18 @@ import sys
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from benchmarks.pretraining import timed  # noqa: E402
-from benchmarks.report import median, print_table, write_json  # noqa: E402
-from benchmarks.timing import cuda_or_cpu  # noqa: E402
-from bert.config import parse_command_line  # noqa: E402
-from bert.training import make_engine  # noqa: E402
-from data.errors import InputError  # noqa: E402
-from ops.lamb import Lamb  # noqa: E402
+from benchmarks.pretraining import timed
+from benchmarks.report import median, print_table, write_json
+from benchmarks.timing import cuda_or_cpu
+from bert.config import parse_command_line
+from bert.run.training import make_engine
+from data.errors import InputError
+from ops.lamb import Lamb
 
 
 def make_ways(groups):
     """Optimizers over the same parameters and gradients, each with moments of its own."""
+
     def lamb(implementation, with_copies=False):
         optimizer = Lamb([dict(group) for group in groups], lr=1e-4, implementation=implementation)
         if with_copies:
@@ -34,16 +36,23 @@ def make_ways(groups):
         return optimizer
 
     options = ("params", "weight_decay")
-    return {"this project": lamb("auto"), "this project, with bfloat16 copies": lamb("auto", with_copies=True),
-            "foreach": lamb("foreach"), "plain": lamb("plain"),
-            "torch.optim.AdamW(fused=True)": torch.optim.AdamW([{name: group[name] for name in options} for group in groups], lr=1e-4,
-                                                               fused=True)}
+    return {
+        "this project": lamb("auto"),
+        "this project, with bfloat16 copies": lamb("auto", with_copies=True),
+        "foreach": lamb("foreach"),
+        "plain": lamb("plain"),
+        "torch.optim.AdamW(fused=True)": torch.optim.AdamW(
+            [{name: group[name] for name in options} for group in groups], lr=1e-4, fused=True
+        ),
+    }
 
 
 def run(own, config):
     device = cuda_or_cpu(config)
-    groups = [{name: group[name] for name in ("params", "weight_decay", "trust_ratio")}
-              for group in make_engine(config, device).optimizer.param_groups]
+    groups = [
+        {name: group[name] for name in ("params", "weight_decay", "trust_ratio")}
+        for group in make_engine(config, device).optimizer.param_groups
+    ]
     parameters = [p for group in groups for p in group["params"]]
     for p in parameters:
         p.grad = torch.randn_like(p) * 1e-3
@@ -56,30 +65,61 @@ def run(own, config):
             seconds[name].append(timed(device, optimizer.step))
     bandwidth = 8 * count / median(copies[1:])
     least = 40 * count / bandwidth
-    results = {"parameters": count, "implementation": ways["this project"].implementation, "copy_bytes_per_second": bandwidth,
-               "seconds_of_40_bytes": least, "ways": {}, "copy_rounds": copies[1:]}
+    results = {
+        "parameters": count,
+        "implementation": ways["this project"].implementation,
+        "copy_bytes_per_second": bandwidth,
+        "seconds_of_40_bytes": least,
+        "ways": {},
+        "copy_rounds": copies[1:],
+    }
     for name, every in seconds.items():
-        results["ways"][name] = {"seconds": median(every[1:]), "share_of_copy_bandwidth": least / median(every[1:]), "rounds": every[1:]}
-    print("%.1f M parameters on %s (%s); a copy moves %.1f GB/s, so 40 bytes a parameter take %.2f ms; medians of %d rounds" % (
-        count / 1e6, device, results["implementation"], bandwidth / 1e9, 1e3 * least, own.rounds))
+        results["ways"][name] = {
+            "seconds": median(every[1:]),
+            "share_of_copy_bandwidth": least / median(every[1:]),
+            "rounds": every[1:],
+        }
+    print(
+        f"{count / 1e6:.1f} M parameters on {device} ({results['implementation']}); a copy moves "
+        f"{bandwidth / 1e9:.1f} GB/s, so 40 bytes a parameter take {1e3 * least:.2f} ms; medians of "
+        f"{own.rounds} rounds"
+    )
     ours = results["ways"]["this project"]["seconds"]
-    print_table(["", "ms", "this project is faster by", "of the copy bandwidth"],
-                [[name, "%.2f" % (1e3 * one["seconds"]), "%.2f" % (one["seconds"] / ours), "%.0f %%" % (100 * one["share_of_copy_bandwidth"])]
-                 for name, one in results["ways"].items()])
-    write_json(own.json, results, torch=torch.__version__, threads=str(torch.get_num_threads()),
-               device=torch.cuda.get_device_name() if device == "cuda" else "cpu")
+    print_table(
+        ["", "ms", "this project is faster by", "of the copy bandwidth"],
+        [
+            [
+                name,
+                f"{1e3 * one['seconds']:.2f}",
+                f"{one['seconds'] / ours:.2f}",
+                f"{100 * one['share_of_copy_bandwidth']:.0f} %",
+            ]
+            for name, one in results["ways"].items()
+        ],
+    )
+    write_json(
+        own.json,
+        results,
+        torch=torch.__version__,
+        threads=str(torch.get_num_threads()),
+        device=torch.cuda.get_device_name() if device == "cuda" else "cpu",
+    )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--config", default="pod16_phase1.json", help="whose model (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=9, help="the ways alternate this many times (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=9, help="the ways alternate this many times (default: %(default)s)"
+    )
     parser.add_argument("--json", help="write the figures here")
     own, others = parser.parse_known_args()
     try:
         run(own, parse_command_line(["--config", own.config] + others))
     except InputError as error:
-        sys.exit("error: %s" % error)
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Samples/s and GB/s of the loader, and in the same run of what others use: torch's DataLoader over h5py, and NVIDIA BERT's way.
+"""Samples/s and GB/s of the loader, and in the same run of what others use: torch's DataLoader over h5py, and NVIDIA
+BERT's way.
 
     python benchmarks/loader.py                              # on a synthetic data set, made in a temporary folder
     python benchmarks/loader.py --files 'shards/train-*.h5'  # on real shards
 
-GB/s count a sample as it is in a shard of this project. "cold" drops the files from the page cache first; files on tmpfs cannot
-be dropped, so it is left out there. NVIDIA's way is measured on a shard in its own format, gzip and all: the seconds to read it
-whole, and those to hand out all its samples, extrapolated from the measured ones.
+GB/s count a sample as it is in a shard of this project. "cold" drops the files from the page cache first; files on
+tmpfs cannot be dropped, so it is left out there. NVIDIA's way is measured on a shard in its own format, gzip and all:
+the seconds to read it whole, and those to hand out all its samples, extrapolated from the measured ones.
 """
 
 import argparse
@@ -19,12 +20,14 @@ import numpy as np
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from benchmarks.report import median, print_table, write_json  # noqa: E402
-from benchmarks.synthetic import write_data_set  # noqa: E402
-from data.bert_layout import BERT_FEATURES  # noqa: E402
-from data.loader import Loader  # noqa: E402
-from data.nvidia import write_nvidia  # noqa: E402
-from data.shards import FIELDS, expand, layout, open_shards, read_samples  # noqa: E402
+from benchmarks.report import median, print_table, write_json
+from benchmarks.synthetic import write_data_set
+from data.foreign.bert_layout import BERT_FEATURES
+from data.foreign.nvidia import write_nvidia
+from data.loading.loader import Loader
+from data.loading.shard_files import open_shards
+from data.samples import FIELDS, layout
+from data.shards import expand, read_samples
 
 
 class H5pyDataset(torch.utils.data.Dataset):
@@ -56,7 +59,9 @@ class WholeShardDataset(torch.utils.data.Dataset):
         return len(self.arrays[0])
 
     def __getitem__(self, index):
-        ids, mask, segments, positions, labels, nsp = [torch.from_numpy(np.asarray(array[index], np.int64)) for array in self.arrays]
+        ids, mask, segments, positions, labels, nsp = [
+            torch.from_numpy(np.asarray(array[index], np.int64)) for array in self.arrays
+        ]
         unused = (positions == 0).nonzero()
         count = unused[0].item() if len(unused) else len(positions)
         dense = torch.full(ids.shape, -1)
@@ -65,19 +70,33 @@ class WholeShardDataset(torch.utils.data.Dataset):
 
 
 def sample_tensors(ids, length, first, positions, labels, count, nsp):
-    """input ids, segment ids, input mask, masked LM labels (-1 where not masked), next sentence label: what a model is given."""
+    """input ids, segment ids, input mask, masked LM labels (-1 where not masked), next sentence label: what a model is
+    given."""
     slots = np.arange(len(ids))
     dense = np.full(len(ids), -1, np.int64)
     dense[positions[:count]] = labels[:count]
     inside = slots < length
-    return (torch.from_numpy(ids.astype(np.int64)), torch.from_numpy(((slots >= first) & inside).astype(np.int64)),
-            torch.from_numpy(inside.astype(np.int64)), torch.from_numpy(dense), torch.tensor(int(nsp)))
+    return (
+        torch.from_numpy(ids.astype(np.int64)),
+        torch.from_numpy(((slots >= first) & inside).astype(np.int64)),
+        torch.from_numpy(inside.astype(np.int64)),
+        torch.from_numpy(dense),
+        torch.tensor(int(nsp)),
+    )
 
 
 def measure_loader(arguments, shards, packing, seconds):
     info, batch_size = shards[0], arguments.batch_size
-    with Loader(arguments.files, batch_size, 0, info.sequence_length, info.mask_tokens, info.vocab_size, packing=packing,
-                workers=arguments.workers) as loader:
+    with Loader(
+        arguments.files,
+        batch_size,
+        0,
+        info.sequence_length,
+        info.mask_tokens,
+        info.vocab_size,
+        packing=packing,
+        workers=arguments.workers,
+    ) as loader:
         for _ in range(4):  # the first batches wait for a window, and were made ahead
             loader.next()
         began, count = time.perf_counter(), 0
@@ -94,8 +113,16 @@ def measure_cold(arguments, shards):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     info, total = shards[0], sum(shard.num_samples for shard in shards)
     began, count = time.perf_counter(), 0
-    with Loader(arguments.files, arguments.batch_size, 0, info.sequence_length, info.mask_tokens, info.vocab_size, packing="samples",
-                workers=arguments.workers) as loader:
+    with Loader(
+        arguments.files,
+        arguments.batch_size,
+        0,
+        info.sequence_length,
+        info.mask_tokens,
+        info.vocab_size,
+        packing="samples",
+        workers=arguments.workers,
+    ) as loader:
         for _ in range(max(1, min(32, total // arguments.batch_size))):
             count += loader.next().samples
     return count / (time.perf_counter() - began)
@@ -134,8 +161,10 @@ def in_memory(path):
 def run(arguments, folder):
     shards = open_shards(arguments.files)
     info = shards[0]
-    size = sum(int(np.prod(shape, dtype=int)) * dtype.itemsize
-               for shape, dtype in layout(info.sequence_length, info.mask_tokens, info.vocab_size).values())
+    size = sum(
+        int(np.prod(shape, dtype=int)) * dtype.itemsize
+        for shape, dtype in layout(info.sequence_length, info.mask_tokens, info.vocab_size).values()
+    )
     nvidia_shard = os.path.join(folder, "nvidia.hdf5")
     write_nvidia(nvidia_shard, [read_samples(shards[0].path, 0, shards[0].num_samples)])
     ways = {
@@ -155,32 +184,57 @@ def run(arguments, folder):
         for name, measure in ways.items():
             found[name].append(measure())
     rates = {name: median(values) for name, values in found.items()}
-    print("%d samples of length %d, %d bytes each; global batch %d; medians of %d rounds" % (
-        sum(shard.num_samples for shard in shards), info.sequence_length, size, arguments.batch_size, arguments.rounds))
-    print_table(["", "samples/s", "GB/s", "loader is faster by"],
-                [[name, "%.0f" % rate, "%.3f" % (rate * size / 1e9), "%.1f" % (rates["loader, packed"] / rate)]
-                 for name, rate in rates.items()])
-    write_json(arguments.json, {"bytes_per_sample": size, "batch_size": arguments.batch_size, "sequence_length": info.sequence_length,
-                                "samples_per_second": rates, "rounds": found},
-               torch=torch.__version__, h5py=h5py.__version__, numpy=np.__version__)
+    print(
+        f"{sum(shard.num_samples for shard in shards)} samples of length {info.sequence_length}, {size} bytes "
+        f"each; global batch {arguments.batch_size}; medians of {arguments.rounds} rounds"
+    )
+    print_table(
+        ["", "samples/s", "GB/s", "loader is faster by"],
+        [
+            [name, f"{rate:.0f}", f"{rate * size / 1e9:.3f}", f"{rates['loader, packed'] / rate:.1f}"]
+            for name, rate in rates.items()
+        ],
+    )
+    write_json(
+        arguments.json,
+        {
+            "bytes_per_sample": size,
+            "batch_size": arguments.batch_size,
+            "sequence_length": info.sequence_length,
+            "samples_per_second": rates,
+            "rounds": found,
+        },
+        torch=torch.__version__,
+        h5py=h5py.__version__,
+        numpy=np.__version__,
+    )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--files", nargs="+", help="shards: paths or globs; by default a synthetic data set")
-    parser.add_argument("--samples", type=int, default=1048576, help="size of the synthetic data set (default: %(default)s)")
-    parser.add_argument("--sequence-length", type=int, default=128, help="of the synthetic data set (default: %(default)s)")
+    parser.add_argument(
+        "--samples", type=int, default=1048576, help="size of the synthetic data set (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--sequence-length", type=int, default=128, help="of the synthetic data set (default: %(default)s)"
+    )
     parser.add_argument("--mask-tokens", type=int, default=20, help="of the synthetic data set (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=65536, help="global batch, in samples (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="threads of the loader (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="the ways alternate this many times (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="the ways alternate this many times (default: %(default)s)"
+    )
     parser.add_argument("--json", help="write the figures here")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if arguments.files is None:
-            arguments.files = [write_data_set(folder, "wikipedia", arguments.samples, arguments.sequence_length,
-                                              arguments.mask_tokens, 30522)]
+            arguments.files = [
+                write_data_set(
+                    folder, "wikipedia", arguments.samples, arguments.sequence_length, arguments.mask_tokens, 30522
+                )
+            ]
         arguments.files = expand(arguments.files)
         run(arguments, folder)
 

@@ -1,6 +1,6 @@
 """One JSON from the results of several benchmarks, by file name, and a table of those of benchmarks/pretraining.py.
 
-    python benchmarks/merge.py phase1.json phase2.json lamb.json --output all.json
+python benchmarks/merge.py phase1.json phase2.json lamb.json --output all.json
 """
 
 import argparse
@@ -9,7 +9,7 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from benchmarks.report import print_table  # noqa: E402
+from benchmarks.report import print_table
 
 
 def main():
@@ -24,8 +24,15 @@ def main():
             merged[name] = json.load(file)
         for way, found in merged[name]["results"].get("ways", {}).items():
             if "sequences_per_second" in found:
-                rows.append(["%s, %s" % (name, way), "%.4g" % found["sequences_per_second"], "%.4g" % found["tokens_per_second"],
-                             "%.0f %%" % (100 * found["share_of_gemm_rate"]), "%.2f" % (found["peak_bytes"] / 1e9)])
+                rows.append(
+                    [
+                        f"{name}, {way}",
+                        f"{found['sequences_per_second']:.4g}",
+                        f"{found['tokens_per_second']:.4g}",
+                        f"{100 * found['share_of_gemm_rate']:.0f} %",
+                        f"{found['peak_bytes'] / 1e9:.2f}",
+                    ]
+                )
     with open(arguments.output, "w", encoding="utf-8") as file:
         json.dump(merged, file, indent=2)
         file.write("\n")

@@ -2,10 +2,12 @@
 
     python benchmarks/ops.py --json ops.json --plot ops.png
 
-All ways of an operation get the same random tensors and take turns. Gradients of parameters are added to those that are there, as
-between the micro-batches of a step. FLOP/s count useful work only (attention within samples) and are held against a matrix product.
+All ways of an operation get the same random tensors and take turns. Gradients of parameters are added to those that are
+there, as between the micro-batches of a step. FLOP/s count useful work only (attention within samples) and are held
+against a matrix product.
 
-Shape letters: R rows, L tokens of a row, T tokens in all (R * L: no row has padding), H hidden, A heads, D head size, V vocabulary.
+Shape letters: R rows, L tokens of a row, T tokens in all (R * L: no row has padding), H hidden, A heads, D head size, V
+vocabulary.
 """
 
 import argparse
@@ -18,14 +20,20 @@ import numpy as np
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from benchmarks.plot import draw_bars  # noqa: E402
-from benchmarks.report import median, print_table, write_json  # noqa: E402
-from benchmarks.synthetic import draw_lengths  # noqa: E402
-from benchmarks.timing import gemm_rate, timed  # noqa: E402
-from ops.attention import Spans, attention, attention_plain, has_spans_kernel, same_sample_mask  # noqa: E402
-from ops.linear import linear_dropout_add_norm, linear_dropout_add_norm_plain  # noqa: E402
-from ops.linear import linear_gelu, linear_gelu_plain, linears, linears_plain  # noqa: E402
-from ops.mlm_loss import mlm_loss, mlm_loss_plain  # noqa: E402
+from benchmarks.plot import draw_bars
+from benchmarks.report import median, print_table, write_json
+from benchmarks.synthetic import draw_lengths
+from benchmarks.timing import gemm_rate, timed
+from ops.attention import CuSeqlens, attention, attention_plain, has_varlen_kernel, same_sample_mask
+from ops.linear import (
+    linear_dropout_add_norm,
+    linear_dropout_add_norm_plain,
+    linear_gelu,
+    linear_gelu_plain,
+    linears,
+    linears_plain,
+)
+from ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_plain
 
 HIDDEN, HEADS, VOCAB, DROPOUT = 768, 12, 30522, 0.1
 # Rows and their length: a micro-batch that is good for the device.
@@ -56,51 +64,77 @@ def attention_case(rows, length, random):
         return attention_plain(*in_heads, mask, DROPOUT).transpose(1, 2).flatten(2).flatten(0, 1)
 
     def in_rows():
-        return attention(*(tensor.view(rows, length, -1) for tensor in (query, key, value)), mask, HEADS, DROPOUT).flatten(0, 1)
+        return attention(
+            *(tensor.view(rows, length, -1) for tensor in (query, key, value)), mask, HEADS, DROPOUT
+        ).flatten(0, 1)
 
     ways = {"plain": plain, "rows with a mask": in_rows}
-    if has_spans_kernel(query.device.type, query.dtype, HIDDEN // HEADS):
-        ways["end to end"] = lambda: attention(query, key, value, Spans(starts, int(lengths.max())), HEADS, DROPOUT)
+    if has_varlen_kernel(query.device.type, query.dtype, HIDDEN // HEADS):
+        ways["end to end"] = lambda: attention(query, key, value, CuSeqlens(starts, int(lengths.max())), HEADS, DROPOUT)
     return Case(ways, [query, key, value], flops=12 * HIDDEN * np.square(lengths, dtype=np.float64).sum())
 
 
 def linears_case(rows, length, random):
     x = random(rows * length, HIDDEN)
     arguments = x, [random(HIDDEN, HIDDEN, std=0.02) for _ in range(3)], [random(HIDDEN) for _ in range(3)]
-    return Case({"plain": lambda: linears_plain(*arguments), "this project's": lambda: linears(*arguments)}, [x],
-                flops=6 * rows * length * 3 * HIDDEN * HIDDEN)
+    return Case(
+        {"plain": lambda: linears_plain(*arguments), "this project's": lambda: linears(*arguments)},
+        [x],
+        flops=6 * rows * length * 3 * HIDDEN * HIDDEN,
+    )
 
 
 def linear_gelu_case(rows, length, random):
     arguments = x, _, _ = random(rows * length, HIDDEN), random(4 * HIDDEN, HIDDEN, std=0.02), random(4 * HIDDEN)
-    return Case({"plain": lambda: linear_gelu_plain(*arguments), "this project's": lambda: linear_gelu(*arguments)}, [x],
-                flops=6 * rows * length * 4 * HIDDEN * HIDDEN)
+    return Case(
+        {"plain": lambda: linear_gelu_plain(*arguments), "this project's": lambda: linear_gelu(*arguments)},
+        [x],
+        flops=6 * rows * length * 4 * HIDDEN * HIDDEN,
+    )
 
 
 def linear_norm_case(rows, length, random):
-    x, residual, weight = random(rows * length, 4 * HIDDEN), random(rows * length, HIDDEN), random(HIDDEN, 4 * HIDDEN, std=0.02)
+    x, residual, weight = (
+        random(rows * length, 4 * HIDDEN),
+        random(rows * length, HIDDEN),
+        random(HIDDEN, 4 * HIDDEN, std=0.02),
+    )
     arguments = x, weight, random(HIDDEN), residual, random(HIDDEN), random(HIDDEN), 1e-3, DROPOUT
-    return Case({"plain": lambda: linear_dropout_add_norm_plain(*arguments),
-                 "this project's": lambda: linear_dropout_add_norm(*arguments)}, [x, residual],
-                flops=6 * rows * length * 4 * HIDDEN * HIDDEN)
+    return Case(
+        {
+            "plain": lambda: linear_dropout_add_norm_plain(*arguments),
+            "this project's": lambda: linear_dropout_add_norm(*arguments),
+        },
+        [x, residual],
+        flops=6 * rows * length * 4 * HIDDEN * HIDDEN,
+    )
 
 
 def mlm_loss_case(rows, length, random):
     slots = int(0.15 * rows * length)
     hidden, decoder, bias = random(slots, HIDDEN), random(VOCAB, HIDDEN, std=0.02), random(VOCAB, std=0.02)
-    labels, weights = torch.randint(VOCAB, (slots,), device=hidden.device), torch.rand(slots, device=hidden.device) / slots
-    ways = {"plain": lambda: mlm_loss_plain(hidden, decoder, bias, labels, weights)[0]}
+    labels, weights = (
+        torch.randint(VOCAB, (slots,), device=hidden.device),
+        torch.rand(slots, device=hidden.device) / slots,
+    )
+    ways = {"plain": lambda: linear_cross_entropy_plain(hidden, decoder, bias, labels, weights)[0]}
     for way, factor in (("this project's", None), ("in 1 part", 1), ("in 4 parts", 4)):
-        ways[way] = lambda factor=factor: mlm_loss(hidden, decoder, bias, labels, weights, factor)[0]
+        ways[way] = lambda factor=factor: linear_cross_entropy(hidden, decoder, bias, labels, weights, factor)[0]
     return Case(ways, [hidden], flops=6 * slots * HIDDEN * VOCAB)
 
 
-CASES = {"attention": attention_case, "query, key, value": linears_case, "linear, GELU": linear_gelu_case,
-         "linear, dropout, add, norm": linear_norm_case, "MLM loss": mlm_loss_case}
+CASES = {
+    "attention": attention_case,
+    "query, key, value": linears_case,
+    "linear, GELU": linear_gelu_case,
+    "linear, dropout, add, norm": linear_norm_case,
+    "MLM loss": mlm_loss_case,
+}
 
 
 def sample_ids(rows, length):
-    """[R, L] of rows without padding, with samples of Wikipedia's lengths: the last one of a row is cut where it ends."""
+    """[R, L] of rows without padding, with samples of Wikipedia's lengths: the last one of a row is cut where it
+    ends."""
     rng = np.random.default_rng(0)
     ends = np.cumsum([draw_lengths("wikipedia", length, length, rng) for _ in range(rows)], axis=1, dtype=np.int64)
     return np.stack([1 + np.searchsorted(row, np.arange(length), side="right") for row in ends])
@@ -143,30 +177,55 @@ def run(arguments):
             case = make(rows, length, random)
             rates.append(gemm_rate(device, GEMM_SHAPE[device], dtype))
             seconds = measure(case, device, arguments.rounds)
-            cases.append({"operation": name, "phase": phase, "rows": rows, "length": length, "ways": {
-                way: {"seconds": one, "flops_per_second": case.flops / one} for way, one in seconds.items()}})
+            cases.append(
+                {
+                    "operation": name,
+                    "phase": phase,
+                    "rows": rows,
+                    "length": length,
+                    "ways": {
+                        way: {"seconds": one, "flops_per_second": case.flops / one} for way, one in seconds.items()
+                    },
+                }
+            )
     gemm = median(rates)
     for case in cases:
         plain = case["ways"]["plain"]["seconds"]
         for way, one in case["ways"].items():
             one["share_of_gemm_rate"], one["times_as_fast"] = one["flops_per_second"] / gemm, plain / one["seconds"]
-            table.append(["{operation}, {rows} x {length}, ".format(**case) + way, "%.3f" % (1e3 * one["seconds"]),
-                          "%.2f" % one["times_as_fast"], "%.3g" % (one["flops_per_second"] / 1e12),
-                          "%.0f %%" % (100 * one["share_of_gemm_rate"])])
+            table.append(
+                [
+                    "{operation}, {rows} x {length}, ".format(**case) + way,
+                    f"{1e3 * one['seconds']:.3f}",
+                    f"{one['times_as_fast']:.2f}",
+                    f"{one['flops_per_second'] / 1e12:.3g}",
+                    f"{100 * one['share_of_gemm_rate']:.0f} %",
+                ]
+            )
             faster.setdefault("{operation}, {phase}".format(**case), {})[way] = one["times_as_fast"]
-    print("matrix product: %.4g TFLOP/s, %d x %d by %d x %d, %s; medians of %d rounds" % (
-        (gemm / 1e12,) + GEMM_SHAPE[device][:2] + GEMM_SHAPE[device][1:] + (dtype, arguments.rounds)))
+    print(
+        "matrix product: %.4g TFLOP/s, %d x %d by %d x %d, %s; medians of %d rounds"
+        % ((gemm / 1e12,) + GEMM_SHAPE[device][:2] + GEMM_SHAPE[device][1:] + (dtype, arguments.rounds))
+    )
     print_table(["forward and backward", "ms", "plain / it", "TFLOP/s", "of the matrix rate"], table)
     if arguments.plot:
         draw_bars(arguments.plot, "times as fast as plain PyTorch, forward and backward", faster)
-    write_json(arguments.json, {"gemm_flops_per_second": gemm, "dtype": str(dtype), "cases": cases}, torch=torch.__version__,
-               device=torch.cuda.get_device_name() if device == "cuda" else "cpu")
+    write_json(
+        arguments.json,
+        {"gemm_flops_per_second": gemm, "dtype": str(dtype), "cases": cases},
+        torch=torch.__version__,
+        device=torch.cuda.get_device_name() if device == "cuda" else "cpu",
+    )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="(default here: %(default)s)")
+    parser.add_argument(
+        "--device",
+        choices=["cpu", "cuda"],
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="(default here: %(default)s)",
+    )
     parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
     parser.add_argument("--json", help="write the figures here")
     parser.add_argument("--plot", metavar="FILE.png", help="draw them here")

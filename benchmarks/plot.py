@@ -1,6 +1,6 @@
 """Bars of sequences/s, for each result of benchmarks/pretraining.py beside its peers.
 
-    python benchmarks/plot.py phase1.json phase2.json --output sequences.png
+python benchmarks/plot.py phase1.json phase2.json --output sequences.png
 """
 
 import argparse
@@ -10,13 +10,14 @@ import os
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 __all__ = ["draw_bars"]
 
 
 def draw_bars(path, title, groups):
-    """Draws {group: {way: value}} as a picture: a row of bars for each group, each with its value; ways keep their colour."""
+    """Draws {group: {way: value}} as a picture: a row of bars for each group, each with its value; ways keep their
+    colour."""
     ways = list(dict.fromkeys(way for values in groups.values() for way in values))
     height = 1 + 0.35 * sum(len(values) + 1 for values in groups.values())
     figure, axes = plt.subplots(figsize=(8, height), constrained_layout=True)
@@ -24,8 +25,8 @@ def draw_bars(path, title, groups):
     for group, values in groups.items():
         ticks.append((place + (len(values) - 1) / 2, group))
         for way, value in values.items():
-            bar = axes.barh(place, value, color="C%d" % ways.index(way), label=way)
-            axes.bar_label(bar, ["%.3g" % value if value < 1000 else "%d" % value], padding=3)
+            bar = axes.barh(place, value, color=f"C{ways.index(way)}", label=way)
+            axes.bar_label(bar, [f"{value:.3g}" if value < 1000 else f"{value:.0f}"], padding=3)
             place += 1
         place += 1
     axes.set_yticks(*zip(*ticks))
@@ -47,7 +48,9 @@ def main():
     for path in arguments.results:
         with open(path, encoding="utf-8") as file:
             ways = json.load(file)["results"]["ways"]
-        groups[os.path.splitext(os.path.basename(path))[0]] = {name: way["sequences_per_second"] for name, way in ways.items()}
+        groups[os.path.splitext(os.path.basename(path))[0]] = {
+            name: way["sequences_per_second"] for name, way in ways.items()
+        }
     draw_bars(arguments.output, "sequences/s", groups)
 
 

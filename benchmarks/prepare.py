@@ -1,12 +1,13 @@
-"""How fast text becomes samples: `data.prepare`, `tokenizers` alone, and the algorithm of BERT's create_pretraining_data.
+"""How fast text becomes samples: `data.prepare`, `tokenizers` alone, and the algorithm of BERT's
+create_pretraining_data.
 
     python benchmarks/prepare.py --input wikitext-2-valid.txt --format wikitext --vocab vocab.txt --json result.json
     python benchmarks/prepare.py        # on the prose that Python brings, with a vocabulary trained on it
 
-All take the same text, in turns in one process; medians are reported. NVIDIA's own program is not part of this project: `peer`
-is its algorithm written anew, with a tokenizer in Python, token lists and loops over tokens, as there. `peer_fast` is the same
-with the text tokenized by `tokenizers`, which NVIDIA's does not do: what is left is the making of samples alone. The program
-itself took 6.4 s on 2 cores for wikitext-2-valid at 128 tokens, 20 masked, 5 duplicates.
+All take the same text, in turns in one process; medians are reported. NVIDIA's own program is not part of this project:
+`peer` is its algorithm written anew, with a tokenizer in Python, token lists and loops over tokens, as there.
+`peer_fast` is the same with the text tokenized by `tokenizers`, which NVIDIA's does not do: what is left is the making
+of samples alone. The program itself took 6.4 s on 2 cores for wikitext-2-valid at 128 tokens, 20 masked, 5 duplicates.
 """
 
 import argparse
@@ -25,13 +26,21 @@ import tokenizers
 from tqdm import tqdm
 
 from benchmarks.report import median, print_table, write_json
-from data.corpus import FORMATS, documents, find_files
 from data.prepare import prepare
+from data.preparing.corpus import FORMATS, documents, find_files
 from data.tokenizer import make_tokenizer, read_vocab, train_vocab
 
 LENGTH, MASKS, DUPLICATES = 128, 20, 5
-CJK = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F), (0x2B740, 0x2B81F), (0x2B820, 0x2CEAF),
-       (0xF900, 0xFAFF), (0x2F800, 0x2FA1F))
+CJK = (
+    (0x4E00, 0x9FFF),
+    (0x3400, 0x4DBF),
+    (0x20000, 0x2A6DF),
+    (0x2A700, 0x2B73F),
+    (0x2B740, 0x2B81F),
+    (0x2B820, 0x2CEAF),
+    (0xF900, 0xFAFF),
+    (0x2F800, 0x2FA1F),
+)
 
 
 def peer(texts, words, output, fast):
@@ -47,8 +56,12 @@ def peer(texts, words, output, fast):
     tokens = [document for document in tokens if document]
     rng.shuffle(tokens)
     ids = {word: number for number, word in enumerate(words)}
-    instances = [instance for _ in range(DUPLICATES) for index in range(len(tokens))
-                 for instance in peer_instances(tokens, index, words, rng)]
+    instances = [
+        instance
+        for _ in range(DUPLICATES)
+        for index in range(len(tokens))
+        for instance in peer_instances(tokens, index, words, rng)
+    ]
     rng.shuffle(instances)
     peer_write(instances, ids, output)
     return len(instances)
@@ -58,13 +71,17 @@ def python_tokens(line, known):
     """BERT's lower-case tokenizer as its programs have it: character by character, then the longest pieces first."""
     cleaned = []
     for character in line:
-        if ord(character) in (0, 0xFFFD) or (character not in "\t\n\r" and unicodedata.category(character) in ("Cc", "Cf")):
+        if ord(character) in (0, 0xFFFD) or (
+            character not in "\t\n\r" and unicodedata.category(character) in ("Cc", "Cf")
+        ):
             continue
         cjk = any(first <= ord(character) <= last for first, last in CJK)
-        cleaned.append(" %s " % character if cjk else " " if character.isspace() else character)
+        cleaned.append(f" {character} " if cjk else " " if character.isspace() else character)
     pieces = []
     for word in "".join(cleaned).split():
-        word = "".join(letter for letter in unicodedata.normalize("NFD", word.lower()) if unicodedata.category(letter) != "Mn")
+        word = "".join(
+            letter for letter in unicodedata.normalize("NFD", word.lower()) if unicodedata.category(letter) != "Mn"
+        )
         for part in split_punctuation(word):
             pieces.extend(longest_pieces(part, known))
     return pieces
@@ -74,8 +91,13 @@ def split_punctuation(word):
     parts, begins = [], True
     for letter in word:
         code = ord(letter)
-        if (33 <= code <= 47 or 58 <= code <= 64 or 91 <= code <= 96 or 123 <= code <= 126
-                or unicodedata.category(letter).startswith("P")):
+        if (
+            33 <= code <= 47
+            or 58 <= code <= 64
+            or 91 <= code <= 96
+            or 123 <= code <= 126
+            or unicodedata.category(letter).startswith("P")
+        ):
             parts.append([letter])
             begins = True
         else:
@@ -121,7 +143,7 @@ def peer_instances(all_documents, index, words, rng):
                     other = rng.randint(0, len(all_documents) - 1)
                     if other != index:
                         break
-                for sentence in all_documents[other][rng.randint(0, len(all_documents[other]) - 1):]:
+                for sentence in all_documents[other][rng.randint(0, len(all_documents[other]) - 1) :]:
                     second.extend(sentence)
                     if len(second) >= target - len(first):
                         break
@@ -146,7 +168,7 @@ def peer_mask(sample, words, rng):
     candidates = [place for place, token in enumerate(sample) if token not in ("[CLS]", "[SEP]")]
     rng.shuffle(candidates)
     output, chosen = list(sample), []
-    for place in candidates[:min(MASKS, max(1, int(round(len(sample) * 0.15))))]:
+    for place in candidates[: min(MASKS, max(1, int(round(len(sample) * 0.15))))]:
         if rng.random() < 0.8:
             output[place] = "[MASK]"
         elif rng.random() >= 0.5:
@@ -158,16 +180,21 @@ def peer_mask(sample, words, rng):
 
 def peer_write(instances, ids, output):
     count = len(instances)
-    columns = {"input_ids": LENGTH, "input_mask": LENGTH, "segment_ids": LENGTH, "masked_lm_positions": MASKS,
-               "masked_lm_ids": MASKS}
+    columns = {
+        "input_ids": LENGTH,
+        "input_mask": LENGTH,
+        "segment_ids": LENGTH,
+        "masked_lm_positions": MASKS,
+        "masked_lm_ids": MASKS,
+    }
     arrays = {name: np.zeros((count, width), np.int32) for name, width in columns.items()}
     labels = np.zeros(count, np.int8)
     for row, (tokens, chosen, types, is_random) in enumerate(instances):
-        arrays["input_ids"][row, :len(tokens)] = [ids[token] for token in tokens]
-        arrays["input_mask"][row, :len(tokens)] = 1
-        arrays["segment_ids"][row, :len(tokens)] = types
-        arrays["masked_lm_positions"][row, :len(chosen)] = [place for place, _ in chosen]
-        arrays["masked_lm_ids"][row, :len(chosen)] = [ids[token] for _, token in chosen]
+        arrays["input_ids"][row, : len(tokens)] = [ids[token] for token in tokens]
+        arrays["input_mask"][row, : len(tokens)] = 1
+        arrays["segment_ids"][row, : len(tokens)] = types
+        arrays["masked_lm_positions"][row, : len(chosen)] = [place for place, _ in chosen]
+        arrays["masked_lm_ids"][row, : len(chosen)] = [ids[token] for _, token in chosen]
         labels[row] = is_random
     with h5py.File(output, "w") as file:
         for name, values in arrays.items():
@@ -183,7 +210,9 @@ def timed(work):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", nargs="+", default=["python"], help="text as of data.prepare (default: Python's own prose)")
+    parser.add_argument(
+        "--input", nargs="+", default=["python"], help="text as of data.prepare (default: Python's own prose)"
+    )
     parser.add_argument("--format", default="lines", choices=FORMATS, help="of the text (default lines)")
     parser.add_argument("--vocab", help="the vocabulary; without it one of 30,522 words is trained, outside the timing")
     parser.add_argument("--rounds", type=int, default=5, help="of all, in turns (default 5)")
@@ -200,36 +229,69 @@ def main():
             file.writelines(word + "\n" for word in words)
 
         def ours(number):
-            summary = prepare(options.input, os.path.join(folder, "set-%d" % number), options.format, vocab=vocab,
-                              sequence_length=LENGTH, mask_tokens=MASKS, duplicates=DUPLICATES, progress=False)
+            summary = prepare(
+                options.input,
+                os.path.join(folder, f"set-{number}"),
+                options.format,
+                vocab=vocab,
+                sequence_length=LENGTH,
+                mask_tokens=MASKS,
+                duplicates=DUPLICATES,
+                progress=False,
+            )
             samples["prepare"] = summary.train_samples
 
         def theirs(name):
             samples[name] = peer(texts, words, os.path.join(folder, "peer.h5"), name == "peer_fast")
 
         for number in tqdm(range(options.rounds + 1), disable=None):
-            now = {"prepare": timed(lambda: ours(number)), "peer": timed(lambda: theirs("peer")),
-                   "peer_fast": timed(lambda: theirs("peer_fast"))}
+            now = {
+                "prepare": timed(lambda: ours(number)),
+                "peer": timed(lambda: theirs("peer")),
+                "peer_fast": timed(lambda: theirs("peer_fast")),
+            }
             tokenizer = make_tokenizer(words)
             now["tokenizers"] = timed(lambda: tokenizer.encode_batch_fast(lines, add_special_tokens=False))
             if number:  # the first round warms the page cache and the imports
                 for name, value in now.items():
                     seconds[name].append(value)
-    result = {name: {"seconds": median(values), "megabytes_per_second": megabytes / median(values),
-                     "samples": samples.get(name)} for name, values in seconds.items()}
-    result.update(megabytes=megabytes, duplicates=DUPLICATES, rounds=seconds,
-                  times_the_reimplementation=result["peer"]["seconds"] / result["prepare"]["seconds"],
-                  times_the_reimplementation_with_tokenizers=result["peer_fast"]["seconds"] / result["prepare"]["seconds"],
-                  share_of_tokenizers=result["tokenizers"]["seconds"] / result["prepare"]["seconds"])
-    print("%.2f MB of text, %d tokens, %d masked, %d duplicates; medians of %d rounds" % (
-        megabytes, LENGTH, MASKS, DUPLICATES, options.rounds))
-    print_table(["", "s", "MB/s"], [
-        [what, "%.2f" % result[name]["seconds"], "%.2f" % result[name]["megabytes_per_second"]]
-        for name, what in (("prepare", "data.prepare, to shards"), ("tokenizers", "tokenizers alone, the text once"),
-                           ("peer", "create_pretraining_data's algorithm, re-implemented"),
-                           ("peer_fast", "the same, tokenized by tokenizers"))])
-    print("data.prepare is %.1f times the re-implementation, %.1f times it with tokenizers; %.2f of tokenizers' MB/s" % (
-        result["times_the_reimplementation"], result["times_the_reimplementation_with_tokenizers"], result["share_of_tokenizers"]))
+    result = {
+        name: {
+            "seconds": median(values),
+            "megabytes_per_second": megabytes / median(values),
+            "samples": samples.get(name),
+        }
+        for name, values in seconds.items()
+    }
+    result.update(
+        megabytes=megabytes,
+        duplicates=DUPLICATES,
+        rounds=seconds,
+        times_the_reimplementation=result["peer"]["seconds"] / result["prepare"]["seconds"],
+        times_the_reimplementation_with_tokenizers=result["peer_fast"]["seconds"] / result["prepare"]["seconds"],
+        share_of_tokenizers=result["tokenizers"]["seconds"] / result["prepare"]["seconds"],
+    )
+    print(
+        f"{megabytes:.2f} MB of text, {LENGTH} tokens, {MASKS} masked, {DUPLICATES} duplicates; medians of "
+        f"{options.rounds} rounds"
+    )
+    print_table(
+        ["", "s", "MB/s"],
+        [
+            [what, f"{result[name]['seconds']:.2f}", f"{result[name]['megabytes_per_second']:.2f}"]
+            for name, what in (
+                ("prepare", "data.prepare, to shards"),
+                ("tokenizers", "tokenizers alone, the text once"),
+                ("peer", "create_pretraining_data's algorithm, re-implemented"),
+                ("peer_fast", "the same, tokenized by tokenizers"),
+            )
+        ],
+    )
+    print(
+        f"data.prepare is {result['times_the_reimplementation']:.1f} times the re-implementation, "
+        f"{result['times_the_reimplementation_with_tokenizers']:.1f} times it with tokenizers; "
+        f"{result['share_of_tokenizers']:.2f} of tokenizers' MB/s"
+    )
     write_json(options.json, result, tokenizers=tokenizers.__version__, h5py=h5py.__version__, numpy=np.__version__)
 
 

@@ -4,14 +4,15 @@
     python benchmarks/pretraining.py --config pod16_phase2.json --lengths 369 --against transformers
     python benchmarks/pretraining.py --config gpu_phase1.json --data.files 'shards/train-*.h5' --json result.json
 
-Options are run_pretraining.py's, and those below. Samples come from the config's shards where they are there and no --lengths
-asks for random ones. Each way runs in a process of its own, so that memory, allocator settings and compiled code are its own; they
-take turns, and the others idle. A peer gets the same samples, padded, as its users do; both begin with arrays on the host and end
-with new weights.
+Options are run_pretraining.py's, and those below. Samples come from the config's shards where they are there and no
+--lengths asks for random ones. Each way runs in a process of its own, so that memory, allocator settings and compiled
+code are its own; they take turns, and the others idle. A peer gets the same samples, padded, as its users do; both
+begin with arrays on the host and end with new weights.
 
-Useful work is counted by samples alone: 6 FLOPs for each weight that a token passes and 12 L H for the attention products of each
-layer and token; padding does not count. The parts of a step are timed in rounds of their own, for that takes waiting for the device
-between them. An optimizer step is shared by the samples of the config's global batch, which are more than are measured here.
+Useful work is counted by samples alone: 6 FLOPs for each weight that a token passes and 12 L H for the attention
+products of each layer and token; padding does not count. The parts of a step are timed in rounds of their own, for that
+takes waiting for the device between them. An optimizer step is shared by the samples of the config's global batch,
+which are more than are measured here.
 """
 
 import argparse
@@ -25,16 +26,15 @@ import numpy as np
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from benchmarks.processes import Worker  # noqa: E402
-from benchmarks.report import median, print_table, write_json  # noqa: E402
-from benchmarks.synthetic import length_distribution, random_samples  # noqa: E402
-from benchmarks.timing import Stopwatch, cuda_or_cpu, gemm_rate, timed  # noqa: E402
-from bert.config import parse_command_line  # noqa: E402
-from bert.training import make_engine  # noqa: E402
-from data.errors import InputError  # noqa: E402
-from data.loader import read_checked  # noqa: E402
-from data.rows import packed_batch, unpacked_batch  # noqa: E402
-from data.shards import open_shards  # noqa: E402
+from benchmarks.processes import Worker
+from benchmarks.report import median, print_table, write_json
+from benchmarks.synthetic import length_distribution, random_samples
+from benchmarks.timing import Stopwatch, cuda_or_cpu, gemm_rate, timed
+from bert.config import parse_command_line
+from bert.run.training import make_engine
+from data.errors import InputError
+from data.loading.shard_files import open_shards, read_checked
+from data.rows import packed_batch, unpacked_batch
 
 PARTS = ("data", "forward", "backward", "optimizer")
 # Rows x common size x columns. On CUDA the best of them counts, for which shape is best depends on the card.
@@ -44,13 +44,16 @@ PEER_TOKENS = {"cpu": [1024, 2048], "cuda": [8192, 16384, 32768, 65536]}
 
 
 def make_samples(config, count, lengths):
-    """(samples, where they are from): the first of the config's shards, or random ones where `lengths` is a distribution."""
+    """(samples, where they are from): the first of the config's shards, or random ones where `lengths` is a
+    distribution."""
     data, vocab_size = config.data, config.model.vocab_size
     if lengths is None:
         shard = open_shards(data.files, data.sequence_length, data.mask_tokens, vocab_size)[0]
         return read_checked(shard, 0, min(count, shard.num_samples), 0), shard.path
-    samples = random_samples(lengths, count, data.sequence_length, data.mask_tokens, vocab_size, np.random.default_rng(0))
-    return samples, "random, lengths: %s" % lengths
+    samples = random_samples(
+        lengths, count, data.sequence_length, data.mask_tokens, vocab_size, np.random.default_rng(0)
+    )
+    return samples, f"random, lengths: {lengths}"
 
 
 def make_batch(config, samples):
@@ -64,12 +67,13 @@ def useful_flops(model, samples):
     """FLOPs of forward and backward for these samples (see the module's docstring)."""
     hidden, tokens = model.hidden_size, samples.lengths.astype(np.float64)
     layer = 4 * hidden * hidden + 2 * hidden * model.intermediate_size
-    encoder = model.num_hidden_layers * (6 * layer * tokens.sum() + 12 * hidden * (tokens ** 2).sum())
+    encoder = model.num_hidden_layers * (6 * layer * tokens.sum() + 12 * hidden * (tokens**2).sum())
     return encoder + 6 * samples.mlm_counts.sum(dtype=np.float64) * (hidden * hidden + hidden * model.vocab_size)
 
 
 def in_bfloat16(config, device):
-    """Whether matrix products are, here and in the peer; in a float8 run the peer's and the measured rate are bfloat16."""
+    """Whether matrix products are, here and in the peer; in a float8 run the peer's and the measured rate are
+    bfloat16."""
     return config.training.precision != "float32" and (device == "cuda" or config.training.precision != "auto")
 
 
@@ -80,11 +84,14 @@ class Ours:
         self.device, self.engine, self.batch = device, make_engine(config, device), make_batch(config, samples)
         if device == "cuda" and not config.training.micro_batch_size:
             self.engine.cut_evenly(len(self.batch["input_ids"]))
-        self.parts = {"data": (self.engine, "micro_batches"), "forward": (self.engine, "forward"),
-                      "optimizer": (self.engine, "update")}
+        self.parts = {
+            "data": (self.engine, "micro_batches"),
+            "forward": (self.engine, "forward"),
+            "optimizer": (self.engine, "update"),
+        }
 
     def describe(self):
-        return "%s; %d rows" % (self.engine.describe(), len(self.batch["input_ids"]))
+        return f"{self.engine.describe()}; {len(self.batch['input_ids'])} rows"
 
     def step(self):
         self.engine.step(self.batch, 1e-4, self.engine.steps_done + 1)
@@ -98,9 +105,19 @@ class Transformers:
 
     def __init__(self, device, config, samples, compiled, rows=None):
         from transformers import BertConfig, BertForPreTraining
+
         self.device, self.compiled, self.rows, self.bfloat16 = device, compiled, rows, in_bfloat16(config, device)
-        names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "layer_norm_eps",
-                 "max_position_embeddings", "hidden_dropout_prob", "attention_probs_dropout_prob")
+        names = (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
+            "layer_norm_eps",
+            "max_position_embeddings",
+            "hidden_dropout_prob",
+            "attention_probs_dropout_prob",
+        )
         settings = {name: getattr(config.model, name) for name in names}
         self.model = BertForPreTraining(BertConfig(**settings, attn_implementation="sdpa")).to(device).train()
         # Every micro-batch but a last, smaller one has the same shape: code for that shape is faster than for any.
@@ -110,15 +127,24 @@ class Transformers:
         labels = np.full(batch["input_ids"].shape, -100, np.int64)
         at, slots = np.nonzero(batch["mlm_weights"])
         labels[at, batch["mlm_positions"][at, slots]] = batch["mlm_labels"][at, slots]
-        self.batch = {"input_ids": batch["input_ids"].astype(np.int64), "attention_mask": batch["sample_ids"].astype(np.int64),
-                      "token_type_ids": batch["token_type_ids"].astype(np.int64), "labels": labels,
-                      "next_sentence_label": batch["nsp_labels"][:, 0].astype(np.int64)}
-        self.parts = {"data": (self, "micro_batches"), "forward": (self, "forward"), "optimizer": (self.optimizer, "step")}
+        self.batch = {
+            "input_ids": batch["input_ids"].astype(np.int64),
+            "attention_mask": batch["sample_ids"].astype(np.int64),
+            "token_type_ids": batch["token_type_ids"].astype(np.int64),
+            "labels": labels,
+            "next_sentence_label": batch["nsp_labels"][:, 0].astype(np.int64),
+        }
+        self.parts = {
+            "data": (self, "micro_batches"),
+            "forward": (self, "forward"),
+            "optimizer": (self.optimizer, "step"),
+        }
 
     def describe(self):
-        return "%s, SDPA, micro-batches of %d rows, %s; %d rows" % (
-            "bfloat16 autocast" if self.bfloat16 else "float32", self.rows, "torch.compile" if self.compiled else "not compiled",
-            len(self.batch["labels"]))
+        return (
+            f"{'bfloat16 autocast' if self.bfloat16 else 'float32'}, SDPA, micro-batches of {self.rows} rows, "
+            f"{'torch.compile' if self.compiled else 'not compiled'}; {len(self.batch['labels'])} rows"
+        )
 
     def step(self):
         self.passes(len(self.batch["labels"]))
@@ -210,7 +236,8 @@ def measure(own, config, device, samples):
         ways = {"this project": closing.enter_context(Worker(Ours, device, config, samples))}
         if own.against:
             ways["transformers"] = closing.enter_context(
-                Worker(Transformers, device, config, samples, own.peer_compile, min(tried, key=tried.get)))
+                Worker(Transformers, device, config, samples, own.peer_compile, min(tried, key=tried.get))
+            )
         found = {name: {"settings": way.ask(first_step), "rounds": []} for name, way in ways.items()}
         gemm = {shape: [] for shape in GEMM_SHAPES[device]}
         for _ in range(own.rounds):
@@ -239,30 +266,60 @@ def run(own, config, named_files):
     for name, way in ways.items():
         update = way["parts"]["optimizer"]
         seconds = (median(way["rounds"]) - update) / len(samples) + update / config.training.global_batch_size
-        way.update(sequences_per_second=1 / seconds, tokens_per_second=mean_length / seconds,
-                   share_of_gemm_rate=flops / seconds / gemm["flops_per_second"])
-        rows.append([name, "%.4g" % way["sequences_per_second"], "%.4g" % way["tokens_per_second"],
-                     "%.0f %%" % (100 * way["share_of_gemm_rate"]), *("%.3g" % way["parts"][part] for part in PARTS),
-                     "%.2f" % (way["peak_bytes"] / 1e9),
-                     "%.2f" % (ways["this project"]["sequences_per_second"] / way["sequences_per_second"])])
-        print("%s: %s" % (name, way["settings"]))
-    print("%d samples of mean length %.1f of %d (%s); medians of %d rounds" % (
-        len(samples), mean_length, config.data.sequence_length, origin, own.rounds))
-    print("matrix product: %.4g TFLOP/s, %d x %d by %d x %d, %s" % (
-        (gemm["flops_per_second"] / 1e12,) + gemm["shape"][:2] + gemm["shape"][1:] + (gemm["dtype"],)))
-    parts = ["%s, s" % part for part in PARTS]
+        way.update(
+            sequences_per_second=1 / seconds,
+            tokens_per_second=mean_length / seconds,
+            share_of_gemm_rate=flops / seconds / gemm["flops_per_second"],
+        )
+        rows.append(
+            [
+                name,
+                f"{way['sequences_per_second']:.4g}",
+                f"{way['tokens_per_second']:.4g}",
+                f"{100 * way['share_of_gemm_rate']:.0f} %",
+                *(f"{way['parts'][part]:.3g}" for part in PARTS),
+                f"{way['peak_bytes'] / 1e9:.2f}",
+                f"{ways['this project']['sequences_per_second'] / way['sequences_per_second']:.2f}",
+            ]
+        )
+        print(f"{name}: {way['settings']}")
+    print(
+        f"{len(samples)} samples of mean length {mean_length:.1f} of {config.data.sequence_length} "
+        f"({origin}); medians of {own.rounds} rounds"
+    )
+    print(
+        "matrix product: %.4g TFLOP/s, %d x %d by %d x %d, %s"
+        % ((gemm["flops_per_second"] / 1e12,) + gemm["shape"][:2] + gemm["shape"][1:] + (gemm["dtype"],))
+    )
+    parts = [f"{part}, s" for part in PARTS]
     print_table(["", "sequences/s", "tokens/s", "of that rate"] + parts + ["peak, GB", "ours is faster by"], rows)
-    about = {"samples": len(samples), "samples_from": origin, "mean_length": mean_length, "precision": config.training.precision,
-             "sequence_length": config.data.sequence_length, "model": dataclasses.asdict(config.model)}
-    write_json(own.json, {**about, **found}, torch=torch.__version__,
-               device=torch.cuda.get_device_name() if device == "cuda" else "cpu")
+    about = {
+        "samples": len(samples),
+        "samples_from": origin,
+        "mean_length": mean_length,
+        "precision": config.training.precision,
+        "sequence_length": config.data.sequence_length,
+        "model": dataclasses.asdict(config.model),
+    }
+    write_json(
+        own.json,
+        {**about, **found},
+        torch=torch.__version__,
+        device=torch.cuda.get_device_name() if device == "cuda" else "cpu",
+    )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--samples", type=int, help="samples of a step (default: 32 on the CPU, 4096 on CUDA)")
-    parser.add_argument("--lengths", type=length_distribution, metavar="full|MEAN|wikipedia",
-                        help="random samples of these lengths (default: the config's shards, or wikipedia where there are none)")
+    parser.add_argument(
+        "--lengths",
+        type=length_distribution,
+        metavar="full|MEAN|wikipedia",
+        help="random samples of these lengths (default: the config's shards, or wikipedia where there are none)",
+    )
     parser.add_argument("--against", choices=["transformers"], help="measure this peer in turns")
     parser.add_argument("--peer-compile", action="store_true", help="torch.compile the peer")
     parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
@@ -271,7 +328,7 @@ def main():
     try:
         run(own, parse_command_line(others), any(word.split("=")[0] == "--data.files" for word in others))
     except InputError as error:
-        sys.exit("error: %s" % error)
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

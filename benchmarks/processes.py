@@ -23,7 +23,9 @@ class Worker:
             return self.pipe.recv()
         except (EOFError, OSError):
             self.process.join()
-            sys.exit("error: a process of the benchmark ended with exit code %d; what it said is above" % self.process.exitcode)
+            sys.exit(
+                f"error: a process of the benchmark ended with exit code {self.process.exitcode}; what it said is above"
+            )
 
     def __enter__(self):
         return self

@@ -19,15 +19,26 @@ def print_table(header: List[str], rows: List[List[str]]) -> None:
     """Columns, the first to the left, the others to the right."""
     widths = [max(len(str(row[i])) for row in [header] + rows) for i in range(len(header))]
     for row in [header] + rows:
-        print("  ".join(str(cell).ljust(width) if i == 0 else str(cell).rjust(width) for i, (cell, width) in enumerate(zip(row, widths))))
+        print(
+            "  ".join(
+                str(cell).ljust(width) if i == 0 else str(cell).rjust(width)
+                for i, (cell, width) in enumerate(zip(row, widths))
+            )
+        )
 
 
 def write_json(path: Optional[str], results: Dict, **versions: str) -> None:
     """Writes `results` with device, software, command and date; nothing where `path` is None."""
     if path is None:
         return
-    about = {"date": datetime.date.today().isoformat(), "command": " ".join(["python"] + sys.argv),
-             "cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version(), **versions}
+    about = {
+        "date": datetime.date.today().isoformat(),
+        "command": " ".join(["python"] + sys.argv),
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        **versions,
+    }
     with open(path, "w", encoding="utf-8") as file:
         json.dump({"about": about, "results": results}, file, indent=2)
         file.write("\n")

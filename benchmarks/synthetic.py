@@ -7,8 +7,9 @@ import os
 
 import numpy as np
 
-from data.shards import Samples, token_dtype, vocab_sha256, write_shard
-from data.tokenizer import SPECIAL_WORDS, write_tokenizer_files
+from data.samples import Samples, token_dtype
+from data.shards import write_shard
+from data.tokenizer import SPECIAL_WORDS, vocab_sha256, write_tokenizer_files
 
 __all__ = ["length_distribution", "random_samples", "write_data_set"]
 
@@ -24,9 +25,10 @@ def length_distribution(text):
 def draw_lengths(distribution, count, longest, rng):
     """[count] lengths of 5 to `longest` tokens.
 
-    "wikipedia" is a model of English Wikipedia's samples: BERT aims a tenth of them at a random length; beyond 128 tokens most of
-    the others end with their document, log-normal, so that at 512 half of all slots is padding (as arXiv 2107.02027 found) and 22 %
-    of the samples are full. Up to 128, documents are taken to be longer than a sample: 95 % of the slots are filled, no easy case.
+    "wikipedia" is a model of English Wikipedia's samples: BERT aims a tenth of them at a random length; beyond 128
+    tokens most of the others end with their document, log-normal, so that at 512 half of all slots is padding (as arXiv
+    2107.02027 found) and 22 % of the samples are full. Up to 128, documents are taken to be longer than a sample: 95 %
+    of the slots are filled, no easy case.
     """
     if distribution == "full":
         return np.full(count, longest, np.uint16)
@@ -36,7 +38,7 @@ def draw_lengths(distribution, count, longest, rng):
             lengths = np.minimum(lengths, rng.lognormal(np.log(225), 1.2, count))
         return np.maximum(lengths, SHORTEST).astype(np.uint16)
     if not SHORTEST <= distribution <= longest:
-        raise ValueError("a mean length of %d, expected %d to %d" % (distribution, SHORTEST, longest))
+        raise ValueError(f"a mean length of {distribution}, expected {SHORTEST} to {longest}")
     spread = min(distribution - SHORTEST, longest - distribution)
     return rng.integers(distribution - spread, distribution + spread + 1, count).astype(np.uint16)
 
@@ -48,18 +50,27 @@ def random_samples(distribution, count, longest, mask_tokens, vocab_size, rng):
     inside, used = np.arange(longest) < lengths[:, None], np.arange(mask_tokens) < counts[:, None]
     positions = 1 + np.arange(mask_tokens) * (lengths // (counts + 1))[:, None]
     first_word, ids = min(1000, vocab_size // 2), token_dtype(vocab_size)
-    return Samples(rng.integers(first_word, vocab_size, (count, longest), dtype=ids) * inside, lengths, lengths // 2,
-                   (positions * used).astype(np.uint16),
-                   rng.integers(first_word, vocab_size, (count, mask_tokens), dtype=ids) * used, counts,
-                   rng.integers(0, 2, count, dtype=np.uint8))
+    return Samples(
+        rng.integers(first_word, vocab_size, (count, longest), dtype=ids) * inside,
+        lengths,
+        lengths // 2,
+        (positions * used).astype(np.uint16),
+        rng.integers(first_word, vocab_size, (count, mask_tokens), dtype=ids) * used,
+        counts,
+        rng.integers(0, 2, count, dtype=np.uint8),
+    )
 
 
 def write_data_set(folder, distribution, count, longest, mask_tokens, vocab_size):
     """Shards of random samples and their vocabulary, for a run; returns the pattern of the shards."""
     rng = np.random.default_rng(0)
-    words = list(SPECIAL_WORDS) + ["word%d" % number for number in range(len(SPECIAL_WORDS), vocab_size)]
+    words = list(SPECIAL_WORDS) + [f"word{number}" for number in range(len(SPECIAL_WORDS), vocab_size)]
     write_tokenizer_files(folder, words)
     for number, first in enumerate(range(0, count, SAMPLES_OF_SHARD)):
-        samples = random_samples(distribution, min(SAMPLES_OF_SHARD, count - first), longest, mask_tokens, vocab_size, rng)
-        write_shard(os.path.join(folder, "train-%05d.h5" % number), samples, vocab_size, vocab_sha256(words), {"random": 0})
+        samples = random_samples(
+            distribution, min(SAMPLES_OF_SHARD, count - first), longest, mask_tokens, vocab_size, rng
+        )
+        write_shard(
+            os.path.join(folder, f"train-{number:05}.h5"), samples, vocab_size, vocab_sha256(words), {"random": 0}
+        )
     return os.path.join(folder, "train-*.h5")

@@ -17,8 +17,10 @@ def cuda_or_cpu(config: Config) -> str:
     """The device of the config, which is not to be an IPU: there a step cannot be taken apart."""
     device, _ = choose_device(config.device)
     if device == "ipu":
-        raise InputError("this benchmark takes steps apart on CUDA and CPU: add --device cuda or --device cpu. On IPUs, "
-                         "benchmarks/data_wait.py measures sequences/s")
+        raise InputError(
+            "this benchmark takes steps apart on CUDA and CPU: add --device cuda or --device cpu. On IPUs, "
+            "benchmarks/data_wait.py measures sequences/s"
+        )
     return device
 
 
@@ -38,12 +40,16 @@ def timed(device, work, repeat=1):
 
 
 def gemm_rate(device, shape, dtype):
-    """FLOP/s of a matrix product of random data into memory that is there already, the best of five times a tenth of a second.
+    """FLOP/s of a matrix product of random data into memory that is there already, the best of five times a tenth of a
+    second.
 
     `shape`: rows, common size, columns.
     """
     rows, common, columns = shape
-    a, b = torch.randn(rows, common, device=device, dtype=dtype), torch.randn(common, columns, device=device, dtype=dtype)
+    a, b = (
+        torch.randn(rows, common, device=device, dtype=dtype),
+        torch.randn(common, columns, device=device, dtype=dtype),
+    )
     product = torch.empty(rows, columns, device=device, dtype=dtype)
     work = functools.partial(torch.mm, a, b, out=product)
     timed(device, work)
@@ -67,13 +73,16 @@ class Stopwatch:
 
     def around(self, name, function):
         """`function`, its calls timed."""
+
         def timed_function(*arguments):
             with self.part(name):
                 return function(*arguments)
+
         return timed_function
 
     def around_each(self, name, generator):
         """`generator`, the making of each of its items timed; None is no item."""
+
         def timed_generator(*arguments):
             items = generator(*arguments)
             while True:
@@ -82,4 +91,5 @@ class Stopwatch:
                 if item is None:
                     return
                 yield item
+
         return timed_generator

@@ -1,10 +1,12 @@
-"""Errors that a command prints in one line: bad input (exit status 2), a loader that died or a preparation that stopped (1)."""
+"""Errors that a command prints in one line: bad input (exit status 2), a loader that died or a preparation that stopped
+(1)."""
 
 __all__ = ["InputError", "LoaderDied", "PrepareStopped"]
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used. The message names the file, the key, what was found, what was expected, the way out."""
+    """What the user gave cannot be used. The message names the file, the key, what was found, what was expected, the
+    way out."""
 
 
 class LoaderDied(RuntimeError):
@@ -12,4 +14,5 @@ class LoaderDied(RuntimeError):
 
 
 class PrepareStopped(RuntimeError):
-    """Preparing ended before the data set was whole; what is done is kept, the same command goes on. The message says why."""
+    """Preparing ended before the data set was whole; what is done is kept, the same command goes on. The message says
+    why."""

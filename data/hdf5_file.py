@@ -11,12 +11,13 @@ __all__ = ["new_hdf5"]
 
 @contextlib.contextmanager
 def new_hdf5(path: str) -> Iterator[h5py.File]:
-    """A new HDF5 file to write to. Raises OSError that names it, at the end, when it could not be written, as on a full disk."""
+    """A new HDF5 file to write to. Raises OSError that names it, at the end, when it could not be written, as on a full
+    disk."""
     with KeptError(path, "w+") as file:
         with h5py.File(file, "w") as contents:
             yield contents
         if file.error is not None:
-            raise OSError("%s: cannot be written (%s)" % (path, file.error.strerror))
+            raise OSError(f"{path}: cannot be written ({file.error.strerror})")
 
 
 class KeptError(io.FileIO):
@@ -29,7 +30,7 @@ class KeptError(io.FileIO):
         size = len(rest)
         try:
             while len(rest):
-                rest = rest[super().write(rest):]
+                rest = rest[super().write(rest) :]
         except OSError as error:
             self.error = self.error or error
         return size

@@ -14,12 +14,14 @@ from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 import numpy as np
 from tqdm import tqdm
 
-from data.bert_layout import first_fault
 from data.errors import InputError
-from data.nvidia import is_nvidia, open_nvidia, read_nvidia
+from data.foreign.bert_layout import first_fault
+from data.foreign.nvidia import is_nvidia, open_nvidia, read_nvidia
+from data.loading.shard_files import open_shards
 from data.packing import SAMPLES_PER_ROW, mask_slots_of_row, pack
-from data.shards import Samples, ShardInfo, expand, find_bad_sample, open_shards, read_samples, vocab_sha256
-from data.tokenizer import read_vocab
+from data.samples import Samples, find_bad_sample
+from data.shards import ShardInfo, expand, read_samples
+from data.tokenizer import read_vocab, vocab_sha256
 
 __all__ = ["Inspection", "inspect", "main", "readable", "restored_ids"]
 
@@ -64,43 +66,73 @@ class Inspection:
     examples: List[str] = dataclasses.field(default_factory=list)
 
     def __str__(self) -> str:
-        return "\n".join([
-            "samples     %s in %d files, %d bytes a sample" % (format(self.samples, ","), self.files, self.bytes // self.samples),
-            "layout      %d tokens, %d masked at most; %s words" % (
-                self.sequence_length, self.mask_tokens, format(self.vocab_size, ",")),
-            "tokens      %s, %.1f a sample" % (format(self.tokens, ","), self.tokens / self.samples),
-            "padding     %.1f %% of the token slots, %.1f %% when packed" % (100 * self.padding, 100 * self.padding_packed),
-            "masked      nothing yet: the loader masks anew in each epoch" if self.masking == "dynamic" else
-            "masked      %.2f %% of the words (BERT: 15): %.1f %% of them [MASK] (80), %.1f %% random (10), %.1f %% kept (10)" % (
-                100 * self.masked, 100 * self.masked_as_mask, 100 * self.masked_as_random, 100 * self.masked_unchanged),
-            "NSP         %.1f %% of the second segments do not follow the first (50)" % (100 * self.not_next),
-            "duplicates  %s samples, %.2f %%" % (format(self.duplicates, ","), 100 * self.duplicates / self.samples),
-            "checked     every sample is good" if self.checked else "checked     no: --check verifies every sample",
-            "", "lengths"] + bars(self.length_histogram) + [""] * bool(self.examples) + self.examples)
+        return "\n".join(
+            [
+                (
+                    f"samples     {format(self.samples, ',')} in {self.files} files, {self.bytes // self.samples} "
+                    "bytes a sample"
+                ),
+                (
+                    f"layout      {self.sequence_length} tokens, {self.mask_tokens} masked at most; "
+                    f"{format(self.vocab_size, ',')} words"
+                ),
+                f"tokens      {format(self.tokens, ',')}, {self.tokens / self.samples:.1f} a sample",
+                (
+                    f"padding     {100 * self.padding:.1f} % of the token slots, {100 * self.padding_packed:.1f} "
+                    "% when packed"
+                ),
+                "masked      nothing yet: the loader masks anew in each epoch"
+                if self.masking == "dynamic"
+                else (
+                    f"masked      {100 * self.masked:.2f} % of the words (BERT: 15): "
+                    f"{100 * self.masked_as_mask:.1f} % of them [MASK] (80), {100 * self.masked_as_random:.1f} % "
+                    f"random (10), {100 * self.masked_unchanged:.1f} % kept (10)"
+                ),
+                f"NSP         {100 * self.not_next:.1f} % of the second segments do not follow the first (50)",
+                f"duplicates  {format(self.duplicates, ',')} samples, {100 * self.duplicates / self.samples:.2f} %",
+                "checked     every sample is good" if self.checked else "checked     no: --check verifies every sample",
+                "",
+                "lengths",
+            ]
+            + bars(self.length_histogram)
+            + [""] * bool(self.examples)
+            + self.examples
+        )
 
 
-def inspect(files: Sequence[str], vocab: Optional[str] = None, examples: int = 3, check: bool = False,
-            progress: bool = True) -> Inspection:
+def inspect(
+    files: Sequence[str], vocab: Optional[str] = None, examples: int = 3, check: bool = False, progress: bool = True
+) -> Inspection:
     """Reads all samples of the shards that `files` (paths and globs) name, block by block, and tells what is in them.
 
     Of each sample 8 bytes stay in memory, to find duplicates.
 
-    `vocab`: the vocabulary file, by default vocab.txt beside the first shard. `check` verifies every sample as `find_fault`
-    does; without it only what reading needs is verified. Raises InputError that names the file and sample that cannot be used.
+    `vocab`: the vocabulary file, by default vocab.txt beside the first shard. `check` verifies every sample as
+    `find_fault` does; without it only what reading needs is verified. Raises InputError that names the file and sample
+    that cannot be used.
     """
     if examples < 0:
-        raise InputError("--samples is %d, expected 0 or more" % examples)
+        raise InputError(f"--samples is {examples}, expected 0 or more")
     words, shards = open_all(files, vocab)
     first = shards[0]
-    result = Inspection(len(shards), sum(shard.file_size for shard in shards), first.sequence_length, first.mask_tokens,
-                        len(words), first.masking, checked=check)
+    result = Inspection(
+        len(shards),
+        sum(shard.file_size for shard in shards),
+        first.sequence_length,
+        first.mask_tokens,
+        len(words),
+        first.masking,
+        checked=check,
+    )
     ids = {word: words.index(word) for word in ("[PAD]", "[CLS]", "[SEP]", "[MASK]")}
     histogram = np.zeros(first.sequence_length + 1, np.int64)
     maskable = masked = as_mask = unchanged = not_next = 0
     hashes, packable, to_pack = [], [], PACKED_SAMPLES
     for samples in blocks(shards, ids if check else None, progress):
         histogram += np.bincount(samples.lengths, minlength=len(histogram))
-        maskable += int(samples.lengths.sum(dtype=np.int64) - 2 * len(samples) - (samples.first_lengths < samples.lengths).sum())
+        maskable += int(
+            samples.lengths.sum(dtype=np.int64) - 2 * len(samples) - (samples.first_lengths < samples.lengths).sum()
+        )
         used = used_slots(samples)
         shown = np.take_along_axis(samples.input_ids, samples.mlm_positions.astype(np.intp), axis=1)
         masked += int(used.sum())
@@ -133,24 +165,30 @@ def open_all(files: Sequence[str], vocab: Optional[str]) -> Tuple[List[str], Lis
     shards = open_shards(own) if own or not paths else []
     vocab = vocab or os.path.join(os.path.dirname(paths[0]), "vocab.txt")
     if not os.path.exists(vocab):
-        raise InputError("%s: no such file. Give --vocab, the vocabulary that the samples were made with" % vocab)
+        raise InputError(f"{vocab}: no such file. Give --vocab, the vocabulary that the samples were made with")
     words = read_vocab(vocab)
     if shards and vocab_sha256(words) != shards[0].vocab_sha256:
-        raise InputError("%s: is not the vocabulary that %s was made with (their hashes differ). Give that one with --vocab" % (
-            vocab, shards[0].path))
+        raise InputError(
+            f"{vocab}: is not the vocabulary that {shards[0].path} was made with (their hashes differ). Give "
+            "that one with --vocab"
+        )
     shards = shards + [open_nvidia(path, len(words)) for path in foreign]
     for shard in shards:
         if (shard.sequence_length, shard.mask_tokens) != (shards[0].sequence_length, shards[0].mask_tokens):
-            raise InputError("%s: sequence length %d, %d masked tokens; %s has %d, %d. Inspect them one after another" % (
-                shard.path, shard.sequence_length, shard.mask_tokens, shards[0].path, shards[0].sequence_length,
-                shards[0].mask_tokens))
+            raise InputError(
+                f"{shard.path}: sequence length {shard.sequence_length}, {shard.mask_tokens} masked tokens; "
+                f"{shards[0].path} has {shards[0].sequence_length}, {shards[0].mask_tokens}. Inspect them one "
+                "after another"
+            )
     if not any(shard.num_samples for shard in shards):
-        raise InputError("%s: holds no samples" % ", ".join(paths))
+        raise InputError(f"{', '.join(paths)}: holds no samples")
     return words, shards
 
 
 def blocks(shards: Sequence[ShardInfo], ids: Optional[Dict[str, int]], progress: bool) -> Iterator[Samples]:
-    with tqdm(total=sum(shard.num_samples for shard in shards), unit=" samples", unit_scale=True, disable=not progress) as bar:
+    with tqdm(
+        total=sum(shard.num_samples for shard in shards), unit=" samples", unit_scale=True, disable=not progress
+    ) as bar:
         for shard in shards:
             for start in range(0, shard.num_samples, BLOCK):
                 samples = read_block(shard, start, min(start + BLOCK, shard.num_samples), ids)
@@ -168,7 +206,7 @@ def read_block(shard: ShardInfo, start: int, stop: int, ids: Optional[Dict[str, 
     if ids is not None:
         fault = find_fault(samples.take(slice(0, len(samples) if fault is None else fault[0])), ids) or fault
     if fault is not None:
-        raise InputError("%s: sample %d: %s" % (shard.path, start + fault[0], fault[1]))
+        raise InputError(f"{shard.path}: sample {start + fault[0]}: {fault[1]}")
     return samples
 
 
@@ -209,20 +247,31 @@ def find_fault(samples: Samples, ids: Dict[str, int]) -> Optional[Tuple[int, str
     special = [ids[word] for word in ("[PAD]", "[CLS]", "[SEP]", "[MASK]")]
     places, shown, words = samples.mlm_positions, samples.input_ids, restored_ids(samples)
     end = (position == last) | (position == first_last)
-    return first_fault([
-        ("lengths", samples.lengths, "at least 2: [CLS] and [SEP]", samples.lengths >= 2),
-        ("first_lengths", samples.first_lengths, "at least 2: [CLS] and [SEP]", samples.first_lengths >= 2),
-        ("input_ids", shown, "%d, [CLS], at the start" % ids["[CLS]"], (position > 0) | (shown == ids["[CLS]"])),
-        ("input_ids", shown, "%d, [SEP], at a segment's end" % ids["[SEP]"], ~end | (shown == ids["[SEP]"])),
-        ("input_ids", shown, "0 behind the sample's end", inside | (shown == 0)),
-        ("input_ids before masking", words, "no [PAD] in a sample", ~inside | (words != ids["[PAD]"])),
-        ("mlm_positions", places, "a word's place, not that of [CLS] or [SEP]",
-         ~used | (places > 0) & (places != last) & (places != first_last)),
-        ("mlm_positions", places[:, 1:], "more than the one before", ~used[:, 1:] | (places[:, 1:] > places[:, :-1])),
-        ("mlm_positions", places, "0 behind the last masked token", used | (places == 0)),
-        ("mlm_labels", samples.mlm_labels, "a word", ~used | ~np.isin(samples.mlm_labels, special)),
-        ("mlm_labels", samples.mlm_labels, "0 behind the last masked token", used | (samples.mlm_labels == 0)),
-    ])
+    return first_fault(
+        [
+            ("lengths", samples.lengths, "at least 2: [CLS] and [SEP]", samples.lengths >= 2),
+            ("first_lengths", samples.first_lengths, "at least 2: [CLS] and [SEP]", samples.first_lengths >= 2),
+            ("input_ids", shown, f"{ids['[CLS]']}, [CLS], at the start", (position > 0) | (shown == ids["[CLS]"])),
+            ("input_ids", shown, f"{ids['[SEP]']}, [SEP], at a segment's end", ~end | (shown == ids["[SEP]"])),
+            ("input_ids", shown, "0 behind the sample's end", inside | (shown == 0)),
+            ("input_ids before masking", words, "no [PAD] in a sample", ~inside | (words != ids["[PAD]"])),
+            (
+                "mlm_positions",
+                places,
+                "a word's place, not that of [CLS] or [SEP]",
+                ~used | (places > 0) & (places != last) & (places != first_last),
+            ),
+            (
+                "mlm_positions",
+                places[:, 1:],
+                "more than the one before",
+                ~used[:, 1:] | (places[:, 1:] > places[:, :-1]),
+            ),
+            ("mlm_positions", places, "0 behind the last masked token", used | (places == 0)),
+            ("mlm_labels", samples.mlm_labels, "a word", ~used | ~np.isin(samples.mlm_labels, special)),
+            ("mlm_labels", samples.mlm_labels, "0 behind the last masked token", used | (samples.mlm_labels == 0)),
+        ]
+    )
 
 
 def padding_when_packed(lengths: np.ndarray, mask_counts: np.ndarray, shard: ShardInfo) -> float:
@@ -239,18 +288,20 @@ def show_examples(shards: Sequence[ShardInfo], words: Sequence[str], count: int)
         shard = shards[place]
         index = number - int(ends[place]) + shard.num_samples
         samples = read_block(shard, index, index + 1)
-        yield "%s: sample %d, %d tokens, the second segment %s\n  %s" % (
-            shard.path, index, samples.lengths[0], "does not follow" if samples.nsp_labels[0] else "follows",
-            readable(samples, 0, words))
+        yield (
+            f"{shard.path}: sample {index}, {samples.lengths[0]} tokens, the second segment "
+            f"{'does not follow' if samples.nsp_labels[0] else 'follows'}\n  {readable(samples, 0, words)}"
+        )
 
 
 def readable(samples: Samples, index: int, words: Sequence[str]) -> str:
-    """A sample as text, word pieces joined; a masked token as `[what stood there→what stands there]`, MASK for [MASK]."""
-    tokens = [words[token] for token in samples.input_ids[index, :samples.lengths[index]]]
+    """A sample as text, word pieces joined; a masked token as `[what stood there→what stands there]`, MASK for
+    [MASK]."""
+    tokens = [words[token] for token in samples.input_ids[index, : samples.lengths[index]]]
     for slot in range(samples.mlm_counts[index]):
         place = samples.mlm_positions[index, slot]
         shown = "MASK" if tokens[place] == "[MASK]" else tokens[place]
-        tokens[place] = "[%s→%s]" % (words[samples.mlm_labels[index, slot]], shown)
+        tokens[place] = f"[{words[samples.mlm_labels[index, slot]]}→{shown}]"
     return " ".join(tokens).replace(" ##", "")
 
 
@@ -259,31 +310,39 @@ def bars(histogram: Sequence[int]) -> List[str]:
     longest = len(histogram) - 1
     width = -(-longest // BARS)
     starts = range(1, longest + 1, width)
-    counts = [sum(histogram[start:start + width]) for start in starts]
+    counts = [sum(histogram[start : start + width]) for start in starts]
     digits, most, total = len(str(longest)), max(counts), max(1, sum(counts))
     drawn = ["#" * -(-count * BAR_WIDTH // most) for count in counts]
-    return ["  %*d to %*d  %-*s %5.1f %%" % (
-        digits, start, digits, min(start + width - 1, longest), BAR_WIDTH, bar, 100 * count / total)
-        for start, count, bar in zip(starts, counts, drawn)]
+    return [
+        "  %*d to %*d  %-*s %5.1f %%"
+        % (digits, start, digits, min(start + width - 1, longest), BAR_WIDTH, bar, 100 * count / total)
+        for start, count, bar in zip(starts, counts, drawn)
+    ]
 
 
 def plot_lengths(result: Inspection, path: str) -> None:
     """Draws the histogram of lengths. Raises InputError when the picture cannot be written."""
     from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.bar(np.arange(len(result.length_histogram)), result.length_histogram, width=1.0)
-    axes.set(xlabel="tokens of a sample", ylabel="samples", xlim=(0, result.sequence_length + 1),
-             title="%s samples, %.1f %% padding" % (format(result.samples, ","), 100 * result.padding))
+    axes.set(
+        xlabel="tokens of a sample",
+        ylabel="samples",
+        xlim=(0, result.sequence_length + 1),
+        title=f"{format(result.samples, ',')} samples, {100 * result.padding:.1f} % padding",
+    )
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
-        raise InputError("%s: the picture cannot be written (%s). Give --plot a name that ends in .png" % (path, error))
+        raise InputError(f"{path}: the picture cannot be written ({error}). Give --plot a name that ends in .png")
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m data.inspect", formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m data.inspect",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Shows what is in shards: counts, lengths, padding, masking, NSP, duplicates, and samples as text.",
         epilog="""examples:
   python -m data.inspect 'shards/wikipedia-128/train-*.h5' --plot lengths.png
@@ -292,9 +351,15 @@ def make_parser() -> argparse.ArgumentParser:
   # NVIDIA's files do not bring their vocabulary
   python -m data.inspect 'hdf5_lower_case_1_seq_len_128/*.hdf5' --vocab vocab.txt --json
 
-In the samples [cat→MASK] is a masked word, [cat→dog] one that was replaced at random, [cat→cat] one that was left.""")
+In the samples [cat→MASK] is a masked word, [cat→dog] one that was replaced at random, [cat→cat] one that was left.""",
+    )
     option = parser.add_argument
-    option("files", nargs="+", metavar="SHARD", help="shards of this project or NVIDIA's HDF5 files; paths, or globs in quotes")
+    option(
+        "files",
+        nargs="+",
+        metavar="SHARD",
+        help="shards of this project or NVIDIA's HDF5 files; paths, or globs in quotes",
+    )
     option("--vocab", metavar="FILE", help="the vocabulary (default: vocab.txt beside the first shard)")
     option("--samples", dest="examples", type=int, default=3, metavar="N", help="samples to show as text (default 3)")
     option("--check", action="store_true", help="verify every sample; exits 2 naming the first bad one")
@@ -304,7 +369,8 @@ In the samples [cat→MASK] is a masked word, [cat→dog] one that was replaced 
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
-    """The command. Gives its exit status: 0, 2 for shards that cannot be used (one line on stderr), 130 when interrupted."""
+    """The command. Gives its exit status: 0, 2 for shards that cannot be used (one line on stderr), 130 when
+    interrupted."""
     options = vars(make_parser().parse_args(arguments))
     plot, as_json = options.pop("plot"), options.pop("json")
     try:
@@ -312,7 +378,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         if plot:
             plot_lengths(result, plot)
     except InputError as error:
-        print("error: %s" % error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -2,9 +2,9 @@
 
 Shape letters: N samples, L sequence length, M mask slots, V vocabulary.
 
-A sample's randomness comes from a key of its own and nothing else: each number is a hash of (key, counter). So a sample is
-masked the same way whatever else is in its batch, and on any number of threads. NumPy does the work and lets go of Python's
-lock in it.
+A sample's randomness comes from a key of its own and nothing else: each number is a hash of (key, counter). So a sample
+is masked the same way whatever else is in its batch, and on any number of threads. NumPy does the work and lets go of
+Python's lock in it.
 
 After BERT (arXiv 1810.04805, section 3.1); whole words as in its program's create_masked_lm_predictions.
 """
@@ -14,7 +14,8 @@ from typing import Optional, Sequence, Tuple
 
 import numpy as np
 
-from data.shards import Samples, ShardInfo, token_dtype
+from data.samples import Samples, token_dtype
+from data.shards import ShardInfo
 
 __all__ = ["MaskWords", "mask", "mask_budget", "mask_dynamic", "mask_words_of", "sample_keys"]
 
@@ -23,7 +24,7 @@ GOLDEN = 0x9E3779B97F4A7C15
 ALL_ONES = 0xFFFFFFFF
 # Counters of a sample's random numbers: its positions first, then the dice and the random word of each position.
 DICE, RANDOM_WORD = 1 << 16, 2 << 16
-EIGHT_TENTHS, NINE_TENTHS = np.uint32(0.8 * 2 ** 32), np.uint32(0.9 * 2 ** 32)
+EIGHT_TENTHS, NINE_TENTHS = np.uint32(0.8 * 2**32), np.uint32(0.9 * 2**32)
 
 
 @dataclass(frozen=True)
@@ -48,19 +49,29 @@ def mask_words_of(shard: ShardInfo) -> MaskWords:
     continues = None
     if shard.continuations:
         bits = np.frombuffer(bytes.fromhex(shard.continuations), np.uint8)
-        continues = np.unpackbits(bits)[:shard.vocab_size].astype(bool)
+        continues = np.unpackbits(bits)[: shard.vocab_size].astype(bool)
     return MaskWords.of(shard.vocab_size, shard.special_ids, continues)
 
 
-def mask_dynamic(samples: Samples, sample_indices: np.ndarray, seed: int, epoch, words: MaskWords, mask_share: float) -> Samples:
+def mask_dynamic(
+    samples: Samples, sample_indices: np.ndarray, seed: int, epoch, words: MaskWords, mask_share: float
+) -> Samples:
     """Unmasked samples, masked for one epoch: a pure function of each sample, its index, the seed and the epoch.
 
-    `sample_indices` [N] integers: the samples' places in the data set, counted through its shards. `epoch`: one, or each's. The
-    given samples are left as they are; those returned share all arrays with them but `input_ids` and the three of `mlm_`.
+    `sample_indices` [N] integers: the samples' places in the data set, counted through its shards. `epoch`: one, or
+    each's. The given samples are left as they are; those returned share all arrays with them but `input_ids` and the
+    three of `mlm_`.
     """
     input_ids = samples.input_ids.copy()
-    positions, labels, counts = mask(input_ids, samples.lengths, samples.first_lengths, sample_keys(seed, epoch, sample_indices),
-                                     samples.mlm_positions.shape[1], mask_share, words)
+    positions, labels, counts = mask(
+        input_ids,
+        samples.lengths,
+        samples.first_lengths,
+        sample_keys(seed, epoch, sample_indices),
+        samples.mlm_positions.shape[1],
+        mask_share,
+        words,
+    )
     return replace(samples, input_ids=input_ids, mlm_positions=positions, mlm_labels=labels, mlm_counts=counts)
 
 
@@ -81,13 +92,17 @@ def mixed_64(state: np.ndarray) -> np.ndarray:
 
 
 def random_32(keys: np.ndarray, counters: np.ndarray) -> np.ndarray:
-    """32 random bits for each key (uint64) and counter (uint32), which broadcast: both halves of the key go into the hash.
+    """32 random bits for each key (uint64) and counter (uint32), which broadcast: both halves of the key go into the
+    hash.
 
     The hash is lowbias32 (Wellons, "Prospecting for hash functions"), whose rounds are cheap in 32-bit lanes.
     """
     state = counters * np.uint32(GOLDEN >> 32) + keys.astype(np.uint32)
     shifted = state >> np.uint32(16)
-    for multiplier, shift, high in ((0x7FEB352D, 15, (keys >> np.uint64(32)).astype(np.uint32)), (0x846CA68B, 16, None)):
+    for multiplier, shift, high in (
+        (0x7FEB352D, 15, (keys >> np.uint64(32)).astype(np.uint32)),
+        (0x846CA68B, 16, None),
+    ):
         state ^= shifted
         state *= np.uint32(multiplier)
         if high is not None:
@@ -97,14 +112,21 @@ def random_32(keys: np.ndarray, counters: np.ndarray) -> np.ndarray:
     return state
 
 
-def mask(input_ids: np.ndarray, lengths: np.ndarray, first_lengths: np.ndarray, keys: np.ndarray, mask_tokens: int,
-         mask_share: float, words: MaskWords) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
+def mask(
+    input_ids: np.ndarray,
+    lengths: np.ndarray,
+    first_lengths: np.ndarray,
+    keys: np.ndarray,
+    mask_tokens: int,
+    mask_share: float,
+    words: MaskWords,
+) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Masks samples in place; gives mlm_positions [N, M], mlm_labels [N, M] and mlm_counts [N], as a shard has them.
 
-    `keys` [N] uint64: each sample's randomness. Of each sample `mask_share` of its tokens are chosen, at least 1 and at most
-    `mask_tokens`, never its [CLS] and [SEP] (`first_lengths` counts those of the first segment). With `words.continues` they are
-    chosen as whole words, in random order, leaving out those too long for what is left of that number; so they may be fewer.
-    80 % of the chosen become [MASK], 10 % a random word, 10 % stay.
+    `keys` [N] uint64: each sample's randomness. Of each sample `mask_share` of its tokens are chosen, at least 1 and at
+    most `mask_tokens`, never its [CLS] and [SEP] (`first_lengths` counts those of the first segment). With
+    `words.continues` they are chosen as whole words, in random order, leaving out those too long for what is left of
+    that number; so they may be fewer. 80 % of the chosen become [MASK], 10 % a random word, 10 % stay.
     """
     count = len(input_ids)
     positions = np.zeros((count, mask_tokens), np.uint16)
@@ -112,8 +134,16 @@ def mask(input_ids: np.ndarray, lengths: np.ndarray, first_lengths: np.ndarray, 
     counts = np.zeros(count, np.uint16)
     for start in range(0, count, BLOCK):
         block = slice(start, start + BLOCK)
-        counts[block] = mask_block(input_ids[block], lengths[block].astype(np.int32), first_lengths[block].astype(np.int32),
-                                   keys[block], mask_share, words, positions[block], labels[block])
+        counts[block] = mask_block(
+            input_ids[block],
+            lengths[block].astype(np.int32),
+            first_lengths[block].astype(np.int32),
+            keys[block],
+            mask_share,
+            words,
+            positions[block],
+            labels[block],
+        )
     return positions, labels, counts
 
 
@@ -123,8 +153,16 @@ def mask_budget(lengths: np.ndarray, mask_share: float, mask_tokens: int) -> np.
     return np.clip(np.rint(mask_share * lengths), 1, np.clip(lengths - 3, 0, mask_tokens)).astype(np.int32)
 
 
-def mask_block(input_ids: np.ndarray, lengths: np.ndarray, first_lengths: np.ndarray, keys: np.ndarray, mask_share: float,
-               words: MaskWords, positions: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def mask_block(
+    input_ids: np.ndarray,
+    lengths: np.ndarray,
+    first_lengths: np.ndarray,
+    keys: np.ndarray,
+    mask_share: float,
+    words: MaskWords,
+    positions: np.ndarray,
+    labels: np.ndarray,
+) -> np.ndarray:
     """Fills positions and labels, which are zero; gives the counts."""
     sequence_length, mask_tokens = input_ids.shape[1], positions.shape[1]
     budget = mask_budget(lengths, mask_share, mask_tokens)
@@ -164,13 +202,17 @@ def mask_block(input_ids: np.ndarray, lengths: np.ndarray, first_lengths: np.nda
     flat_ids[token[dice < EIGHT_TENTHS]] = words.mask_id
     other = np.flatnonzero((dice >= EIGHT_TENTHS) & (dice < NINE_TENTHS))
     draw = random_32(token_keys[other], chosen[other].astype(np.uint32) + np.uint32(RANDOM_WORD)).astype(np.uint64)
-    flat_ids[token[other]] = words.random_ids[(draw * np.uint64(len(words.random_ids)) >> np.uint64(32)).astype(np.int64)]
+    flat_ids[token[other]] = words.random_ids[
+        (draw * np.uint64(len(words.random_ids)) >> np.uint64(32)).astype(np.int64)
+    ]
     return counts
 
 
-def choose_words(order: np.ndarray, low_bits: np.uint32, special: np.ndarray, continues: np.ndarray,
-                 budget: np.ndarray) -> np.ndarray:
-    """[N, L] bool: the tokens of words taken in the order of their first tokens' `order` as long as they fit the budget [N]."""
+def choose_words(
+    order: np.ndarray, low_bits: np.uint32, special: np.ndarray, continues: np.ndarray, budget: np.ndarray
+) -> np.ndarray:
+    """[N, L] bool: the tokens of words taken in the order of their first tokens' `order` as long as they fit the budget
+    [N]."""
     sequence_length = order.shape[1]
     inner = continues & ~special
     inner[:, 1:] &= ~special[:, :-1]  # a piece right after [CLS] or [SEP] begins what is there of its word

@@ -1,8 +1,8 @@
 """Packing: which samples share a row.
 
-Best fit on the histogram of lengths (Krell et al., arXiv 2107.02027, with best fit in place of shortest pack first): samples of
-one length are alike, so it is lengths that are placed, not samples, longest first, each in the open row with the least room for
-it.
+Best fit on the histogram of lengths (Krell et al., arXiv 2107.02027, with best fit in place of shortest pack first):
+samples of one length are alike, so it is lengths that are placed, not samples, longest first, each in the open row with
+the least room for it.
 
 Shape letters: N samples, L token slots of a row, M mask slots of a row, S samples of a row at most.
 """
@@ -17,7 +17,8 @@ SAMPLES_PER_ROW = 6  # S when nothing else is asked for
 
 
 class Packing(NamedTuple):
-    """Where each of N samples is. Rows are numbered by the first sample in them, places in a row by its length, longest first."""
+    """Where each of N samples is. Rows are numbered by the first sample in them, places in a row by its length, longest
+    first."""
 
     rows: int  # how many
     row: np.ndarray  # [N] int64: the row of each sample
@@ -27,11 +28,14 @@ class Packing(NamedTuple):
 
 
 def mask_slots_of_row(mask_tokens: int, samples_per_row: int) -> int:
-    """Mask slots of a packed row: `mask_tokens`, and one for each further sample, for the rounding of 15 % of short ones."""
+    """Mask slots of a packed row: `mask_tokens`, and one for each further sample, for the rounding of 15 % of short
+    ones."""
     return mask_tokens + samples_per_row - 1
 
 
-def pack(lengths: np.ndarray, mask_counts: np.ndarray, sequence_length: int, mask_slots: int, samples_per_row: int) -> Packing:
+def pack(
+    lengths: np.ndarray, mask_counts: np.ndarray, sequence_length: int, mask_slots: int, samples_per_row: int
+) -> Packing:
     """Packs N samples of `lengths` [N] with `mask_counts` [N] masked tokens into rows of L, M and S slots.
 
     A sample that fits no row alone is the caller's error: lengths are 1 to L, counts 0 to M.
@@ -97,7 +101,8 @@ def row_shapes(histogram: np.ndarray, samples_per_row: int) -> List[Tuple[Tuple[
 
 
 def settle(lengths, mask_counts, row, place, mask_slots: int, samples_per_row: int) -> Packing:
-    """Starts, with rows numbered by their first sample; a row with too many masked tokens gives its last samples own rows."""
+    """Starts, with rows numbered by their first sample; a row with too many masked tokens gives its last samples own
+    rows."""
     rows = int(row.max()) + 1 if len(row) else 0
     grid = np.full((rows, samples_per_row), -1)
     grid[row, place] = np.arange(len(row))
@@ -124,10 +129,12 @@ def settle(lengths, mask_counts, row, place, mask_slots: int, samples_per_row: i
     return packing
 
 
-def largest_prefix(lengths: np.ndarray, mask_counts: np.ndarray, rows: int, sequence_length: int, mask_slots: int,
-                   samples_per_row: int) -> Packing:
-    """Packs about as many of the first samples as fit `rows` rows: for static shapes. What follows them is the next batch's."""
-    tokens = np.cumsum(lengths[:rows * samples_per_row], dtype=np.int64)
+def largest_prefix(
+    lengths: np.ndarray, mask_counts: np.ndarray, rows: int, sequence_length: int, mask_slots: int, samples_per_row: int
+) -> Packing:
+    """Packs about as many of the first samples as fit `rows` rows: for static shapes. What follows them is the next
+    batch's."""
+    tokens = np.cumsum(lengths[: rows * samples_per_row], dtype=np.int64)
     count = int(np.searchsorted(tokens, rows * sequence_length, side="right"))
     while True:
         packing = pack(lengths[:count], mask_counts[:count], sequence_length, mask_slots, samples_per_row)

@@ -2,12 +2,12 @@
 
 Shape letters: R rows, L token slots of a row, M mask slots of a row, S samples of a row.
 
-    input_ids, token_type_ids, position_ids, sample_ids [R, L] int32; sample_ids: 0 = padding, 1..S = which sample of the row
-    mlm_positions, mlm_labels [R, M] int32, mlm_weights [R, M] float32
-    cls_positions, nsp_labels [R, S] int32, nsp_weights [R, S] float32
+    input_ids, token_type_ids, position_ids, sample_ids [R, L] int32; sample_ids: 0 = padding, 1..S = which sample of
+    the row mlm_positions, mlm_labels [R, M] int32, mlm_weights [R, M] float32 cls_positions, nsp_labels [R, S] int32,
+    nsp_weights [R, S] float32
 
-The weights of a global batch sum to 1 over its masked tokens and to 1 over its samples, so that summing the weighted losses
-over any cut into micro-batches gives the mean over the global batch, and its gradient.
+The weights of a global batch sum to 1 over its masked tokens and to 1 over its samples, so that summing the weighted
+losses over any cut into micro-batches gives the mean over the global batch, and its gradient.
 """
 
 from functools import lru_cache
@@ -17,26 +17,41 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from data.packing import mask_slots_of_row, pack
-from data.shards import Samples
+from data.samples import Samples
 
-__all__ = ["batch_layout", "end_to_end", "fill_packed", "fill_unpacked", "packed_batch", "unpacked_batch", "weigh"]
+__all__ = [
+    "batch_layout",
+    "unpad",
+    "fill_packed",
+    "fill_unpacked",
+    "packed_batch",
+    "unpacked_batch",
+    "normalize_weights",
+]
 
 
 def batch_layout(rows: int, sequence_length: int, mask_slots: int, samples_per_row: int) -> Dict[str, tuple]:
     """Name -> (shape, dtype) of each array of a batch."""
     tokens, masks, samples = (rows, sequence_length), (rows, mask_slots), (rows, samples_per_row)
     return {
-        "input_ids": (tokens, np.int32), "token_type_ids": (tokens, np.int32),
-        "position_ids": (tokens, np.int32), "sample_ids": (tokens, np.int32),
-        "mlm_positions": (masks, np.int32), "mlm_labels": (masks, np.int32), "mlm_weights": (masks, np.float32),
-        "cls_positions": (samples, np.int32), "nsp_labels": (samples, np.int32), "nsp_weights": (samples, np.float32),
+        "input_ids": (tokens, np.int32),
+        "token_type_ids": (tokens, np.int32),
+        "position_ids": (tokens, np.int32),
+        "sample_ids": (tokens, np.int32),
+        "mlm_positions": (masks, np.int32),
+        "mlm_labels": (masks, np.int32),
+        "mlm_weights": (masks, np.float32),
+        "cls_positions": (samples, np.int32),
+        "nsp_labels": (samples, np.int32),
+        "nsp_weights": (samples, np.float32),
     }
 
 
 def fill_unpacked(batch: Dict[str, np.ndarray], samples: Samples) -> None:
     """Writes R samples that were checked, one a row, into the arrays of `batch`, R rows with S = 1.
 
-    Their weights become 1 for each masked token and each sample; `weigh` makes them the global batch's when all rows are there.
+    Their weights become 1 for each masked token and each sample; `normalize_weights` makes them the global batch's when all rows
+    are there.
     """
     sequence_length, mask_slots = samples.input_ids.shape[1], samples.mlm_positions.shape[1]
     inside, types = batch["sample_ids"], batch["token_type_ids"]
@@ -53,12 +68,19 @@ def fill_unpacked(batch: Dict[str, np.ndarray], samples: Samples) -> None:
     batch["nsp_weights"][:] = 1
 
 
-def fill_packed(batch: Dict[str, np.ndarray], samples: Samples, row: np.ndarray, place: np.ndarray, start: np.ndarray,
-                mask_start: np.ndarray) -> None:
-    """Writes N checked samples where `data.packing` put them, into the arrays of `batch`, R rows each of which gets some.
+def fill_packed(
+    batch: Dict[str, np.ndarray],
+    samples: Samples,
+    row: np.ndarray,
+    place: np.ndarray,
+    start: np.ndarray,
+    mask_start: np.ndarray,
+) -> None:
+    """Writes N checked samples where `data.packing` put them, into the arrays of `batch`, R rows each of which gets
+    some.
 
-    `row`, `place`, `start`, `mask_start` [N] are the packing's, with rows counted from the first of `batch`; the samples come row
-    after row, in the order of their places. Weights become 0 and 1 as in `fill_unpacked`.
+    `row`, `place`, `start`, `mask_start` [N] are the packing's, with rows counted from the first of `batch`; the
+    samples come row after row, in the order of their places. Weights become 0 and 1 as in `fill_unpacked`.
     """
     length, slots = samples.input_ids.shape[1], samples.mlm_positions.shape[1]
     filled, used = filled_slots(length), filled_slots(slots)[samples.mlm_counts]
@@ -77,16 +99,18 @@ def fill_packed(batch: Dict[str, np.ndarray], samples: Samples, row: np.ndarray,
 
 
 def lay_out(out: np.ndarray, values: np.ndarray, at: np.ndarray) -> None:
-    # Each sample is written in its whole width, zeros after its end included, in the order of `at`: what the zeros run over is
-    # written next. So a ragged copy is as fast as a plain one. Beside `out`, where the last sample may run over its end.
+    # Each sample is written in its whole width, zeros after its end included, in the order of `at`: what the zeros run
+    # over is written next. So a ragged copy is as fast as a plain one. Beside `out`, where the last sample may run over
+    # its end.
     width = values.shape[1]
     flat = np.zeros(out.size + width, out.dtype)
     sliding_window_view(flat, width, writeable=True)[at] = values
-    out[:] = flat[:out.size].reshape(out.shape)
+    out[:] = flat[: out.size].reshape(out.shape)
 
 
-def weigh(batch: Dict[str, np.ndarray]) -> Tuple[int, int]:
-    """Turns weights of 0 and 1 into those of a global batch, in place; returns its numbers of masked tokens and samples."""
+def normalize_weights(batch: Dict[str, np.ndarray]) -> Tuple[int, int]:
+    """Turns weights of 0 and 1 into those of a global batch, in place; returns its numbers of masked tokens and
+    samples."""
     counts = []
     for name in ("mlm_weights", "nsp_weights"):
         counts.append(int(np.count_nonzero(batch[name])))
@@ -100,7 +124,7 @@ def unpacked_batch(samples: Samples) -> Dict[str, np.ndarray]:
     layout = batch_layout(rows, sequence_length, mask_slots, 1)
     batch = {name: np.empty(shape, dtype) for name, (shape, dtype) in layout.items()}
     fill_unpacked(batch, samples)
-    weigh(batch)
+    normalize_weights(batch)
     return batch
 
 
@@ -112,20 +136,21 @@ def packed_batch(samples: Samples, samples_per_row: int) -> Dict[str, np.ndarray
     batch = {name: np.zeros(shape, dtype) for name, (shape, dtype) in layout.items()}
     order = np.lexsort((packing.place, packing.row))
     fill_packed(batch, samples.take(order), *(field[order] for field in packing[1:]))
-    weigh(batch)
+    normalize_weights(batch)
     return batch
 
 
-def end_to_end(rows: Dict[str, np.ndarray], static: bool) -> Dict[str, np.ndarray]:
+def unpad(rows: Dict[str, np.ndarray], static: bool) -> Dict[str, np.ndarray]:
     """The samples of these rows with their T tokens laid end to end, for kernels that take samples of any length.
 
         input_ids, token_type_ids, position_ids [T] int32
-        starts [N + 1] int32: sample n has the tokens from starts[n] up to starts[n + 1]; longest: an int that no sample's length exceeds
-        mlm_positions, mlm_labels [K] int32, mlm_weights [K] float32: masked tokens; positions are among the T
-        cls_positions, nsp_labels [C] int32, nsp_weights [C] float32: samples
+        starts [N + 1] int32: sample n has the tokens from starts[n] up to starts[n + 1]; longest: an int that no
+        sample's length exceeds mlm_positions, mlm_labels [K] int32, mlm_weights [K] float32: masked tokens; positions
+        are among the T cls_positions, nsp_labels [C] int32, nsp_weights [C] float32: samples
 
-    Padding is left out. With `static` it stays, so that T = R L and N = R (S + 1) depend on the rows' shape alone: the padding of a row is
-    a sample of its own, and samples without tokens make up the number. Masked tokens and samples of weight 0 are always left out.
+    Padding is left out. With `static` it stays, so that T = R L and N = R (S + 1) depend on the rows' shape alone: the
+    padding of a row is a sample of its own, and samples without tokens make up the number. Masked tokens and samples of
+    weight 0 are always left out.
     """
     sample_ids = rows["sample_ids"]
     count, length = sample_ids.shape
@@ -140,8 +165,11 @@ def end_to_end(rows: Dict[str, np.ndarray], static: bool) -> Dict[str, np.ndarra
         missing = count * (rows["nsp_weights"].shape[1] + 1) + 1 - len(starts)
         starts = np.concatenate([starts, np.full(missing, len(kept), np.int32)])
     tokens = {name: rows[name].ravel()[kept] for name in ("input_ids", "token_type_ids", "position_ids")}
-    tokens.update(starts=starts, longest=length)
-    for weights, positions, labels in (("mlm_weights", "mlm_positions", "mlm_labels"), ("nsp_weights", "cls_positions", "nsp_labels")):
+    tokens.update(cu_seqlens=starts, max_seqlen=length)
+    for weights, positions, labels in (
+        ("mlm_weights", "mlm_positions", "mlm_labels"),
+        ("nsp_weights", "cls_positions", "nsp_labels"),
+    ):
         row, slot = np.nonzero(rows[weights])
         tokens[positions] = place[row * length + rows[positions][row, slot]].astype(np.int32)
         tokens[labels], tokens[weights] = rows[labels][row, slot], rows[weights][row, slot]
@@ -161,5 +189,6 @@ def slot_positions(slots: int) -> np.ndarray:
 
 
 def look_up(table: np.ndarray, index: np.ndarray, out: np.ndarray) -> None:
-    # Copying rows of a small table beats comparing and casting; "clip" because "raise" would fill a copy of `out` first.
+    # Copying rows of a small table beats comparing and casting; "clip" because "raise" would fill a copy of `out`
+    # first.
     np.take(table, index, axis=0, out=out, mode="clip")

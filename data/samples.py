@@ -1,157 +1,115 @@
-"""Token ids to samples: documents cut into pairs of segments, assembled and masked, as arrays.
+"""Samples in memory: N of them as arrays.
 
-Shape letters: T tokens, U units (lines) and D documents of a chunk, N samples, L sequence length.
+    input_ids      [N, L] V        [CLS] first segment [SEP] second segment [SEP], then zeros
+    lengths        [N]    uint16   tokens in all
+    first_lengths  [N]    uint16   tokens of the first segment, its [CLS] and [SEP] among them
+    mlm_positions  [N, M] uint16   where tokens were masked, ascending; zeros after the last
+    mlm_labels     [N, M] V        what stood there
+    mlm_counts     [N]    uint16   masked tokens
+    nsp_labels     [N]    uint8    1 = the second segment does not follow the first, as in BERT's own data
 
-A cursor walks each document. Per sample it takes a window of L - 3 tokens (now and then a shorter one), cut in two at the end of
-a line where the window has one, else near its middle. The first part is the first segment. The second segment is the second
-part, or, in half of the samples, as many tokens of another document; then the second part is left for the next sample. So every
-token is in a first segment or in a second one that follows it, exactly once. A random second segment begins at a line's start
-where the window was cut at one, and inside a line where it was not, and is as long as the part it replaces: whether it follows
-can be read neither from where it begins nor from its length.
-
-After BERT (arXiv 1810.04805, section 3.1 and appendix A.2), whose own program cuts long documents' ends off.
+V is uint16 for a vocabulary of up to 65,536 tokens, else uint32. Masking is applied, but where the loader masks anew.
 """
 
-from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
-from typing import Iterator, Optional, Sequence, Tuple
+from typing import Dict, Optional, Sequence, Tuple
 
 import numpy as np
 
-from data.masking import MaskWords, mask
-from data.shards import Samples
+from data.errors import InputError
 
-__all__ = ["Chunk", "Cuts", "assemble", "cut", "make_samples"]
-
-BLOCK = 4096  # samples assembled at a time: a few MB of temporaries, which stay in the cache
+__all__ = ["FIELDS", "Samples", "check_samples", "find_bad_sample", "layout", "token_dtype"]
 
 
 @dataclass
-class Chunk:
-    """Documents that samples are made of together; none is empty, nor is a unit."""
+class Samples:
+    """N samples as arrays, laid out as in a shard (the module's docstring has shapes and types)."""
 
-    tokens: np.ndarray
-    """[T] ids of all documents end to end"""
-    unit_starts: np.ndarray
-    """[U] where units begin, ascending; each document begins with a unit"""
-    document_starts: np.ndarray
-    """[D + 1] where documents begin, ascending, and T"""
-
-
-@dataclass
-class Cuts:
-    """N samples as places in a chunk; each field is [N], integers."""
-
-    first_starts: np.ndarray
+    input_ids: np.ndarray
+    lengths: np.ndarray
     first_lengths: np.ndarray
-    second_starts: np.ndarray
-    second_lengths: np.ndarray
+    mlm_positions: np.ndarray
+    mlm_labels: np.ndarray
+    mlm_counts: np.ndarray
     nsp_labels: np.ndarray
 
+    def __len__(self) -> int:
+        return len(self.lengths)
 
-def cut(chunk: Chunk, sequence_length: int, short_share: float, rng: np.random.Generator) -> Tuple[Cuts, int]:
-    """Cuts a chunk into samples, in the order of the text, and counts the tokens that no sample holds.
+    def take(self, index) -> "Samples":
+        """The samples at `index`, in that order: views for a slice, copies for an integer array."""
+        if isinstance(index, slice):
+            return Samples(*[getattr(self, name)[index] for name in FIELDS])
+        return Samples(*[np.take(getattr(self, name), index, axis=0) for name in FIELDS])
 
-    Those are the documents of a single token in a chunk without another document, which give no pair; else the count is 0.
-    A chunk with one document gives only samples whose second segment follows.
+    @staticmethod
+    def empty(count: int, sequence_length: int, mask_tokens: int, vocab_size: int) -> "Samples":
+        """Room for `count` samples, uninitialised."""
+        return Samples(
+            **{
+                name: np.empty((count,) + shape, dtype)
+                for name, (shape, dtype) in layout(sequence_length, mask_tokens, vocab_size).items()
+            }
+        )
+
+    @staticmethod
+    def concatenate(parts: Sequence["Samples"]) -> "Samples":
+        return Samples(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in FIELDS})
+
+
+FIELDS = tuple(Samples.__dataclass_fields__)
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The smallest type that holds the ids of a vocabulary: uint16 up to 65,536 words, else uint32."""
+    return np.dtype(np.uint16 if vocab_size <= 65536 else np.uint32)
+
+
+def layout(sequence_length: int, mask_tokens: int, vocab_size: int) -> Dict[str, Tuple[tuple, np.dtype]]:
+    """Name -> (shape of one sample, type) of each dataset of a shard."""
+    ids, small = token_dtype(vocab_size), np.dtype(np.uint16)
+    return {
+        "input_ids": ((sequence_length,), ids),
+        "lengths": ((), small),
+        "first_lengths": ((), small),
+        "mlm_positions": ((mask_tokens,), small),
+        "mlm_labels": ((mask_tokens,), ids),
+        "mlm_counts": ((), small),
+        "nsp_labels": ((), np.dtype(np.uint8)),
+    }
+
+
+def check_samples(samples: Samples, vocab_size: int, path: str, first: int = 0) -> None:
+    """Raises InputError that names a bad sample: ids beyond the vocabulary, lengths or positions beyond the sample.
+
+    `path` and `first` (the index of the first sample in its file) are for the message.
     """
-    units, bounds = chunk.unit_starts.tolist(), chunk.document_starts.tolist()
-    pairs_with_others = len(bounds) > 2
-    longest = sequence_length - 3
-    draws = endless_draws(longest, short_share, rng)
-    rows, dropped = [], 0
-    for document, (start, end) in enumerate(zip(bounds, bounds[1:])):
-        while start < end:
-            target, follows, place = next(draws)
-            window = min(target, end - start)
-            if end - start - window == 1:  # a last token alone would have nothing to be paired with
-                window += 1 if window < longest else -1
-            if window == 1 and not pairs_with_others:
-                dropped += 1
-                break
-            low = bisect_right(units, start)
-            high = bisect_left(units, start + window, low)
-            if low < high:
-                first = units[low + int(place * (high - low))] - start
-            else:
-                first = max(1, int(window * (0.25 + 0.5 * place)))
-            if window == 1:
-                rows.append((document, start, 1, target - 1, True, 1))
-            else:
-                follows = follows or not pairs_with_others
-                rows.append((document, start, first, window - first, low < high, not follows))
-            start += window if follows and window > 1 else first
-    document, starts, firsts, seconds, at_unit, labels = np.array(rows, np.int64).reshape(-1, 6).T
-    cuts = Cuts(starts, firsts, starts + firsts, seconds, labels)
-    random = np.flatnonzero(labels)
-    cuts.second_starts[random], cuts.second_lengths[random] = other_segments(
-        chunk, document[random], seconds[random], at_unit[random].astype(bool), rng)
-    return cuts, dropped
+    bad = find_bad_sample(samples, vocab_size)
+    if bad is not None:
+        raise InputError(f"{path}: sample {first + bad[0]}: {bad[1]}")
 
 
-def endless_draws(longest: int, short_share: float, rng: np.random.Generator) -> Iterator[Tuple[int, bool, float]]:
-    """For each sample: how many tokens to take, whether the second segment follows, and where in [0, 1) to split."""
-    while True:
-        short = rng.random(BLOCK) < short_share
-        targets = np.where(short, rng.integers(2, longest + 1, BLOCK), longest)
-        yield from zip(targets.tolist(), (rng.random(BLOCK) < 0.5).tolist(), rng.random(BLOCK).tolist())
-
-
-def other_segments(chunk: Chunk, own: np.ndarray, lengths: np.ndarray, at_unit: np.ndarray,
-                   rng: np.random.Generator) -> Tuple[np.ndarray, np.ndarray]:
-    """Starts and lengths of random segments outside the document `own`; shorter than asked only where a whole document is."""
-    unit_bounds = np.searchsorted(chunk.unit_starts, chunk.document_starts)
-
-    def draw(bounds):
-        size = bounds[own + 1] - bounds[own]
-        drawn = (rng.random(len(own)) * (bounds[-1] - size)).astype(np.int64)
-        return drawn + size * (drawn >= bounds[own])
-
-    starts = np.where(at_unit, chunk.unit_starts[draw(unit_bounds)], draw(chunk.document_starts))
-    other = np.searchsorted(chunk.document_starts, starts, side="right") - 1
-    begins, ends = chunk.document_starts[other], chunk.document_starts[other + 1]
-    starts = np.minimum(starts, np.maximum(begins, ends - lengths))
-    unit = chunk.unit_starts[np.searchsorted(chunk.unit_starts, starts, side="right") - 1]
-    starts = np.where(at_unit, unit, starts)
-    return starts, np.minimum(lengths, ends - starts)
-
-
-def assemble(tokens: np.ndarray, cuts: Cuts, sequence_length: int, cls_id: int, sep_id: int) -> Tuple[np.ndarray, np.ndarray]:
-    """input_ids [N, L] and lengths [N] of samples before masking: [CLS] first [SEP] second [SEP], then zeros."""
-    position = np.arange(sequence_length)
-    first_end = (cuts.first_lengths + 1)[:, None]
-    last = first_end + cuts.second_lengths[:, None] + 1
-    source = position + np.where(position < first_end, (cuts.first_starts - 1)[:, None],
-                                 (cuts.second_starts - cuts.first_lengths - 2)[:, None])
-    input_ids = tokens.take(source, mode="clip")
-    input_ids[position > last] = 0
-    input_ids[:, 0] = cls_id
-    np.put_along_axis(input_ids, first_end, sep_id, axis=1)
-    np.put_along_axis(input_ids, last, sep_id, axis=1)
-    return input_ids, last[:, 0] + 1
-
-
-def make_samples(chunk: Chunk, special_ids: Sequence[int], words: Optional[MaskWords], sequence_length: int, mask_tokens: int,
-                 mask_share: float, short_share: float, rng: np.random.Generator) -> Tuple[Iterator[Samples], int]:
-    """The samples of a chunk in blocks, as an iterator, and the number of tokens that `cut` had to drop.
-
-    `special_ids`: of [PAD], [UNK], [CLS], [SEP] and [MASK]. `words`: the vocabulary as masking wants it; None leaves the samples
-    unmasked, for the loader to mask. The chunk's tokens have the vocabulary's type (`data.shards.token_dtype`).
-    """
-    cuts, dropped = cut(chunk, sequence_length, short_share, rng)
-
-    def blocks():
-        for start in range(0, len(cuts.nsp_labels), BLOCK):
-            block = Cuts(**{name: values[start:start + BLOCK] for name, values in vars(cuts).items()})
-            input_ids, lengths = assemble(chunk.tokens, block, sequence_length, special_ids[2], special_ids[3])
-            first_lengths, count = block.first_lengths + 2, len(lengths)
-            if words is None:
-                masks = (np.zeros((count, mask_tokens), np.uint16), np.zeros((count, mask_tokens), input_ids.dtype),
-                         np.zeros(count, np.uint16))
-            else:
-                keys = rng.integers(0, 1 << 64, count, np.uint64)
-                masks = mask(input_ids, lengths, first_lengths, keys, mask_tokens, mask_share, words)
-            yield Samples(input_ids, lengths.astype(np.uint16), first_lengths.astype(np.uint16), *masks,
-                          block.nsp_labels.astype(np.uint8))
-
-    return blocks(), dropped
+def find_bad_sample(samples: Samples, vocab_size: int) -> Optional[Tuple[int, str]]:
+    """The index of a bad sample and what is wrong with it, or None when all are good."""
+    (_, sequence_length), (_, mask_tokens) = samples.input_ids.shape, samples.mlm_positions.shape
+    lengths = samples.lengths
+    checks = [
+        ("input_ids", f"below the vocabulary's {vocab_size}", samples.input_ids < vocab_size),
+        ("mlm_labels", f"below the vocabulary's {vocab_size}", samples.mlm_labels < vocab_size),
+        ("lengths", f"1 to {sequence_length} tokens", (lengths >= 1) & (lengths <= sequence_length)),
+        ("first_lengths", "at most the sample's length", samples.first_lengths <= lengths),
+        ("mlm_counts", f"at most {mask_tokens}", samples.mlm_counts <= mask_tokens),
+        # Those of unused slots too: they are zero, and the graph gathers at them all the same.
+        ("mlm_positions", "below the sample's length", samples.mlm_positions < lengths[:, None]),
+        ("nsp_labels", "0 or 1", samples.nsp_labels <= 1),
+    ]
+    for name, expected, good in checks:
+        if not good.all():
+            place = np.unravel_index(int(np.argmin(good)), good.shape)
+            return int(place[0]), "%s%s is %d, expected %s" % (
+                name,
+                "".join("[%d]" % i for i in place[1:]),
+                getattr(samples, name)[place],
+                expected,
+            )
+    return None

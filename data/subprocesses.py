@@ -1,9 +1,12 @@
 """Processes of our own: ending them, and saying how one ended."""
 
+import os
 import signal
 import subprocess
 
-__all__ = ["end_process", "how_it_ended"]
+__all__ = ["PROJECT", "end_process", "how_it_ended"]
+
+PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def end_process(process: subprocess.Popen) -> None:
@@ -18,9 +21,12 @@ def end_process(process: subprocess.Popen) -> None:
 
 
 def how_it_ended(process: subprocess.Popen) -> str:
-    """Waits for its end: "was killed by SIGKILL: the machine may have run out of memory", "ended with exit status 3", ..."""
+    """Waits for its end: "was killed by SIGKILL: the machine may have run out of memory", "ended with exit status 3",
+    ..."""
     code = process.wait()
     if code >= 0:
-        return "ended with exit status %d" % code
-    return "was killed by %s%s" % (signal.Signals(-code).name,
-                                   ": the machine may have run out of memory" if code == -signal.SIGKILL else "")
+        return f"ended with exit status {code}"
+    return (
+        "was killed by "
+        f"{signal.Signals(-code).name}{': the machine may have run out of memory' if code == -signal.SIGKILL else ''}"
+    )

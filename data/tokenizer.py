@@ -3,6 +3,7 @@
 Shape letters: T tokens in all.
 """
 
+import hashlib
 import json
 import os
 from collections import Counter, defaultdict
@@ -13,9 +14,17 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from data.errors import InputError
-from data.shards import token_dtype
+from data.samples import token_dtype
 
-__all__ = ["SPECIAL_WORDS", "TextEncoder", "make_tokenizer", "read_vocab", "train_vocab", "write_tokenizer_files"]
+__all__ = [
+    "SPECIAL_WORDS",
+    "TextEncoder",
+    "make_tokenizer",
+    "read_vocab",
+    "train_vocab",
+    "vocab_sha256",
+    "write_tokenizer_files",
+]
 
 SPECIAL_WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
@@ -27,33 +36,41 @@ CACHE_BYTES = 64 << 20  # of one process
 def read_vocab(path: str) -> List[str]:
     """The words of a vocabulary file, one a line; a word's id is its place.
 
-    Raises InputError that names the file and what is wrong: missing, not UTF-8, empty, an empty line or a word twice (their
-    lines are named), one of the five special words missing, or no other words.
+    Raises InputError that names the file and what is wrong: missing, not UTF-8, empty, an empty line or a word twice
+    (their lines are named), one of the five special words missing, or no other words.
     """
     try:
         with open(path, "rb") as file:
             text = file.read().decode("utf-8")
     except OSError as error:
-        raise InputError("%s: the vocabulary cannot be read (%s); expected a file with one word a line" % (path, error.strerror))
+        raise InputError(
+            f"{path}: the vocabulary cannot be read ({error.strerror}); expected a file with one word a line"
+        )
     except UnicodeDecodeError as error:
-        raise InputError("%s: byte %d is not UTF-8; expected a vocabulary with one word a line" % (path, error.start))
+        raise InputError(f"{path}: byte {error.start} is not UTF-8; expected a vocabulary with one word a line")
     lines = text.split("\n")
     words = [line[:-1] if line.endswith("\r") else line for line in (lines if lines[-1] else lines[:-1])]
     if not words:
-        raise InputError("%s: the vocabulary is empty; expected one word a line, such as bert-base-uncased's vocab.txt" % path)
+        raise InputError(
+            f"{path}: the vocabulary is empty; expected one word a line, such as bert-base-uncased's vocab.txt"
+        )
     first_line = {}
     for number, word in enumerate(words, 1):
         if not word:
-            raise InputError("%s: line %d is empty; expected one word a line, for a word's id is its line" % (path, number))
+            raise InputError(f"{path}: line {number} is empty; expected one word a line, for a word's id is its line")
         if first_line.setdefault(word, number) != number:
-            raise InputError("%s: line %d repeats %r of line %d; expected each word once. Use the vocabulary as it was "
-                             "published, or leave out --vocab to train one" % (path, number, word, first_line[word]))
+            raise InputError(
+                f"{path}: line {number} repeats {word!r} of line {first_line[word]}; expected each word once. "
+                "Use the vocabulary as it was published, or leave out --vocab to train one"
+            )
     missing = [word for word in SPECIAL_WORDS if word not in first_line]
     if missing:
-        raise InputError("%s: the vocabulary of %d words has no %s; expected all of %s. Use a BERT vocabulary, or leave out "
-                         "--vocab to train one" % (path, len(words), ", ".join(missing), " ".join(SPECIAL_WORDS)))
+        raise InputError(
+            f"{path}: the vocabulary of {len(words)} words has no {', '.join(missing)}; expected all of "
+            f"{' '.join(SPECIAL_WORDS)}. Use a BERT vocabulary, or leave out --vocab to train one"
+        )
     if len(words) == len(SPECIAL_WORDS):
-        raise InputError("%s: the vocabulary has no words but the special ones; expected WordPieces, one a line" % path)
+        raise InputError(f"{path}: the vocabulary has no words but the special ones; expected WordPieces, one a line")
     return words
 
 
@@ -65,20 +82,30 @@ def make_tokenizer(words: Sequence[str]) -> Tokenizer:
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS]:0 $A:0 [SEP]:0", pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
-        special_tokens=[(word, ids[word]) for word in ("[CLS]", "[SEP]")])
+        single="[CLS]:0 $A:0 [SEP]:0",
+        pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
+        special_tokens=[(word, ids[word]) for word in ("[CLS]", "[SEP]")],
+    )
     tokenizer.decoder = decoders.WordPiece(prefix="##")
     return tokenizer
 
 
 def write_tokenizer_files(folder: str, words: Sequence[str], longest: int = 512) -> None:
-    """Writes vocab.txt, tokenizer.json and tokenizer_config.json, from which transformers' AutoTokenizer loads the folder.
+    """Writes vocab.txt, tokenizer.json and tokenizer_config.json, from which transformers' AutoTokenizer loads the
+    folder.
 
     `longest`: tokens that the model has positions for; the tokenizer cuts longer text off there when it is told to.
     """
     config = {
-        "tokenizer_class": "BertTokenizer", "do_lower_case": True, "strip_accents": None, "tokenize_chinese_chars": True,
-        "model_max_length": longest, "pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]",
+        "tokenizer_class": "BertTokenizer",
+        "do_lower_case": True,
+        "strip_accents": None,
+        "tokenize_chinese_chars": True,
+        "model_max_length": longest,
+        "pad_token": "[PAD]",
+        "unk_token": "[UNK]",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
         "mask_token": "[MASK]",
     }
     contents = {
@@ -87,7 +114,7 @@ def write_tokenizer_files(folder: str, words: Sequence[str], longest: int = 512)
         "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
     }
     for name, text in contents.items():
-        temporary = os.path.join(folder, "%s.tmp-%d" % (name, os.getpid()))
+        temporary = os.path.join(folder, f"{name}.tmp-{os.getpid()}")
         with open(temporary, "w", encoding="utf-8", newline="\n") as file:
             file.write(text)
         os.replace(temporary, os.path.join(folder, name))
@@ -96,25 +123,34 @@ def write_tokenizer_files(folder: str, words: Sequence[str], longest: int = 512)
 def train_vocab(read_texts: Callable[[], Iterable[List[str]]], vocab_size: int) -> List[str]:
     """A WordPiece vocabulary of at most `vocab_size` words, the five special words first; the same for the same text.
 
-    `read_texts` begins a pass over the text, in lists of lines; it is called twice. Raises InputError for a size too small.
+    `read_texts` begins a pass over the text, in lists of lines; it is called twice. Raises InputError for a size too
+    small.
     """
     if vocab_size < MINIMUM_VOCAB_SIZE:
-        raise InputError("--vocab-size is %d, expected at least %d: the letters alone need as many" % (
-            vocab_size, MINIMUM_VOCAB_SIZE))
+        raise InputError(
+            f"--vocab-size is {vocab_size}, expected at least {MINIMUM_VOCAB_SIZE}: the letters alone need as many"
+        )
     tokenizer = make_tokenizer(SPECIAL_WORDS)
     letters, inner = find_letters(read_texts(), tokenizer, min(MOST_LETTERS, (vocab_size - len(SPECIAL_WORDS)) // 4))
-    # The trainer numbers letters in the order of a hash table that differs from run to run, and breaks ties between equally
-    # frequent pairs by those numbers. Letters that are given as special words are numbered first, in this order.
+    # The trainer numbers letters in the order of a hash table that differs from run to run, and breaks ties between
+    # equally frequent pairs by those numbers. Letters that are given as special words are numbered first, in this
+    # order.
     trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, min_frequency=2, show_progress=False, initial_alphabet=letters, limit_alphabet=len(letters),
-        special_tokens=list(SPECIAL_WORDS) + letters + inner)
+        vocab_size=vocab_size,
+        min_frequency=2,
+        show_progress=False,
+        initial_alphabet=letters,
+        limit_alphabet=len(letters),
+        special_tokens=list(SPECIAL_WORDS) + letters + inner,
+    )
     tokenizer.train_from_iterator(read_texts(), trainer)
     ids = tokenizer.get_vocab()
     return sorted(ids, key=ids.get)
 
 
 def find_letters(texts: Iterable[List[str]], tokenizer: Tokenizer, most: int) -> Tuple[List[str], List[str]]:
-    """The most frequent characters after normalisation, sorted, and pieces ("##e") for those that a word can go on with."""
+    """The most frequent characters after normalisation, sorted, and pieces ("##e") for those that a word can go on
+    with."""
     raw, letters = Counter(), Counter()
     for lines in texts:
         raw.update("".join(lines))
@@ -124,7 +160,7 @@ def find_letters(texts: Iterable[List[str]], tokenizer: Tokenizer, most: int) ->
     kept = sorted(sorted(letters, key=lambda letter: (-letters[letter], letter))[:most])
 
     def goes_on(letter):
-        return len(tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str("a%sa" % letter))) == 1
+        return len(tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(f"a{letter}a"))) == 1
 
     return kept, ["##" + letter for letter in kept if goes_on(letter)]
 
@@ -132,8 +168,8 @@ def find_letters(texts: Iterable[List[str]], tokenizer: Tokenizer, most: int) ->
 class TextEncoder:
     """Encodes lines of text as `make_tokenizer` does, several times faster: each distinct word is tokenized once.
 
-    That is exact because BERT's tokenizer never looks beyond a space. Special words in the text ("[MASK]") are plain text here:
-    a corpus must not be able to mask or end a sample.
+    That is exact because BERT's tokenizer never looks beyond a space. Special words in the text ("[MASK]") are plain
+    text here: a corpus must not be able to mask or end a sample.
     """
 
     def __init__(self, words: Sequence[str]):
@@ -178,3 +214,8 @@ class TextEncoder:
         self.piece_starts = np.concatenate([self.piece_starts, self.piece_starts[-1] + np.cumsum(counts)])
         self.pieces = np.concatenate([self.pieces, flat])
         self.cached_bytes += sum(map(len, new_words)) + 200 * len(new_words)
+
+
+def vocab_sha256(words: Sequence[str]) -> str:
+    """The hash that ties shards to the vocabulary they were made with: of its words, one a line."""
+    return hashlib.sha256("\n".join(words).encode("utf-8")).hexdigest()

@@ -1,4 +1,5 @@
-"""Attention within samples: the plain form, PyTorch's fused one on rows, and variable-length kernels for tokens laid end to end.
+"""Attention within samples: the plain form, PyTorch's fused one on rows, and variable-length kernels for tokens laid
+end to end.
 
 Shape letters: R rows, L tokens of a row, T tokens in all, N samples, A heads, D head size.
 """
@@ -13,15 +14,15 @@ from torch.autograd.function import once_differentiable
 from ops.ipu import is_lowering, matmul_memory
 from ops.native import call, draw_seed, is_native
 
-__all__ = ["Spans", "attention", "attention_plain", "has_spans_kernel", "same_sample_mask"]
+__all__ = ["CuSeqlens", "attention", "attention_plain", "has_varlen_kernel", "same_sample_mask"]
 
 
-class Spans(NamedTuple):
-    """Where the samples are among tokens laid end to end: sample n has those from starts[n] up to starts[n + 1]."""
+class CuSeqlens(NamedTuple):
+    """Where the samples are among tokens laid end to end: sample n has those from cu_seqlens[n] up to cu_seqlens[n + 1]."""
 
-    starts: torch.Tensor
+    cu_seqlens: torch.Tensor
     """[N + 1] int32, from 0 to T"""
-    longest: int
+    max_seqlen: int
     """no sample has more tokens"""
 
 
@@ -33,28 +34,37 @@ def same_sample_mask(sample_ids: torch.Tensor) -> torch.Tensor:
     return (sample_ids[:, :, None] == sample_ids[:, None, :])[:, None]
 
 
-def has_spans_kernel(device: str, dtype: torch.dtype, head_size: int) -> bool:
-    """Whether `attention` takes `Spans` on this device in this type: the C++ kernel, or CUDA's flash attention in half precision."""
+def has_varlen_kernel(device: str, dtype: torch.dtype, head_size: int) -> bool:
+    """Whether `attention` takes `CuSeqlens` on this device in this type: the C++ kernel, or CUDA's flash attention in half
+    precision."""
     if device == "cpu":
         return is_native(torch.empty(0, dtype=dtype))
-    return (dtype in (torch.float16, torch.bfloat16) and head_size % 8 == 0 and head_size <= 256
-            and torch.cuda.get_device_capability() >= (8, 0))
+    return (
+        dtype in (torch.float16, torch.bfloat16)
+        and head_size % 8 == 0
+        and head_size <= 256
+        and torch.cuda.get_device_capability() >= (8, 0)
+    )
 
 
-def attention(query, key, value, within: Union[torch.Tensor, Spans], heads: int, dropout: float) -> torch.Tensor:
+def attention(query, key, value, within: Union[torch.Tensor, CuSeqlens], heads: int, dropout: float) -> torch.Tensor:
     """softmax(Q K^T / sqrt(D)) V within samples (arXiv 1706.03762, eq. 1).
 
-    Of rows, [R, L, A * D] where `within` is a mask (bool, broadcastable to [R, A, L, L], True where one token sees another); of tokens
-    laid end to end, [T, A * D] where it is `Spans`. For the IPU it is the rows' sample ids [R, L], of any type: each layer makes the
-    mask where it needs it, so that none is sent from IPU to IPU or kept. `dropout` is the probability that an attention weight is
-    dropped: 0 where the model is not in training.
+    Of rows, [R, L, A * D] where `within` is a mask (bool, broadcastable to [R, A, L, L], True where one token sees
+    another); of tokens laid end to end, [T, A * D] where it is `CuSeqlens`. For the IPU it is the rows' sample ids [R, L],
+    of any type: each layer makes the mask where it needs it, so that none is sent from IPU to IPU or kept. `dropout` is
+    the probability that an attention weight is dropped: 0 where the model is not in training.
     """
-    if isinstance(within, Spans):
+    if isinstance(within, CuSeqlens):
         if query.device.type == "cpu":
-            if not is_native(query, key, value) or within.starts.dtype != torch.int32:
-                raise ValueError("attention of spans on the CPU takes float32 and int32 starts, with a C++ compiler; not %s and %s" % (
-                    query.dtype, within.starts.dtype))
-            return _SpansAttention.apply(query.contiguous(), key.contiguous(), value.contiguous(), within.starts, heads, dropout)
+            if not is_native(query, key, value) or within.cu_seqlens.dtype != torch.int32:
+                raise ValueError(
+                    "attention of spans on the CPU takes float32 and int32 cu_seqlens, with a C++ compiler; not "
+                    f"{query.dtype} and {within.cu_seqlens.dtype}"
+                )
+            return _VarlenAttention.apply(
+                query.contiguous(), key.contiguous(), value.contiguous(), within.cu_seqlens, heads, dropout
+            )
         return _flash_attention(query, key, value, within, heads, dropout)
     query, key, value = [tensor.unflatten(-1, (heads, -1)).transpose(1, 2) for tensor in (query, key, value)]
     if is_lowering():
@@ -76,23 +86,35 @@ def attention_plain(query, key, value, mask, dropout: float) -> torch.Tensor:
 def _flash_attention(query, key, value, spans, heads, dropout):
     # PyTorch's own flash attention: torch.nn.attention.varlen wraps the same kernel, but without dropout.
     query, key, value = [tensor.unflatten(-1, (heads, -1)) for tensor in (query, key, value)]
-    return torch.ops.aten._flash_attention_forward(query, key, value, spans.starts, spans.starts, spans.longest, spans.longest,
-                                                   dropout, False, False)[0].flatten(1)
+    return torch.ops.aten._flash_attention_forward(
+        query, key, value, spans.cu_seqlens, spans.cu_seqlens, spans.max_seqlen, spans.max_seqlen, dropout, False, False
+    )[0].flatten(1)
 
 
-class _SpansAttention(torch.autograd.Function):
+class _VarlenAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, starts, heads, dropout):
+    def forward(ctx, query, key, value, cu_seqlens, heads, dropout):
         context, normalizers = torch.empty_like(query), query.new_empty(len(query), heads)
-        ctx.sizes = len(starts) - 1, heads, query.shape[1] // heads, float(dropout), draw_seed() if dropout else 0
-        call("attention_forward", query, key, value, starts, context, normalizers, *ctx.sizes)
-        ctx.save_for_backward(query, key, value, starts, context, normalizers)
+        ctx.sizes = len(cu_seqlens) - 1, heads, query.shape[1] // heads, float(dropout), draw_seed() if dropout else 0
+        call("attention_forward", query, key, value, cu_seqlens, context, normalizers, *ctx.sizes)
+        ctx.save_for_backward(query, key, value, cu_seqlens, context, normalizers)
         return context
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        query, key, value, starts, context, normalizers = ctx.saved_tensors
+        query, key, value, cu_seqlens, context, normalizers = ctx.saved_tensors
         gradients = [torch.empty_like(query) for _ in range(3)]
-        call("attention_backward", gradient.contiguous(), query, key, value, starts, context, normalizers, *gradients, *ctx.sizes)
+        call(
+            "attention_backward",
+            gradient.contiguous(),
+            query,
+            key,
+            value,
+            cu_seqlens,
+            context,
+            normalizers,
+            *gradients,
+            *ctx.sizes,
+        )
         return (*gradients, None, None, None)

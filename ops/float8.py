@@ -1,7 +1,8 @@
-"""Linear layers whose three products are float8: activations and weights e4m3, gradients e5m2, one scale a tensor (arXiv 2209.05433).
+"""Linear layers whose three products are float8: activations and weights e4m3, gradients e5m2, one scale a tensor
+(arXiv 2209.05433).
 
-A scale is taken from the tensor it is for, on the device: the host waits for nothing and no history is kept. Weights, biases and
-their gradients have the types that they have elsewhere.
+A scale is taken from the tensor it is for, on the device: the host waits for nothing and no history is kept. Weights,
+biases and their gradients have the types that they have elsewhere.
 
 Shape letters: T tokens (any leading dimensions), I input features, O output features.
 """
@@ -40,10 +41,16 @@ def float8_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> 
 
     Raises ValueError where T, I or O is no multiple of 16.
     """
-    for name, size in (("tokens", x.shape[:-1].numel()), ("input features", weight.shape[1]), ("output features", weight.shape[0])):
+    for name, size in (
+        ("tokens", x.shape[:-1].numel()),
+        ("input features", weight.shape[1]),
+        ("output features", weight.shape[0]),
+    ):
         if size % MULTIPLE or not size:
-            raise ValueError("a float8 linear layer has %d %s (input %s, weight %s), expected a multiple of %d" % (
-                size, name, tuple(x.shape), tuple(weight.shape), MULTIPLE))
+            raise ValueError(
+                f"a float8 linear layer has {size} {name} (input {tuple(x.shape)}, weight "
+                f"{tuple(weight.shape)}), expected a multiple of {MULTIPLE}"
+            )
     return _Float8Linear.apply(x.flatten(0, -2), weight, bias).view(x.shape[:-1] + weight.shape[:1])
 
 
@@ -56,7 +63,8 @@ def float8_linear_plain(x, weight, bias) -> torch.Tensor:
 
 
 def _quantize(tensor: torch.Tensor, dtype: torch.dtype) -> Tuple[torch.Tensor, torch.Tensor]:
-    """`tensor` in float8, row-major, and the scale, a float32 scalar, that gives it back. Anything not finite makes all of it NaN."""
+    """`tensor` in float8, row-major, and the scale, a float32 scalar, that gives it back. Anything not finite makes all
+    of it NaN."""
     largest = torch.finfo(dtype).max
     scale = tensor.abs().amax().float().clamp(min=1e-30) / largest  # above 0 for a tensor of zeros too
     # Clamped: the largest value may be rounded to beyond what the type has, which is NaN in e4m3.
@@ -86,8 +94,9 @@ class _Float8Linear(torch.autograd.Function):
         weight, weight_scale = _quantize(weight, torch.float8_e4m3fn)
         ctx.save_for_backward(x, x_scale, weight, weight_scale)
         # Partial sums are kept in fewer bits in the forward product only: gradients need them all.
-        return torch._scaled_mm(x, weight.t(), x_scale, weight_scale, bias.to(torch.bfloat16), out_dtype=torch.bfloat16,
-                                use_fast_accum=True).to(ctx.dtypes[0])
+        return torch._scaled_mm(
+            x, weight.t(), x_scale, weight_scale, bias.to(torch.bfloat16), out_dtype=torch.bfloat16, use_fast_accum=True
+        ).to(ctx.dtypes[0])
 
     @staticmethod
     def backward(ctx, gradient):
@@ -95,5 +104,7 @@ class _Float8Linear(torch.autograd.Function):
         bias_gradient = gradient.sum(dim=0, dtype=torch.float32)
         gradient, scale = _quantize(gradient, torch.float8_e5m2)
         x_gradient = torch._scaled_mm(gradient, _column_major(weight), scale, weight_scale, out_dtype=torch.bfloat16)
-        weight_gradient = torch._scaled_mm(gradient.t().contiguous(), _column_major(x), scale, x_scale, out_dtype=torch.bfloat16)
+        weight_gradient = torch._scaled_mm(
+            gradient.t().contiguous(), _column_major(x), scale, x_scale, out_dtype=torch.bfloat16
+        )
         return tuple(found.to(dtype) for found, dtype in zip((x_gradient, weight_gradient, bias_gradient), ctx.dtypes))

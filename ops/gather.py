@@ -1,4 +1,5 @@
-"""Selecting tokens of each row: by index, and as a one-hot product for the IPU, which gathers slowly; and rows of an embedding.
+"""Selecting tokens of each row: by index, and as a one-hot product for the IPU, which gathers slowly; and rows of an
+embedding.
 
 Shape letters: R rows, L tokens of a row, K selected tokens of a row, T tokens in all, V vocabulary, H hidden.
 """
@@ -14,7 +15,8 @@ __all__ = ["embed", "gather_tokens", "gather_tokens_one_hot"]
 
 
 def gather_tokens(hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """hidden [R, L, H] at positions [R, K] (integers in 0..L-1) -> [R, K, H]; hidden [T, H] at positions [K] -> [K, H]."""
+    """hidden [R, L, H] at positions [R, K] (integers in 0..L-1) -> [R, K, H]; hidden [T, H] at positions [K] -> [K,
+    H]."""
     if is_lowering():
         return gather_tokens_one_hot(hidden, positions)
     if hidden.dim() == 2:
@@ -32,8 +34,8 @@ def gather_tokens_one_hot(hidden: torch.Tensor, positions: torch.Tensor) -> torc
 def embed(ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Rows of an embedding: ids (integers, any shape) of weight [V, H] -> ids' shape and H.
 
-    On the IPU, PopART's TiedGather pattern cuts the gather into as many parts as the decoder's product of the same weight; written out
-    in parts here it would not match, and each part would get a dense gradient.
+    On the IPU, PopART's TiedGather pattern cuts the gather into as many parts as the decoder's product of the same
+    weight; written out in parts here it would not match, and each part would get a dense gradient.
     """
     return _Embed.apply(ids, weight) if is_native(parameters=(weight,)) else F.embedding(ids, weight)
 

@@ -1,8 +1,10 @@
-"""LAMB over all parameters at once in three Triton kernels (ops/lamb.py says the equations); the host waits for nothing.
+"""LAMB over all parameters at once in three Triton kernels (ops/lamb.py says the equations); the host waits for
+nothing.
 
-1. For each chunk of a parameter: the squares of the norms of weight and update, and whether a gradient is not finite. Writes nothing else.
-2. For each parameter: learning rate * trust ratio, from its chunks in a fixed order; whether the update is skipped, and how often by now.
-3. For each chunk: the update once more, and moments, weights and bfloat16 copies written.
+1. For each chunk of a parameter: the squares of the norms of weight and update, and whether a gradient is not finite.
+Writes nothing else. 2. For each parameter: learning rate * trust ratio, from its chunks in a fixed order; whether the
+update is skipped, and how often by now. 3. For each chunk: the update once more, and moments, weights and bfloat16
+copies written.
 
 That moves 44 bytes a parameter, 2 more for a copy: as many as reading the gradients alone first, with a launch less.
 """
@@ -17,11 +19,15 @@ import triton.language as tl
 __all__ = ["LambTriton"]
 
 CHUNK = 4096  # elements that one program takes
-BLOCK = 1024  # of them at a time: one load of 16 bytes a thread and tensor, and few enough registers to have many in flight
+BLOCK = (
+    1024  # of them at a time: one load of 16 bytes a thread and tensor, and few enough registers to have many in flight
+)
 REDUCED = 1024  # chunks that are added up at a time
 
 # Columns of the tables, which are small and on the device: a gradient may be at another address in each step.
-WEIGHT, GRADIENT, EXP_AVG, EXP_AVG_SQ, COPY, SIZE, GROUP, FIRST_CHUNK, CHUNKS, PARAMETER_COLUMNS = map(tl.constexpr, range(10))
+WEIGHT, GRADIENT, EXP_AVG, EXP_AVG_SQ, COPY, SIZE, GROUP, FIRST_CHUNK, CHUNKS, PARAMETER_COLUMNS = map(
+    tl.constexpr, range(10)
+)
 LEARNING_RATE, BETA1, REST1, BETA2, REST2, EPS, WEIGHT_DECAY, TRUST_RATIO, GROUP_COLUMNS = map(tl.constexpr, range(9))
 
 
@@ -53,8 +59,14 @@ def _tensors(row):
 
 @triton.jit
 def _options(group):
-    return (tl.load(group + BETA1), tl.load(group + REST1), tl.load(group + BETA2), tl.load(group + REST2), tl.load(group + EPS),
-            tl.load(group + WEIGHT_DECAY))
+    return (
+        tl.load(group + BETA1),
+        tl.load(group + REST1),
+        tl.load(group + BETA2),
+        tl.load(group + REST2),
+        tl.load(group + EPS),
+        tl.load(group + WEIGHT_DECAY),
+    )
 
 
 @triton.jit
@@ -70,14 +82,16 @@ def _update(tensors, options, offsets, size, WHOLE: tl.constexpr, ALIGNED: tl.co
 
 
 @triton.jit
-def _norms(row, group, first, size, WHOLE: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+def _norms(
+    row, group, first, size, WHOLE: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr
+):
     tensors, options = _tensors(row), _options(group)
     # In double: the square of a float always fits.
     weight_square, update_square = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
     infinite = tl.zeros([BLOCK], tl.int32)
     for begin in range(0, CHUNK, BLOCK):
         w, g, m, v, u = _update(tensors, options, first + begin + tl.arange(0, BLOCK), size, WHOLE, ALIGNED)
-        infinite |= ((g.to(tl.int32, bitcast=True) & 0x7f800000) == 0x7f800000).to(tl.int32)
+        infinite |= ((g.to(tl.int32, bitcast=True) & 0x7F800000) == 0x7F800000).to(tl.int32)
         w, u = w.to(tl.float64), u.to(tl.float64)
         weight_square += w * w
         update_square += u * u
@@ -85,8 +99,17 @@ def _norms(row, group, first, size, WHOLE: tl.constexpr, ALIGNED: tl.constexpr, 
 
 
 @triton.jit
-def _norms_kernel(parameters, groups, numbers, weight_squares, update_squares, infinite, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
-                  BLOCK: tl.constexpr):
+def _norms_kernel(
+    parameters,
+    groups,
+    numbers,
+    weight_squares,
+    update_squares,
+    infinite,
+    ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     chunk = tl.program_id(0)
     row = parameters + tl.load(numbers + chunk) * PARAMETER_COLUMNS
     group = groups + tl.load(row + GROUP) * GROUP_COLUMNS
@@ -101,8 +124,19 @@ def _norms_kernel(parameters, groups, numbers, weight_squares, update_squares, i
 
 
 @triton.jit
-def _ratios_kernel(parameters, groups, weight_squares, update_squares, infinite, steps, skip, skipped, count, chunks,
-                   REDUCED: tl.constexpr):
+def _ratios_kernel(
+    parameters,
+    groups,
+    weight_squares,
+    update_squares,
+    infinite,
+    steps,
+    skip,
+    skipped,
+    count,
+    chunks,
+    REDUCED: tl.constexpr,
+):
     number = tl.program_id(0)
     lanes = tl.arange(0, REDUCED)
     if number < count:
@@ -135,7 +169,9 @@ def _ratios_kernel(parameters, groups, weight_squares, update_squares, infinite,
 
 
 @triton.jit
-def _write(row, group, step, first, size, WHOLE: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+def _write(
+    row, group, step, first, size, WHOLE: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr
+):
     tensors, options, copy = _tensors(row), _options(group), tl.load(row + COPY)
     weight, _, exp_avg, exp_avg_sq = tensors
     for begin in range(0, CHUNK, BLOCK):
@@ -148,12 +184,14 @@ def _write(row, group, step, first, size, WHOLE: tl.constexpr, ALIGNED: tl.const
         if copy != 0:
             # To nearest, ties to even, by hand: Triton's interpreter rounds ties away from zero.
             bits = w.to(tl.uint32, bitcast=True)
-            rounded = tl.where(w == w, (bits + 0x7fff + ((bits >> 16) & 1)) >> 16, 0x7fc0)
+            rounded = tl.where(w == w, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, 0x7FC0)
             _store(copy, offsets, rounded.to(tl.uint16), size, WHOLE, ALIGNED)
 
 
 @triton.jit
-def _write_kernel(parameters, groups, numbers, steps, skip, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+def _write_kernel(
+    parameters, groups, numbers, steps, skip, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr
+):
     if tl.load(skip) == 0:
         chunk = tl.program_id(0)
         number = tl.load(numbers + chunk)
@@ -172,27 +210,61 @@ class LambTriton:
     def __init__(self):
         self._chunk_counts = self._rows = self._options = None
 
-    def __call__(self, weights, gradients, exp_avgs, exp_avg_sqs, copies: List[Optional[torch.Tensor]], groups: List[Dict],
-                 skipped: torch.Tensor) -> None:
+    def __call__(
+        self,
+        weights,
+        gradients,
+        exp_avgs,
+        exp_avg_sqs,
+        copies: List[Optional[torch.Tensor]],
+        groups: List[Dict],
+        skipped: torch.Tensor,
+    ) -> None:
         device, distinct = skipped.device, list({id(group): group for group in groups}.values())
         chunk_counts = [-(-w.numel() // CHUNK) for w in weights]
         if chunk_counts != self._chunk_counts:
             numbers = torch.arange(len(weights), dtype=torch.int32).repeat_interleave(torch.tensor(chunk_counts))
             self._chunk_counts, self._numbers = chunk_counts, _upload(numbers, device)
-            self._weight_squares, self._update_squares = torch.empty(2, len(numbers), dtype=torch.float64, device=device)
+            self._weight_squares, self._update_squares = torch.empty(
+                2, len(numbers), dtype=torch.float64, device=device
+            )
             self._infinite = torch.empty(len(numbers), dtype=torch.int32, device=device)
             self._steps = torch.empty(len(weights), device=device)
             self._skip = torch.empty((), dtype=torch.int32, device=device)
         # The options are a tensor and no arguments of the kernels: no value of them compiles a kernel anew.
-        options = [(group["lr"], group["betas"][0], 1 - group["betas"][0], group["betas"][1], 1 - group["betas"][1], group["eps"],
-                    group["weight_decay"], group["trust_ratio"]) for group in distinct]
+        options = [
+            (
+                group["lr"],
+                group["betas"][0],
+                1 - group["betas"][0],
+                group["betas"][1],
+                1 - group["betas"][1],
+                group["eps"],
+                group["weight_decay"],
+                group["trust_ratio"],
+            )
+            for group in distinct
+        ]
         if options != self._options:
             self._options, self._option_table = options, _upload(torch.tensor(options, dtype=torch.float32), device)
         rows, first_chunk = [], 0
         places = {id(group): place for place, group in enumerate(distinct)}
-        for w, g, m, v, copy, group, count in zip(weights, gradients, exp_avgs, exp_avg_sqs, copies, groups, chunk_counts):
-            rows.append((w.data_ptr(), g.data_ptr(), m.data_ptr(), v.data_ptr(), 0 if copy is None else copy.data_ptr(), w.numel(),
-                         places[id(group)], first_chunk, count))
+        for w, g, m, v, copy, group, count in zip(
+            weights, gradients, exp_avgs, exp_avg_sqs, copies, groups, chunk_counts
+        ):
+            rows.append(
+                (
+                    w.data_ptr(),
+                    g.data_ptr(),
+                    m.data_ptr(),
+                    v.data_ptr(),
+                    0 if copy is None else copy.data_ptr(),
+                    w.numel(),
+                    places[id(group)],
+                    first_chunk,
+                    count,
+                )
+            )
             first_chunk += count
         if rows != self._rows:
             self._rows, self._row_table = rows, _upload(torch.tensor(rows), device)
@@ -201,8 +273,12 @@ class LambTriton:
         sums = (self._weight_squares, self._update_squares, self._infinite)
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             _norms_kernel[(first_chunk,)](*tables, self._numbers, *sums, self._aligned, CHUNK, BLOCK, num_warps=8)
-            _ratios_kernel[(len(rows) + 1,)](*tables, *sums, self._steps, self._skip, skipped, len(rows), first_chunk, REDUCED)
-            _write_kernel[(first_chunk,)](*tables, self._numbers, self._steps, self._skip, self._aligned, CHUNK, BLOCK, num_warps=8)
+            _ratios_kernel[(len(rows) + 1,)](
+                *tables, *sums, self._steps, self._skip, skipped, len(rows), first_chunk, REDUCED
+            )
+            _write_kernel[(first_chunk,)](
+                *tables, self._numbers, self._steps, self._skip, self._aligned, CHUNK, BLOCK, num_warps=8
+            )
 
 
 def _upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -1,4 +1,5 @@
-"""Linear layers, alone and with what follows them: PyTorch's, and on the CPU with fewer passes over memory. `float8()` makes them float8.
+"""Linear layers, alone and with what follows them: PyTorch's, and on the CPU with fewer passes over memory. `float8()`
+makes them float8.
 
 Shape letters: T tokens (any leading dimensions), I input features, O output features.
 """
@@ -13,10 +14,19 @@ from ops.float8 import float8_linear, is_float8
 from ops.ipu import is_lowering, matmul_memory
 from ops.native import add_product, call, draw_seed, gradient_of, is_native, product, product_transposed
 
-__all__ = ["linear_dropout_add_norm", "linear_dropout_add_norm_plain", "linear_gelu", "linear_gelu_plain", "linears", "linears_plain"]
+__all__ = [
+    "linear_dropout_add_norm",
+    "linear_dropout_add_norm_plain",
+    "linear_gelu",
+    "linear_gelu_plain",
+    "linears",
+    "linears_plain",
+]
 
 
-def linears(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]) -> Tuple[torch.Tensor, ...]:
+def linears(
+    x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]
+) -> Tuple[torch.Tensor, ...]:
     """Several linear layers of the same input: x [T, I], weights of [O, I], biases of [O] -> as many [T, O]."""
     if _is_native(x, parameters=(*weights, *biases)):
         outputs = _Linears.apply(x.flatten(0, -2), len(weights), *weights, *biases)
@@ -31,8 +41,8 @@ def linears_plain(x, weights, biases) -> Tuple[torch.Tensor, ...]:
 
 
 def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, name: str = "") -> torch.Tensor:
-    """GELU (the exact one, arXiv 1606.08415) of a linear layer: x [T, I], weight [O, I], bias [O] -> [T, O]. `name` is the product's in
-    ops.ipu.MATMULS."""
+    """GELU (the exact one, arXiv 1606.08415) of a linear layer: x [T, I], weight [O, I], bias [O] -> [T, O]. `name` is
+    the product's in ops.ipu.MATMULS."""
     if _is_native(x, parameters=(weight, bias)):
         return _LinearGelu.apply(x.flatten(0, -2), weight, bias).view(x.shape[:-1] + weight.shape[:1])
     return linear_gelu_plain(x, weight, bias, name)
@@ -43,24 +53,31 @@ def linear_gelu_plain(x, weight, bias, name="") -> torch.Tensor:
     return F.gelu(_linear(x, weight, bias, name))
 
 
-def linear_dropout_add_norm(x, weight, bias, residual, norm_weight, norm_bias, eps: float, dropout: float,
-                            name: str = "") -> torch.Tensor:
-    """LayerNorm(dropout(linear(x)) + residual): x [T, I], weight [O, I], the biases and norm_weight [O], residual [T, O] -> [T, O].
+def linear_dropout_add_norm(
+    x, weight, bias, residual, norm_weight, norm_bias, eps: float, dropout: float, name: str = ""
+) -> torch.Tensor:
+    """LayerNorm(dropout(linear(x)) + residual): x [T, I], weight [O, I], the biases and norm_weight [O], residual [T,
+    O] -> [T, O].
 
-    `dropout` is the probability that an element is dropped: 0 where the model is not in training. `name` is the product's in
-    ops.ipu.MATMULS.
+    `dropout` is the probability that an element is dropped: 0 where the model is not in training. `name` is the
+    product's in ops.ipu.MATMULS.
     """
     if _is_native(x, residual, parameters=(weight, bias, norm_weight, norm_bias)):
-        normal = _LinearDropoutAddNorm.apply(x.flatten(0, -2), weight, bias, residual.flatten(0, -2).contiguous(), norm_weight, norm_bias,
-                                             eps, dropout)
+        normal = _LinearDropoutAddNorm.apply(
+            x.flatten(0, -2), weight, bias, residual.flatten(0, -2).contiguous(), norm_weight, norm_bias, eps, dropout
+        )
         return normal.view(residual.shape)
     return linear_dropout_add_norm_plain(x, weight, bias, residual, norm_weight, norm_bias, eps, dropout, name)
 
 
-def linear_dropout_add_norm_plain(x, weight, bias, residual, norm_weight, norm_bias, eps, dropout, name="") -> torch.Tensor:
+def linear_dropout_add_norm_plain(
+    x, weight, bias, residual, norm_weight, norm_bias, eps, dropout, name=""
+) -> torch.Tensor:
     """The same in PyTorch's operations."""
     product = _linear(x, weight, bias, name)
-    return F.layer_norm((F.dropout(product, dropout) if dropout else product) + residual, norm_weight.shape, norm_weight, norm_bias, eps)
+    return F.layer_norm(
+        (F.dropout(product, dropout) if dropout else product) + residual, norm_weight.shape, norm_weight, norm_bias, eps
+    )
 
 
 def _is_native(*tensors: torch.Tensor, parameters) -> bool:
@@ -83,13 +100,15 @@ class _Linears(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *gradients):
-        x, = ctx.saved_tensors
+        (x,) = ctx.saved_tensors
         x_gradient = None
         for gradient, weight, bias in zip(gradients, ctx.weights, ctx.biases):
             add_product(weight, gradient, x)
             gradient_of(bias).add_(gradient.sum(dim=0))
             if ctx.needs_input_grad[0]:
-                x_gradient = product_transposed(gradient, weight) if x_gradient is None else x_gradient.addmm_(gradient, weight)
+                x_gradient = (
+                    product_transposed(gradient, weight) if x_gradient is None else x_gradient.addmm_(gradient, weight)
+                )
         return (x_gradient, None) + (None,) * 2 * len(gradients)
 
 
@@ -119,7 +138,19 @@ class _LinearDropoutAddNorm(torch.autograd.Function):
         total = product(x, weight, bias)  # becomes what is normalised
         normal, statistics = torch.empty_like(total), total.new_empty(len(total), 2)
         ctx.seed, ctx.dropout = draw_seed() if dropout else 0, float(dropout)
-        call("dropout_add_norm_forward", total, residual, norm_weight, norm_bias, normal, statistics, *total.shape, eps, ctx.dropout, ctx.seed)
+        call(
+            "dropout_add_norm_forward",
+            total,
+            residual,
+            norm_weight,
+            norm_bias,
+            normal,
+            statistics,
+            *total.shape,
+            eps,
+            ctx.dropout,
+            ctx.seed,
+        )
         ctx.save_for_backward(x, total, statistics)
         ctx.weight, ctx.bias, ctx.norm_weight, ctx.norm_bias = weight, bias, norm_weight, norm_bias
         return normal
@@ -129,8 +160,21 @@ class _LinearDropoutAddNorm(torch.autograd.Function):
     def backward(ctx, gradient):
         x, total, statistics = ctx.saved_tensors
         product_gradient, residual_gradient = torch.empty_like(total), torch.empty_like(total)
-        call("dropout_add_norm_backward", gradient.contiguous(), total, statistics, ctx.norm_weight, product_gradient, residual_gradient,
-             gradient_of(ctx.norm_weight), gradient_of(ctx.norm_bias), gradient_of(ctx.bias), *total.shape, ctx.dropout, ctx.seed)
+        call(
+            "dropout_add_norm_backward",
+            gradient.contiguous(),
+            total,
+            statistics,
+            ctx.norm_weight,
+            product_gradient,
+            residual_gradient,
+            gradient_of(ctx.norm_weight),
+            gradient_of(ctx.norm_bias),
+            gradient_of(ctx.bias),
+            *total.shape,
+            ctx.dropout,
+            ctx.seed,
+        )
         add_product(ctx.weight, product_gradient, x)
         x_gradient = product_transposed(product_gradient, ctx.weight) if ctx.needs_input_grad[0] else None
         return x_gradient, None, None, residual_gradient, None, None, None, None

@@ -1,8 +1,9 @@
 """The C++ kernels beside this file, built at first use; plain C functions, called through ctypes.
 
-They take pointers and sizes, not tensors, and include nothing of torch: they build in seconds and work with any torch. The operations
-that use them add the gradients of parameters to `parameter.grad` in place, as part of the matrix product. torch's own
-extension loader is not used: it needs ninja, and a process killed while it builds leaves a lock for which all others wait for ever.
+They take pointers and sizes, not tensors, and include nothing of torch: they build in seconds and work with any torch.
+The operations that use them add the gradients of parameters to `parameter.grad` in place, as part of the matrix
+product. torch's own extension loader is not used: it needs ninja, and a process killed while it builds leaves a lock
+for which all others wait for ever.
 """
 
 import ctypes
@@ -22,12 +23,33 @@ from ops.ipu import is_lowering
 
 _IS_TORCH_2_0 = not hasattr(torch, "compiler")  # whose oneDNN product always has something after it
 _is_compiling = getattr(getattr(torch, "compiler", None), "is_compiling", lambda: False)
-__all__ = ["add_product", "call", "draw_seed", "gradient_of", "is_native", "native", "pointer", "product", "product_transposed"]
+__all__ = [
+    "add_product",
+    "call",
+    "draw_seed",
+    "gradient_of",
+    "is_native",
+    "native",
+    "pointer",
+    "product",
+    "product_transposed",
+]
 
 SOURCES = ("encoder.cpp", "lamb.cpp")
-# Sums may be reordered, so that loops vectorise; NaN and infinity keep their meaning (-ffast-math takes it away, for the whole process).
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math",
-         "-fopenmp", "-shared", "-fPIC")
+# Sums may be reordered, so that loops vectorise; NaN and infinity keep their meaning (-ffast-math takes it away, for
+# the whole process).
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-signed-zeros",
+    "-fassociative-math",
+    "-fopenmp",
+    "-shared",
+    "-fPIC",
+)
 
 
 @functools.lru_cache(maxsize=None)
@@ -44,21 +66,29 @@ def native() -> Optional[ctypes.CDLL]:
     for source in sources:
         with open(source, "rb") as file:
             key.update(file.read())
-    folder = os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.expanduser(os.path.join("~", ".cache", "torch_extensions"))
-    library = os.path.join(folder, "bert_kernels_%s.so" % key.hexdigest()[:16])
+    folder = os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.expanduser(
+        os.path.join("~", ".cache", "torch_extensions")
+    )
+    library = os.path.join(folder, f"bert_kernels_{key.hexdigest()[:16]}.so")
     try:
         if not os.path.exists(library):
             os.makedirs(folder, exist_ok=True)
-            # Built elsewhere and moved: the file is whole or not there, whoever builds it at the same time or is killed.
+            # Built elsewhere and moved: the file is whole or not there, whoever builds it at the same time or is
+            # killed.
             with tempfile.TemporaryDirectory(dir=folder) as place:
                 built = os.path.join(place, "kernels.so")
-                subprocess.run(command + ["-o", built], check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+                subprocess.run(
+                    command + ["-o", built], check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+                )
                 os.replace(built, library)
         return ctypes.CDLL(library)
     except (OSError, subprocess.CalledProcessError) as error:
         lines = (getattr(error, "output", None) or str(error)).strip().splitlines()
-        warnings.warn("the C++ kernels cannot be built, and PyTorch's own, slower operations take their place: %s. They need g++, or "
-                      "another C++ compiler with OpenMP, named by CXX" % next((line for line in lines if "error" in line), lines[0]))
+        warnings.warn(
+            "the C++ kernels cannot be built, and PyTorch's own, slower operations take their place: "
+            f"{next((line for line in lines if 'error' in line), lines[0])}. They need g++, or another C++ "
+            "compiler with OpenMP, named by CXX"
+        )
         return None
 
 
@@ -67,36 +97,44 @@ def pointer(tensor: Optional[torch.Tensor]) -> ctypes.c_void_p:
     if tensor is None:
         return ctypes.c_void_p()
     if tensor.device.type != "cpu" or not tensor.is_contiguous():
-        raise ValueError("a kernel needs a contiguous tensor on the CPU, not one on %s with strides %s" % (tensor.device, tensor.stride()))
+        raise ValueError(
+            f"a kernel needs a contiguous tensor on the CPU, not one on {tensor.device} with strides {tensor.stride()}"
+        )
     return ctypes.c_void_p(tensor.data_ptr())
 
 
 def is_native(*tensors: torch.Tensor, parameters=()) -> bool:
     """Whether the kernels take these tensors: float32 on the CPU, not while anything traces the graph.
 
-    `parameters` get their gradients in place, so they must be leaves: what is computed from others takes PyTorch's operations.
+    `parameters` get their gradients in place, so they must be leaves: what is computed from others takes PyTorch's
+    operations.
     """
-    return (not is_lowering() and not _is_compiling() and all(parameter.is_leaf for parameter in parameters)
-            and all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors + tuple(parameters))
-            and native() is not None)
+    return (
+        not is_lowering()
+        and not _is_compiling()
+        and all(parameter.is_leaf for parameter in parameters)
+        and all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors + tuple(parameters))
+        and native() is not None
+    )
 
 
 def call(name: str, *arguments) -> None:
     """Calls a kernel: tensors as pointers, int as long, float as double. Floating-point tensors must be float32."""
     for argument in arguments:
         if isinstance(argument, torch.Tensor) and argument.is_floating_point() and argument.dtype != torch.float32:
-            raise ValueError("%s takes float32, not %s" % (name, argument.dtype))
+            raise ValueError(f"{name} takes float32, not {argument.dtype}")
     convert = {int: ctypes.c_long, float: ctypes.c_double}
     getattr(native(), name)(*(convert.get(type(argument), pointer)(argument) for argument in arguments))
 
 
 def draw_seed() -> int:
     """A seed for a kernel's dropout, from torch's generator."""
-    return int(torch.randint(2 ** 62, ()))
+    return int(torch.randint(2**62, ()))
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
-    """x [T, I] times weight [O, I] transposed, plus bias [O]: oneDNN's, which on AVX-512 machines of any maker is the fastest."""
+    """x [T, I] times weight [O, I] transposed, plus bias [O]: oneDNN's, which on AVX-512 machines of any maker is the
+    fastest."""
     if torch.backends.mkldnn.is_available() and x.numel() > 0 and not _IS_TORCH_2_0:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return torch.nn.functional.linear(x, weight, bias)

@@ -1,7 +1,8 @@
 """What IPUs run uses only what torch 2.0 has: PopTorch is built for it, under Python 3.8.
 
-tests/torch_2_0_names.json has the names of torch 2.0.1, made by tests/list_torch_names.py. The environment variable BERT_TORCH_2_0_PYTHON
-may name a Python 3.8 with torch 2.0.1 and requirements-ipu.txt, in which the modules are imported too.
+tests/torch_2_0_names.json has the names of torch 2.0.1, made by tests/list_torch_names.py. The environment variable
+BERT_TORCH_2_0_PYTHON may name a Python 3.8 with torch 2.0.1 and requirements-ipu.txt, in which the modules are imported
+too.
 """
 
 import ast
@@ -20,13 +21,17 @@ from tests.test_project import ROOT, sources
 
 with open(os.path.join(ROOT, "tests", "torch_2_0_names.json"), encoding="utf-8") as listed:
     NAMES = {place: set(" ".join(lines).split()) for place, lines in json.load(listed).items()}
-NEW_TENSOR_NAMES = {name for name in dir(torch.Tensor) if not name.startswith("__")} - NAMES["torch.Tensor"] - {"index"}  # lists have it
+NEW_TENSOR_NAMES = (
+    {name for name in dir(torch.Tensor) if not name.startswith("__")} - NAMES["torch.Tensor"] - {"index"}
+)  # lists have it
 
 # Only CPU and CUDA run what is in them, but the training loop imports them: what is done at import counts.
-IMPORTED_ONLY = {os.path.join(*path.split("/")) for path in (
-    "bert/engines/torch_engine.py", "bert/engines/micro_batch.py", "ops/float8.py")}
+IMPORTED_ONLY = {
+    os.path.join(*path.split("/"))
+    for path in ("bert/engines/torch_engine.py", "bert/engines/micro_batch.py", "ops/float8.py")
+}
 # Imported where Triton is found, by CUDA alone.
-NEVER_IMPORTED = {os.path.join("ops", "lamb_triton.py"), os.path.join("ops", "mlm_loss_triton.py")}
+NEVER_IMPORTED = {os.path.join("ops", "lamb_triton.py"), os.path.join("ops", "cross_entropy_triton.py")}
 FILES = [path for path in [*sources("ops", "data", "bert"), "run_pretraining.py"] if path not in NEVER_IMPORTED]
 
 
@@ -50,7 +55,7 @@ def dotted(node):
         return node.id
     if isinstance(node, ast.Attribute):
         before = dotted(node.value)
-        return before and "%s.%s" % (before, node.attr)
+        return before and f"{before}.{node.attr}"
     return None
 
 
@@ -63,18 +68,18 @@ def uses(source, whole):
             for one in node.names:
                 stand_for[one.asname or one.name.split(".")[0]] = one.name if one.asname else one.name.split(".")[0]
         elif isinstance(node, ast.ImportFrom):
-            stand_for.update({one.asname or one.name: "%s.%s" % (node.module, one.name) for one in node.names})
+            stand_for.update({one.asname or one.name: f"{node.module}.{one.name}" for one in node.names})
     nodes = list(ast.walk(tree) if whole else at_import(tree))
     found, attributes = set(), set()
     for node in nodes:
         if isinstance(node, ast.Import):
             found.update(one.name for one in node.names)
         elif isinstance(node, ast.ImportFrom):
-            found.update("%s.%s" % (node.module, one.name) for one in node.names)
+            found.update(f"{node.module}.{one.name}" for one in node.names)
         elif isinstance(node, ast.Attribute):
             first, _, rest = (dotted(node) or "").partition(".")
             if first in stand_for:
-                found.add("%s.%s" % (stand_for[first], rest))
+                found.add(f"{stand_for[first]}.{rest}")
             else:
                 attributes.add(node.attr)
     return {name for name in found if name.split(".")[0] == "torch" and name != "torch"}, attributes
@@ -87,9 +92,11 @@ def is_in_2_0(name):
         attribute, _, rest = rest.partition(".")
         if attribute not in NAMES[place]:
             return attribute.startswith("__")
-        place = "%s.%s" % (place, attribute)
+        place = f"{place}.{attribute}"
         if place not in NAMES:
-            assert not rest or place == "torch.ops" or place not in sys.modules, "%s: list %s in tests/list_torch_names.py" % (name, place)
+            assert not rest or place == "torch.ops" or place not in sys.modules, (
+                f"{name}: list {place} in tests/list_torch_names.py"
+            )
             return True
     return True
 
@@ -105,16 +112,25 @@ def test_what_an_ipu_runs_uses_only_names_of_torch_2_0(path):
         assert newer_than_2_0(file.read(), path not in IMPORTED_ONLY) == set()
 
 
-@pytest.mark.parametrize("source, newer", [
-    ("import torch\ntorch.compiler.is_compiling()", {"torch.compiler.is_compiling", "torch.compiler"}),
-    ("import torch\ntorch.autograd.graph.increment_version(x)", {"torch.autograd.graph.increment_version"}),
-    ("import torch.nn.functional as F\nF.rms_norm(x, 4)", {"torch.nn.functional.rms_norm"}),
-    ("from torch import nn\nnn.RMSNorm(4)", {"torch.nn.RMSNorm"}),
-    ("from torch.nn.attention import varlen", {"torch.nn.attention.varlen"}),
-    ("import torch\ndef f():\n  try: pass\n  except torch.OutOfMemoryError: pass", {"torch.OutOfMemoryError"}),
-    ("import torch, jsonargparse\njsonargparse.to_padded_tensor_\nx.y.unflatten(0, (1,)).relu()", set()),
-    ("import torch\ntorch.ops.mkldnn._linear_pointwise(x)\ntorch.Generator.manual_seed\ntorch.nn.Linear(1, 1).weight", set()),
-])
+@pytest.mark.parametrize(
+    "source, newer",
+    [
+        ("import torch\ntorch.compiler.is_compiling()", {"torch.compiler.is_compiling", "torch.compiler"}),
+        ("import torch\ntorch.autograd.graph.increment_version(x)", {"torch.autograd.graph.increment_version"}),
+        ("import torch.nn.functional as F\nF.rms_norm(x, 4)", {"torch.nn.functional.rms_norm"}),
+        ("from torch import nn\nnn.RMSNorm(4)", {"torch.nn.RMSNorm"}),
+        ("from torch.nn.attention import varlen", {"torch.nn.attention.varlen"}),
+        ("import torch\ndef f():\n  try: pass\n  except torch.OutOfMemoryError: pass", {"torch.OutOfMemoryError"}),
+        ("import torch, jsonargparse\njsonargparse.to_padded_tensor_\nx.y.unflatten(0, (1,)).relu()", set()),
+        (
+            (
+                "import torch\ntorch.ops.mkldnn._linear_pointwise(x)\ntorch.Generator.manual_seed\n"
+                "torch.nn.Linear(1, 1).weight"
+            ),
+            set(),
+        ),
+    ],
+)
 def test_newer_names_are_found(source, newer):
     assert newer_than_2_0(source) == newer
 
@@ -128,7 +144,10 @@ def test_new_methods_of_tensors_are_found_on_anything_but_a_module():
 
 
 def test_only_what_is_done_at_import_counts_where_nothing_is_run():
-    source = "import torch\nx = torch.float8_e5m2\ndef f(y=torch.float8_e4m3fn):\n  return torch._scaled_mm\nlambda: torch._scaled_mm"
+    source = (
+        "import torch\nx = torch.float8_e5m2\ndef f(y=torch.float8_e4m3fn):\n  return torch._scaled_mm\nlambda: "
+        "torch._scaled_mm"
+    )
     assert newer_than_2_0(source, whole=False) == {"torch.float8_e5m2", "torch.float8_e4m3fn"}
 
 
@@ -151,10 +170,14 @@ def python_3_8():
 
 
 def test_everything_an_ipu_run_needs_is_imported_under_python_3_8_and_torch_2_0(python_3_8):
-    modules = [path[:-len(".py")].replace(os.sep, ".").replace(".__init__", "") for path in FILES]
-    code = ("import importlib, sys, torch\nassert (torch.__version__[:5], sys.version_info[:2]) == ('2.0.1', (3, 8))\n"
-            "for name in %r: importlib.import_module(name)" % modules)
-    done = subprocess.run([python_3_8, "-c", code], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    modules = [path[: -len(".py")].replace(os.sep, ".").replace(".__init__", "") for path in FILES]
+    code = (
+        "import importlib, sys, torch\nassert (torch.__version__[:5], sys.version_info[:2]) == ('2.0.1', (3, "
+        f"8))\nfor name in {modules!r}: importlib.import_module(name)"
+    )
+    done = subprocess.run(
+        [python_3_8, "-c", code], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     assert done.returncode == 0, done.stdout
 
 

@@ -6,12 +6,17 @@ An engine has
     evaluate(batch) -> {name: scalar}                             the same metrics, no dropout, no update
     weights() / load_weights(tensors)                             {parameter name: tensor}
     optimizer_state() / load_optimizer_state(tensors, skipped)    {"<parameter name>.exp_avg", "....exp_avg_sq": tensor}
-    skipped_updates()                                             how many updates were left out: a gradient was not finite
-    asynchronous, wait_for(step)                                  whether `step` returns before the device is done; its metrics can
+    skipped_updates()                                             how many updates were left out: a gradient was not
+    finite
+    asynchronous, wait_for(step)                                  whether `step` returns before the device is done; its
+    metrics can
                                                                   be read after wait_for
-    steps_done, graph, micro_batch_size, describe()               the last step in the weights; what it trains, how, in a line
-    steps_per_call                                                how many optimizer steps `step` does, on as many batches in one
-    index, processes                                              of this process, and how many there are: 0 writes the run's folder
+    steps_done, graph, micro_batch_size, describe()               the last step in the weights; what it trains, how, in
+    a line
+    steps_per_call                                                how many optimizer steps `step` does, on as many
+    batches in one
+    index, processes                                              of this process, and how many there are: 0 writes the
+    run's folder
 
 and takes any graph whose forward turns a batch of rows into (weighted loss, metrics).
 """
@@ -27,16 +32,18 @@ from data.errors import InputError
 __all__ = ["choose_device"]
 
 # What the IPU engine takes from Graphcore's packages. Others of these names have none of it.
-SDK_NAMES = {"poptorch": ("Options", "PipelinedExecution", "optim", "trainingModel"),
-             "popart": ("AccumulateOuterFragmentSchedule", "SubgraphCopyingStrategy")}
+SDK_NAMES = {
+    "poptorch": ("Options", "PipelinedExecution", "optim", "trainingModel"),
+    "popart": ("AccumulateOuterFragmentSchedule", "SubgraphCopyingStrategy"),
+}
 IPU_KINDS = {2: "Mk2 ", 21: "Bow "}  # as poptorch.ipuHardwareVersion() numbers them
 
 
 def choose_device(wanted: str, ipus: int = 1, needs_hardware: bool = True) -> Tuple[str, str]:
     """`auto`, `ipu`, `cuda` or `cpu` -> (the device, one line that says why).
 
-    A run on IPUs takes `ipus` of them; without `needs_hardware` (it compiles only, or runs on Graphcore's simulator) PopTorch is enough.
-    Raises InputError with the way out where a device is asked for that is not there.
+    A run on IPUs takes `ipus` of them; without `needs_hardware` (it compiles only, or runs on Graphcore's simulator)
+    PopTorch is enough. Raises InputError with the way out where a device is asked for that is not there.
     """
     import torch
 
@@ -47,16 +54,23 @@ def choose_device(wanted: str, ipus: int = 1, needs_hardware: bool = True) -> Tu
         if not why and needs_hardware:
             why, message = why_no_hardware(ipus)
         if not why:
-            return "ipu", "ipu (%s)" % (describe_ipus(ipus) if needs_hardware else "PopTorch without hardware")
+            return "ipu", f"ipu ({describe_ipus(ipus) if needs_hardware else 'PopTorch without hardware'})"
         if wanted == "ipu":
-            raise InputError("device is \"ipu\", but %s, or use --device auto" % message)
-    has_cuda = torch.cuda.is_available() and hasattr(torch, "compiler")  # the IPU's torch 2.0 is too old for the kernels
+            raise InputError(f'device is "ipu", but {message}, or use --device auto')
+    has_cuda = torch.cuda.is_available() and hasattr(
+        torch, "compiler"
+    )  # the IPU's torch 2.0 is too old for the kernels
     if wanted == "cuda" and not has_cuda:
-        raise InputError("device is \"cuda\", but torch %s finds no CUDA device, or is older than requirements.txt asks for. Install a "
-                         "CUDA build of torch and a driver, or use --device auto" % torch.__version__)
+        raise InputError(
+            f'device is "cuda", but torch {torch.__version__} finds no CUDA device, or is older than '
+            "requirements.txt asks for. Install a CUDA build of torch and a driver, or use --device auto"
+        )
     if wanted == "cuda" or (wanted == "auto" and has_cuda):
         return "cuda", "cuda (%s%s)" % (torch.cuda.get_device_name(), "" if wanted == "cuda" else ": %s" % why)
-    return "cpu", "cpu (%d threads%s)" % (torch.get_num_threads(), "" if wanted == "cpu" else ": no CUDA device, %s" % why)
+    return "cpu", "cpu (%d threads%s)" % (
+        torch.get_num_threads(),
+        "" if wanted == "cpu" else ": no CUDA device, %s" % why,
+    )
 
 
 def is_installed(name: str) -> bool:
@@ -64,30 +78,38 @@ def is_installed(name: str) -> bool:
 
 
 def why_no_poptorch(torch_version: str) -> Tuple[str, str]:
-    """Why Graphcore's packages cannot be used, in a few words and in full with the way out; both empty where they can."""
+    """Why Graphcore's packages cannot be used, in a few words and in full with the way out; both empty where they
+    can."""
     found = [name for name in SDK_NAMES if is_installed(name)]
     for name in found:
         try:
             module = importlib.import_module(name)
         except Exception as error:  # another's package of this name may raise anything
             return "PopTorch cannot be imported", (
-                "%s (%s) cannot be imported: %s. Enable the Poplar SDK in this shell (source its enable.sh), and use Python 3.8 with "
-                "torch 2.0.1, which its wheels are built for: this is Python %s with torch %s. See docs/ipu.md" % (
-                    name, importlib.util.find_spec(name).origin, " ".join(str(error).split()), platform.python_version(), torch_version))
+                f"{name} ({importlib.util.find_spec(name).origin}) cannot be imported: "
+                f"{' '.join(str(error).split())}. Enable the Poplar SDK in this shell (source its enable.sh), "
+                "and use Python 3.8 with torch 2.0.1, which its wheels are built for: this is Python "
+                f"{platform.python_version()} with torch {torch_version}. See docs/ipu.md"
+            )
         if not all(hasattr(module, needed) for needed in SDK_NAMES[name]):
-            return "the %s here is not Graphcore's" % name, (
-                "the %s in %s is not Graphcore's: it has no %s. Remove it (pip uninstall %s), enable the Poplar SDK in this shell (source "
-                "its enable.sh) and install its wheel, pip install poptorch-*.whl in the SDK's folder, under Python 3.8 with torch 2.0.1. "
-                "See docs/ipu.md" % (name, getattr(module, "__file__", None) or list(module.__path__)[0],
-                                     next(needed for needed in SDK_NAMES[name] if not hasattr(module, needed)), name))
+            return f"the {name} here is not Graphcore's", (
+                f"the {name} in {getattr(module, '__file__', None) or list(module.__path__)[0]} is not "
+                "Graphcore's: it has no "
+                f"{next(needed for needed in SDK_NAMES[name] if not hasattr(module, needed))}. Remove it (pip "
+                f"uninstall {name}), enable the Poplar SDK in this shell (source its enable.sh) and install "
+                "its wheel, pip install poptorch-*.whl in the SDK's folder, under Python 3.8 with torch "
+                "2.0.1. See docs/ipu.md"
+            )
     if "poptorch" not in found:
         return "no PopTorch", (
             "PopTorch is not installed. Its wheel comes with Graphcore's Poplar SDK, from no package index (the package named popart on "
-            "PyPI is something else): install it from the SDK, under Python 3.8 with torch 2.0.1. See docs/ipu.md")
+            "PyPI is something else): install it from the SDK, under Python 3.8 with torch 2.0.1. See docs/ipu.md"
+        )
     if "popart" not in found:
         return "PopTorch has no popart", (
             "PopTorch is there without popart, which comes with it. Enable the Poplar SDK in this shell (source its enable.sh), or install "
-            "its wheel, popart-*.whl. See docs/ipu.md")
+            "its wheel, popart-*.whl. See docs/ipu.md"
+        )
     return "", ""
 
 
@@ -104,9 +126,11 @@ def why_no_hardware(ipus: int) -> Tuple[str, str]:
     while there and not is_available(there):
         there //= 2
     return "PopTorch finds %s" % ("%d IPUs, not %d" % (there, group) if there else "no IPU"), (
-        "PopTorch finds %d IPUs, expected %d. Take the config of a smaller POD, or fewer replicas (--ipu.replication_factor, with more "
-        "--ipu.gradient_accumulation_steps); without IPUs, --compile-only compiles and --ipu-model simulates" % (there, group))
+        f"PopTorch finds {there} IPUs, expected {group}. Take the config of a smaller POD, or fewer replicas "
+        "(--ipu.replication_factor, with more --ipu.gradient_accumulation_steps); without IPUs, "
+        "--compile-only compiles and --ipu-model simulates"
+    )
 
 
 def describe_ipus(ipus: int) -> str:
-    return "%d %sIPU%s" % (ipus, IPU_KINDS.get(sys.modules["poptorch"].ipuHardwareVersion(), ""), "s" if ipus > 1 else "")
+    return f"{ipus} {IPU_KINDS.get(sys.modules['poptorch'].ipuHardwareVersion(), '')}IPU{'s' if ipus > 1 else ''}"

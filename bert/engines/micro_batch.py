@@ -14,9 +14,10 @@ __all__ = ["full_rows", "largest_that_fits", "peak_memory"]
 def largest_that_fits(peak_of: Callable[[int], int], available: int, most: int) -> int:
     """The largest number of rows, up to `most`, with peak_of(rows) <= available bytes; 0 where not even one fits.
 
-    `peak_of` may raise torch.OutOfMemoryError. Memory grows in a straight line with the rows, so two small tries foretell the
-    largest; it is tried too, and cut by an eighth until it fits.
+    `peak_of` may raise torch.OutOfMemoryError. Memory grows in a straight line with the rows, so two small tries
+    foretell the largest; it is tried too, and cut by an eighth until it fits.
     """
+
     def peak(rows: int) -> float:
         try:
             return peak_of(rows)
@@ -34,8 +35,12 @@ def largest_that_fits(peak_of: Callable[[int], int], available: int, most: int) 
 
 
 def full_rows(rows: int, length: int, mask_slots: int, samples_per_row: int) -> Dict[str, np.ndarray]:
-    """A batch in which every slot is used, so that none needs more memory: samples of one length, as many as a row may hold."""
-    batch = {name: np.zeros(shape, dtype) for name, (shape, dtype) in batch_layout(rows, length, mask_slots, samples_per_row).items()}
+    """A batch in which every slot is used, so that none needs more memory: samples of one length, as many as a row may
+    hold."""
+    batch = {
+        name: np.zeros(shape, dtype)
+        for name, (shape, dtype) in batch_layout(rows, length, mask_slots, samples_per_row).items()
+    }
     sample = np.arange(length) * samples_per_row // length
     batch["sample_ids"][:] = 1 + sample
     batch["mlm_positions"][:] = np.arange(mask_slots) * length // mask_slots
@@ -45,8 +50,8 @@ def full_rows(rows: int, length: int, mask_slots: int, samples_per_row: int) -> 
 
 
 def peak_memory(engine, batch: Dict[str, np.ndarray]) -> int:
-    """Bytes of CUDA memory that micro-batches of all rows of `batch` take at most, what is there already included; not compiled,
-    which takes no less."""
+    """Bytes of CUDA memory that micro-batches of all rows of `batch` take at most, what is there already included; not
+    compiled, which takes no less."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     engine.micro_batch_size = len(batch["input_ids"])

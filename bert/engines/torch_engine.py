@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from bert.interrupts import cancellable, protected
+from bert.signals import cancellable, protected
 from data.errors import InputError
-from data.rows import end_to_end
-from ops.attention import has_spans_kernel
+from data.rows import unpad
+from ops.attention import has_varlen_kernel
 from ops.lamb import Lamb, lamb_groups
 
 __all__ = ["TorchEngine"]
@@ -21,17 +21,30 @@ __all__ = ["TorchEngine"]
 class TorchEngine:
     """Trains `graph` (batch of rows, or of tokens laid end to end, -> weighted loss, metrics) with LAMB on one device.
 
-    The graph's parameters are in the type that it computes in; `masters`, the weights that LAMB updates, are float32: in float32 the
-    same tensors, in bfloat16 rounded copies are made of them once a step. `layers` are compiled one by one, where `compile` says
-    so; `head_size` is their attention's. Dropout draws from a generator state of its own: a function of (seed, step, first row of the
-    micro-batch), so that a run is repeatable whatever else draws random numbers. `steps_done` is the last step whose update is in the
-    weights. On CUDA a step is `asynchronous`: it returns before the device is done.
+    The graph's parameters are in the type that it computes in; `masters`, the weights that LAMB updates, are float32:
+    in float32 the same tensors, in bfloat16 rounded copies are made of them once a step. `layers` are compiled one by
+    one, where `compile` says so; `head_size` is their attention's. Dropout draws from a generator state of its own: a
+    function of (seed, step, first row of the micro-batch), so that a run is repeatable whatever else draws random
+    numbers. `steps_done` is the last step whose update is in the weights. On CUDA a step is `asynchronous`: it returns
+    before the device is done.
     """
 
     steps_per_call, index, processes = 1, 0, 1
 
-    def __init__(self, graph: nn.Module, device: str, head_size: int, weight_decay: float, betas, eps: float, seed: int,
-                 micro_batch_size: int, precision: str = "auto", compile: str = "auto", layers: Sequence[nn.Module] = ()):
+    def __init__(
+        self,
+        graph: nn.Module,
+        device: str,
+        head_size: int,
+        weight_decay: float,
+        betas,
+        eps: float,
+        seed: int,
+        micro_batch_size: int,
+        precision: str = "auto",
+        compile: str = "auto",
+        layers: Sequence[nn.Module] = (),
+    ):
         if device == "cpu":
             keep_memory()
         self.device, self.seed, self.micro_batch_size = torch.device(device), seed, micro_batch_size
@@ -47,7 +60,9 @@ class TorchEngine:
         self.steps_done, self.finished = 0, {}
         self.compiled, self.compile_line = wants_compile(compile, device)
         # Traced code knows no kernels of ours on the CPU.
-        self.end_to_end = has_spans_kernel(device, next(graph.parameters()).dtype, head_size) and not (self.compiled and device == "cpu")
+        self.unpad = has_varlen_kernel(device, next(graph.parameters()).dtype, head_size) and not (
+            self.compiled and device == "cpu"
+        )
         # One shape for all micro-batches, or each would be compiled anew, and a float8 product takes tokens by 16.
         self.static = self.compiled or self.precision == "float8"
         if self.compiled:
@@ -56,15 +71,20 @@ class TorchEngine:
 
     def describe(self) -> str:
         """One line for people: precision, micro-batches, compilation."""
-        return "%s, micro-batches of %d rows, %s" % (self.precision, self.micro_batch_size, self.compile_line)
+        return f"{self.precision}, micro-batches of {self.micro_batch_size} rows, {self.compile_line}"
 
-    def step(self, batch: Dict[str, np.ndarray], learning_rate: float, step: int,
-             progress: Callable[[int], None] = lambda rows: None) -> Dict[str, torch.Tensor]:
+    def step(
+        self,
+        batch: Dict[str, np.ndarray],
+        learning_rate: float,
+        step: int,
+        progress: Callable[[int], None] = lambda rows: None,
+    ) -> Dict[str, torch.Tensor]:
         """One optimizer step on a global batch of rows; calls `progress(rows)` after each micro-batch.
 
-        Returns mlm_loss, nsp_loss, mlm_accuracy, nsp_accuracy, means over the global batch, and skipped_updates, the number of
-        updates left out so far because a gradient was not finite: scalars, to be read after `wait_for(step)`. When it is interrupted
-        before the update, weights and optimizer state are as before the call.
+        Returns mlm_loss, nsp_loss, mlm_accuracy, nsp_accuracy, means over the global batch, and skipped_updates, the
+        number of updates left out so far because a gradient was not finite: scalars, to be read after `wait_for(step)`.
+        When it is interrupted before the update, weights and optimizer state are as before the call.
         """
         self.graph.train()
         self.clear_gradients()
@@ -113,7 +133,8 @@ class TorchEngine:
             parameter.grad = None
 
     def cut_evenly(self, rows: int) -> None:
-        """Makes micro-batches smaller such that global batches of about `rows` rows need as many, with few rows to fill up."""
+        """Makes micro-batches smaller such that global batches of about `rows` rows need as many, with few rows to fill
+        up."""
         count = -(-rows // self.micro_batch_size)
         # Later batches may pack into some more rows.
         self.micro_batch_size = min(self.micro_batch_size, -(-(rows + rows // 100) // (8 * count)) * 8)
@@ -126,15 +147,18 @@ class TorchEngine:
 
     def micro_batches(self, batch):
         for first in range(0, len(batch["input_ids"]), self.micro_batch_size):
-            part = {name: array[first:first + self.micro_batch_size] for name, array in batch.items()}
+            part = {name: array[first : first + self.micro_batch_size] for name, array in batch.items()}
             if not part["sample_ids"].any():
                 continue
             missing = self.micro_batch_size - len(part["input_ids"])
             if missing and self.static:  # fill up with empty rows
-                part = {name: np.concatenate([array, np.zeros((missing, array.shape[1]), array.dtype)]) for name, array in part.items()}
+                part = {
+                    name: np.concatenate([array, np.zeros((missing, array.shape[1]), array.dtype)])
+                    for name, array in part.items()
+                }
             # Found on the host, where it costs no wait for the device.
-            if self.end_to_end:
-                part = end_to_end(part, self.static)
+            if self.unpad:
+                part = unpad(part, self.static)
             else:
                 part["mlm_used"] = np.flatnonzero(part["mlm_weights"])
             yield first, {name: self.to_device(array) for name, array in part.items()}
@@ -149,7 +173,8 @@ class TorchEngine:
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def to_host(self, metrics: Dict[str, torch.Tensor], step: int) -> Dict[str, torch.Tensor]:
-        # On CUDA the copy takes its place in the queue behind this step, and before the next: reading it need not wait for that.
+        # On CUDA the copy takes its place in the queue behind this step, and before the next: reading it need not wait
+        # for that.
         if not self.asynchronous:
             return metrics
         values = torch.stack([value.float() for value in metrics.values()])
@@ -177,9 +202,12 @@ class TorchEngine:
                 parameter.copy_(self.masters[name])
 
     def optimizer_state(self) -> Dict[str, torch.Tensor]:
-        """"<parameter name>.exp_avg" and ".exp_avg_sq" -> tensor, on the CPU; empty before the first step."""
-        return {"%s.%s" % (name, key): tensor.cpu() for name, parameter in self.named_in_groups()
-                for key, tensor in self.optimizer.state[parameter].items()}
+        """ "<parameter name>.exp_avg" and ".exp_avg_sq" -> tensor, on the CPU; empty before the first step."""
+        return {
+            f"{name}.{key}": tensor.cpu()
+            for name, parameter in self.named_in_groups()
+            for key, tensor in self.optimizer.state[parameter].items()
+        }
 
     def skipped_updates(self) -> int:
         """How many updates were left out because a gradient was not finite."""
@@ -189,8 +217,9 @@ class TorchEngine:
         """Takes what `optimizer_state` and `skipped_updates` give."""
         self.optimizer.skipped.fill_(skipped_updates)
         for name, parameter in self.named_in_groups():
-            self.optimizer.state[parameter] = {key: tensors["%s.%s" % (name, key)].to(parameter.device, copy=True)
-                                               for key in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[parameter] = {
+                key: tensors[f"{name}.{key}"].to(parameter.device, copy=True) for key in ("exp_avg", "exp_avg_sq")
+            }
 
     def named_in_groups(self):
         for group in self.optimizer.param_groups:
@@ -207,7 +236,7 @@ def keep_memory() -> None:
     except AttributeError:
         return
     trim_threshold, mmap_max = -1, -4  # as malloc.h numbers them
-    mallopt(trim_threshold, 2 ** 31 - 1)
+    mallopt(trim_threshold, 2**31 - 1)
     mallopt(mmap_max, 0)
 
 
@@ -215,12 +244,16 @@ def choose_precision(device: str, setting: str) -> str:
     if setting == "auto":
         return "bfloat16" if device == "cuda" and torch.cuda.is_bf16_supported() else "float32"
     if setting == "float8" and not hasattr(torch, "float8_e4m3fn"):
-        raise InputError("training.precision is \"float8\", but torch %s has no float8. Install requirements.txt, or set "
-                         "training.precision to \"auto\"" % torch.__version__)
+        raise InputError(
+            f'training.precision is "float8", but torch {torch.__version__} has no float8. Install '
+            'requirements.txt, or set training.precision to "auto"'
+        )
     if setting == "float8" and device == "cuda" and torch.cuda.get_device_capability() < (8, 9):
         found = (torch.cuda.get_device_name(),) + torch.cuda.get_device_capability()
-        raise InputError("training.precision is \"float8\", but %s has compute capability %d.%d, and only 8.9 and newer (Ada, Hopper) "
-                         "multiply it. Set training.precision to \"auto\"" % found)
+        raise InputError(
+            'training.precision is "float8", but %s has compute capability %d.%d, and only 8.9 and newer (Ada, Hopper) '
+            'multiply it. Set training.precision to "auto"' % found
+        )
     return setting
 
 
@@ -237,13 +270,17 @@ def find_compiler(device: str) -> Optional[str]:
 
 def wants_compile(setting: str, device: str) -> Tuple[bool, str]:
     if setting == "on" and not hasattr(nn.Module, "compile"):
-        raise InputError("training.compile is \"on\", but torch %s has no Module.compile. Install requirements.txt, or set "
-                         "training.compile to \"auto\"" % torch.__version__)
+        raise InputError(
+            f'training.compile is "on", but torch {torch.__version__} has no Module.compile. Install '
+            'requirements.txt, or set training.compile to "auto"'
+        )
     compiler = find_compiler(device)
-    missing = "no %s" % ("C++ compiler (g++, or CXX)" if device == "cpu" else "Triton")
+    missing = f"no {'C++ compiler (g++, or CXX)' if device == 'cpu' else 'Triton'}"
     if setting == "on" and compiler is None:
-        raise InputError("training.compile is \"on\", but there is %s. Install it, or set training.compile to \"auto\"" % missing)
+        raise InputError(
+            f'training.compile is "on", but there is {missing}. Install it, or set training.compile to "auto"'
+        )
     # On the CPU a compiled layer is no faster than the library calls it replaces, and takes 15 s to compile.
     if setting == "on" or (setting == "auto" and device == "cuda" and compiler):
         return True, "encoder layers compiled"
-    return False, "not compiled (%s)" % missing if setting == "auto" and device == "cuda" else "not compiled"
+    return False, f"not compiled ({missing})" if setting == "auto" and device == "cuda" else "not compiled"

@@ -1,13 +1,16 @@
-"""A stand-in for PopTorch 3.x, which cannot be installed without Graphcore's SDK: strict about calls, and it trains on the CPU.
+"""A stand-in for PopTorch 3.x, which cannot be installed without Graphcore's SDK: strict about calls, and it trains on
+the CPU.
 
     def test_...(monkeypatch):
         poptorch = sdk(monkeypatch)          # `import poptorch, popart, popdist` now give the stand-in
         ...
         executors()[-1].trace                # what the last executor met while it traced: a list of operators.Event
-        options.called                       # what was set: {"deviceIterations": 4, "Training.gradientAccumulation": 8, ...}
+        options.called                       # what was set: {"deviceIterations": 4, "Training.gradientAccumulation": 8,
+        ...}
 
 Another process gets it with `python_path()` as its PYTHONPATH. STAND_IN_IPUS says how many IPUs there are (64); under
-STAND_IN_POPDIST_INSTANCES, _INDEX, _TOTAL_REPLICAS and _FOLDER a process is one of poprun's, and they add up their gradients.
+STAND_IN_POPDIST_INSTANCES, _INDEX, _TOTAL_REPLICAS and _FOLDER a process is one of poprun's, and they add up their
+gradients.
 """
 
 import os
@@ -30,12 +33,14 @@ def sdk(monkeypatch):
     monkeypatch.syspath_prepend(str(SITE))
     forget_executors()
     import poptorch
+
     return poptorch
 
 
 def executors():
     """The executors that are alive, in the order in which they were made."""
     from tests.poptorch_contract.executor import executors
+
     return executors()
 
 

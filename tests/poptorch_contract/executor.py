@@ -1,7 +1,8 @@
 """What trainingModel and inferenceModel return: compiles a module into a graph, and runs that graph as a device would.
 
-The graph is traced once; a step replays it. So nothing that changes in the module afterwards reaches the device, and weights are the
-device's own. A step of the host is cut, along the first dimension, into device iterations, replicas and micro-batches.
+The graph is traced once; a step replays it. So nothing that changes in the module afterwards reaches the device, and
+weights are the device's own. A step of the host is cut, along the first dimension, into device iterations, replicas and
+micro-batches.
 """
 
 import hashlib
@@ -55,13 +56,18 @@ class PoplarExecutor:
         self._iterations, self._replicas = set_to("deviceIterations", 1), set_to("replicationFactor", 1)
         self._accumulation = set_to("Training.gradientAccumulation", 1)
         if not training and self._accumulation != 1:
-            raise RuntimeError("an inferenceModel takes no Training.gradientAccumulation; deviceIterations fill its pipeline")
+            raise RuntimeError(
+                "an inferenceModel takes no Training.gradientAccumulation; deviceIterations fill its pipeline"
+            )
         mode = set_to("outputMode", ENUMS["OutputMode"].Default)
         if self._options.defaultOutputMode():
             mode = ENUMS["OutputMode"].Final if training else ENUMS["OutputMode"].All
         self._output_mode, self._synthetic = mode, set_to("enableSyntheticData", False)
         self._offline = set_to("connectionType", ENUMS["ConnectionType"].Always) is ENUMS["ConnectionType"].Never
-        self._mean = set_to("Training.accumulationAndReplicationReductionType", ENUMS["ReductionType"].Mean) is ENUMS["ReductionType"].Mean
+        self._mean = (
+            set_to("Training.accumulationAndReplicationReductionType", ENUMS["ReductionType"].Mean)
+            is ENUMS["ReductionType"].Mean
+        )
         self._graph = self._optimizer = self._values = None
         self._attached = self._dirty = False
         self._steps, self._trace = 0, []
@@ -90,7 +96,7 @@ class PoplarExecutor:
 
     def setOptimizer(self, optimizer):
         if not isinstance(optimizer, LAMB):
-            raise TypeError("the optimizer is poptorch.optim.LAMB here, not %r" % (optimizer,))
+            raise TypeError(f"the optimizer is poptorch.optim.LAMB here, not {optimizer!r}")
         values = optimizer._values({id(parameter): name for name, parameter in self._model.named_parameters()})
         if self.isCompiled():
             check_constants(self._values, values)
@@ -110,17 +116,23 @@ class PoplarExecutor:
         inputs, self._structure = _flatten(args, kwargs)
         self._signature = [(tensor.shape, tensor.dtype) for tensor in inputs]
         names = [name for name, _ in self._model.named_parameters()]
-        self._trained = [name for name, parameter in self._model.named_parameters() if self._training and parameter.requires_grad]
+        self._trained = [
+            name for name, parameter in self._model.named_parameters() if self._training and parameter.requires_grad
+        ]
         micro_batch = [self._cut(tensor)[0, 0, 0] for tensor in inputs]
         parameters, buffers = dict(self._model.named_parameters()), dict(self._model.named_buffers())
         strategy = self._options.called.get("setExecutionStrategy", PipelinedExecution())
         with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(self._training):
             trace, self._output_types = check(self._call, parameters, buffers, micro_batch, strategy, self._training)
             self._check_options(trace, strategy)
-            weights = [tensor.detach().float() if tensor.is_floating_point() else tensor.detach()
-                       for tensor in (*parameters.values(), *buffers.values())]
+            weights = [
+                tensor.detach().float() if tensor.is_floating_point() else tensor.detach()
+                for tensor in (*parameters.values(), *buffers.values())
+            ]
             inputs = [tensor.float() if tensor.is_floating_point() else tensor for tensor in micro_batch]
-            graph = make_fx(self._step_of(names + list(buffers), strategy), tracing_mode="fake")(weights, torch.ones(()), inputs)
+            graph = make_fx(self._step_of(names + list(buffers), strategy), tracing_mode="fake")(
+                weights, torch.ones(()), inputs
+            )
         self._ipus, self._parts = self._round(trace.ipus), trace.parts
         if not self._offline:
             self._need_ipus()
@@ -137,7 +149,7 @@ class PoplarExecutor:
         inputs, structure = _flatten(args, kwargs)
         signature = [(tensor.shape, tensor.dtype) for tensor in inputs]
         if (structure, signature) != (self._structure, self._signature):
-            raise RuntimeError("the inputs are %s; the model was compiled for %s" % (signature, self._signature))
+            raise RuntimeError(f"the inputs are {signature}; the model was compiled for {self._signature}")
         if not self._attached:
             self.attachToDevice()
         if self._synthetic:
@@ -206,16 +218,25 @@ class PoplarExecutor:
         return functional_call(self._model, state, args, kwargs)
 
     def _step_of(self, names, strategy):
-        """(weights, loss scaling, inputs) -> outputs and the gradients of the loss times the loss scaling, all in float32."""
+        """(weights, loss scaling, inputs) -> outputs and the gradients of the loss times the loss scaling, all in
+        float32."""
+
         def step(weights, loss_scaling, inputs):
             trace = Trace(strategy)
-            state = {name: tensor.detach().requires_grad_(name in self._trained) for name, tensor in zip(names, weights)}
+            state = {
+                name: tensor.detach().requires_grad_(name in self._trained) for name, tensor in zip(names, weights)
+            }
             with trace.open(), Float32():
                 with Whole():
                     outputs, self._output_structure = tree_flatten(self._call(state, inputs))
                 leaves = [state[name] for name in self._trained]
-                gradients = torch.autograd.grad(trace.losses[0].sum(), leaves, loss_scaling, allow_unused=True) if leaves else ()
+                gradients = (
+                    torch.autograd.grad(trace.losses[0].sum(), leaves, loss_scaling, allow_unused=True)
+                    if leaves
+                    else ()
+                )
             return [output.detach() for output in outputs], list(gradients)
+
         return step
 
     def _check_options(self, trace, strategy):
@@ -223,10 +244,13 @@ class PoplarExecutor:
         if called.get("useIpuModel") and self._offline:
             raise RuntimeError("useOfflineIpuTarget (ConnectionType.Never) is not supported for the IPU model")
         if stages > 1 and not isinstance(strategy, ShardedExecution):
-            name, number, needed = ("Training.gradientAccumulation", self._accumulation, 2 * stages - 1) if self._training else (
-                "deviceIterations", self._iterations, stages)
+            name, number, needed = (
+                ("Training.gradientAccumulation", self._accumulation, 2 * stages - 1)
+                if self._training
+                else ("deviceIterations", self._iterations, stages)
+            )
             if number < needed:
-                raise RuntimeError("%s is %d; a pipeline of %d stages needs at least %d" % (name, number, stages, needed))
+                raise RuntimeError(f"{name} is {number}; a pipeline of {stages} stages needs at least {needed}")
         if self._training and called.get("Training.setAutomaticLossScaling"):
             if not self._mean or self._optimizer.accum_type != torch.float16:
                 raise RuntimeError("automatic loss scaling needs ReductionType.Mean and accum_type=torch.float16")
@@ -234,12 +258,12 @@ class PoplarExecutor:
             grouped = {name for group in self._values["groups"] for name in group["names"]}
             missing = sorted(set(self._trained) - grouped)
             if missing:
-                raise ValueError("the optimizer has no group for %s" % ", ".join(missing))
+                raise ValueError(f"the optimizer has no group for {', '.join(missing)}")
 
     def _round(self, ipus):
         rounded = 2 ** math.ceil(math.log2(ipus))
         if ipus != rounded and not self._options.called.get("autoRoundNumIPUs", False):
-            raise RuntimeError("the model takes %d IPUs, no power of two: set autoRoundNumIPUs" % ipus)
+            raise RuntimeError(f"the model takes {ipus} IPUs, no power of two: set autoRoundNumIPUs")
         return rounded * self._replicas
 
     def _cache(self):
@@ -254,7 +278,9 @@ class PoplarExecutor:
     def _cut(self, tensor):
         """[N, ...] -> [device iterations, replicas, accumulation, micro-batch, ...]"""
         parts = self._iterations * self._replicas * self._accumulation
-        return tensor.reshape(self._iterations, self._replicas, self._accumulation, len(tensor) // parts, *tensor.shape[1:])
+        return tensor.reshape(
+            self._iterations, self._replicas, self._accumulation, len(tensor) // parts, *tensor.shape[1:]
+        )
 
     def _iterate(self, iteration, batches, outputs):
         weights = [tensor.float() if tensor.is_floating_point() else tensor for tensor in self._device.values()]
@@ -268,8 +294,11 @@ class PoplarExecutor:
                 for name, gradient in zip(self._trained, gradients):
                     if gradient is not None:
                         before = accumulators.get(name, torch.zeros(()))
-                        # In float16 PopTorch has PopART keep the mean so far, a sum in float32: that of many would run over.
-                        total = before.float() + (gradient - before.float()) / (done + 1) if running else before + gradient
+                        # In float16 PopTorch has PopART keep the mean so far, a sum in float32: that of many would run
+                        # over.
+                        total = (
+                            before.float() + (gradient - before.float()) / (done + 1) if running else before + gradient
+                        )
                         accumulators[name] = total.to(self._optimizer.accum_type)
         if self._training:
             self._update(accumulators, self._accumulation * self._replicas if self._mean and not running else 1)
@@ -279,7 +308,9 @@ class PoplarExecutor:
         parts *= processes if self._mean else 1
         gradients = {name: tensor.float() for name, tensor in accumulators.items()}
         if processes > 1:
-            gradients = add_up(gradients, "%d-%d" % (self._number, self._steps), self._options.Distributed.processId, processes)
+            gradients = add_up(
+                gradients, f"{self._number}-{self._steps}", self._options.Distributed.processId, processes
+            )
         self._steps += 1
         self._count += 1
         for group in self._values["groups"]:
@@ -287,7 +318,9 @@ class PoplarExecutor:
                 if name in gradients:
                     gradient = gradients[name] / (parts * self._values["loss_scaling"])
                     moments = self._moments[name]
-                    new = lamb_update(self._device[name], gradient, *moments, self._count, group, self._optimizer.bias_correction)
+                    new = lamb_update(
+                        self._device[name], gradient, *moments, self._count, group, self._optimizer.bias_correction
+                    )
                     for tensor, value in zip((self._device[name], *moments), new):
                         tensor.copy_(value)
 
@@ -299,13 +332,20 @@ class PoplarExecutor:
             chosen = list(values.values())
         elif self._output_mode is modes.Final:
             last = (self._iterations - 1, self._accumulation - 1)
-            chosen = [value for (iteration, _, micro_batch), value in values.items() if (iteration, micro_batch) == last]
+            chosen = [
+                value for (iteration, _, micro_batch), value in values.items() if (iteration, micro_batch) == last
+            ]
         elif self._output_mode is modes.Sum:
-            chosen = [sum(value for key, value in values.items() if key[1] == replica) for replica in range(self._replicas)]
+            chosen = [
+                sum(value for key, value in values.items() if key[1] == replica) for replica in range(self._replicas)
+            ]
         else:  # EveryN
             period = self._options.called["outputReturnPeriod"]
-            chosen = [value for (iteration, _, micro_batch), value in values.items()
-                      if (iteration * self._accumulation + micro_batch + 1) % period == 0]
+            chosen = [
+                value
+                for (iteration, _, micro_batch), value in values.items()
+                if (iteration * self._accumulation + micro_batch + 1) % period == 0
+            ]
         return (torch.cat(chosen) if chosen[0].dim() else torch.stack(chosen)).to(dtype)
 
     # The device's weights and state.
@@ -322,15 +362,16 @@ class PoplarExecutor:
     def _need_ipus(self):
         attached = sum(executor._ipus for executor in executors() if executor._attached)
         if not self._options.called.get("useIpuModel", False) and attached + self._ipus > ipus_available():
-            raise RuntimeError("%d IPUs are wanted, %d are attached to executors, and there are %d" % (
-                self._ipus, attached, ipus_available()))
+            raise RuntimeError(
+                f"{self._ipus} IPUs are wanted, {attached} are attached to executors, and there are {ipus_available()}"
+            )
 
     def _state(self):
         return {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
 
     def _attach(self):
         self._attached = True
-        seed = self._options.called.get("randomSeed", random.randrange(2 ** 32))
+        seed = self._options.called.get("randomSeed", random.randrange(2**32))
         self._generator = torch.Generator().manual_seed(seed + self._options.Distributed.processId).get_state()
         self.copyWeightsToDevice()
         if self._training:
@@ -340,7 +381,9 @@ class PoplarExecutor:
         types = (self._optimizer.first_order_momentum_accum_type, self._optimizer.second_order_momentum_accum_type)
         if self._moments is None:
             self._count = 0
-            self._moments = {name: [torch.zeros_like(self._device[name], dtype=dtype) for dtype in types] for name in self._trained}
+            self._moments = {
+                name: [torch.zeros_like(self._device[name], dtype=dtype) for dtype in types] for name in self._trained
+            }
         if not self._optimizer.has_state():
             self._optimizer._is_stale = True
             return
@@ -348,15 +391,17 @@ class PoplarExecutor:
         for key, tensor in self._tensors().items():
             loaded = state.pop(key, None)
             if loaded is None:
-                warnings.warn("the optimizer's state has no %s: the device keeps its own" % key)
+                warnings.warn(f"the optimizer's state has no {key}: the device keeps its own")
                 continue
             # They are read through a raw pointer.
             if (loaded.dtype, loaded.shape) != (tensor.dtype, tensor.shape) or not loaded.is_contiguous():
-                raise RuntimeError("%s has to be a contiguous %s of shape %s, not %s of shape %s and strides %s" % (
-                    key, tensor.dtype, tuple(tensor.shape), loaded.dtype, tuple(loaded.shape), loaded.stride()))
+                raise RuntimeError(
+                    f"{key} has to be a contiguous {tensor.dtype} of shape {tuple(tensor.shape)}, not "
+                    f"{loaded.dtype} of shape {tuple(loaded.shape)} and strides {loaded.stride()}"
+                )
             tensor.copy_(loaded)
         for key in state:
-            warnings.warn("the optimizer's state has %s, which the device has not" % key)
+            warnings.warn(f"the optimizer's state has {key}, which the device has not")
         self._count = int(self._optimizer.get_state_dict()["ipu_param"].get("step", self._count))
 
     def _tensors(self):
@@ -372,20 +417,27 @@ class PoplarExecutor:
 
     def _read_state(self):
         self._need_compiled()
-        return {"ipu_state": {key: tensor.clone() for key, tensor in self._tensors().items()},
-                "ipu_param": {"lossScaling_FLOAT": torch.tensor(self._values["loss_scaling"]), "step": torch.tensor(self._count)}}
+        return {
+            "ipu_state": {key: tensor.clone() for key, tensor in self._tensors().items()},
+            "ipu_param": {
+                "lossScaling_FLOAT": torch.tensor(self._values["loss_scaling"]),
+                "step": torch.tensor(self._count),
+            },
+        }
 
 
 def _flatten(args, kwargs):
     if kwargs:
-        raise TypeError("an executor takes its inputs by position, not %s" % ", ".join(kwargs))
+        raise TypeError(f"an executor takes its inputs by position, not {', '.join(kwargs)}")
     inputs, structure = tree_flatten((args, kwargs))
     flat = [tensor for arg in args for tensor in (arg if isinstance(arg, (tuple, list)) else (arg,))]
     if not inputs or len(flat) != len(inputs) or not all(isinstance(tensor, torch.Tensor) for tensor in flat):
         raise TypeError("an executor takes tensors, or a flat tuple of them")
     for tensor in inputs:
         if tensor.dtype not in _INPUT_TYPES:
-            raise TypeError("an input is %s; an IPU takes int32, float32, float16 and bool" % tensor.dtype)
+            raise TypeError(f"an input is {tensor.dtype}; an IPU takes int32, float32, float16 and bool")
     if len({tensor.shape[:1] for tensor in inputs}) != 1 or not inputs[0].dim():
-        raise RuntimeError("the inputs need the same first dimension; their shapes are %s" % [tuple(tensor.shape) for tensor in inputs])
+        raise RuntimeError(
+            "the inputs need the same first dimension; their shapes are %s" % [tuple(tensor.shape) for tensor in inputs]
+        )
     return [tensor.detach() for tensor in inputs], structure

@@ -1,7 +1,7 @@
 """The facts about PopTorch 3.x (facts.json), and functions and classes that are held to them.
 
-A signature in facts.json is a list of parameters as Python writes them. What is not in there does not exist: an attribute that is
-asked for raises AttributeError, an argument TypeError.
+A signature in facts.json is a list of parameters as Python writes them. What is not in there does not exist: an
+attribute that is asked for raises AttributeError, an argument TypeError.
 """
 
 import enum
@@ -18,12 +18,22 @@ __all__ = ["ENUMS", "FACTS", "Module", "POPART_ENUMS", "from_facts", "function",
 FACTS = json.loads((pathlib.Path(__file__).parent / "facts.json").read_text())
 ENUMS = {name: enum.Enum(name, members) for name, members in FACTS["enums"].items()}
 # As pybind11's enums: a value of its own type, and an int only where one asks.
-POPART_ENUMS = {name: enum.Enum(name, members, type=type(name, (), {"__int__": lambda self: self.value}))
-                for name, members in FACTS["popart_enums"].items()}
+POPART_ENUMS = {
+    name: enum.Enum(name, members, type=type(name, (), {"__int__": lambda self: self.value}))
+    for name, members in FACTS["popart_enums"].items()
+}
 
 _types = dict(ENUMS)
-_simple = {"int": int, "bool": bool, "str": str, "float": (int, float), "torch.Tensor": torch.Tensor, "torch.dtype": torch.dtype,
-           "torch.nn.Module": torch.nn.Module, "torch.optim.Optimizer": torch.optim.Optimizer}
+_simple = {
+    "int": int,
+    "bool": bool,
+    "str": str,
+    "float": (int, float),
+    "torch.Tensor": torch.Tensor,
+    "torch.dtype": torch.dtype,
+    "torch.nn.Module": torch.nn.Module,
+    "torch.optim.Optimizer": torch.optim.Optimizer,
+}
 
 
 def types_of():
@@ -45,16 +55,20 @@ class Module(types.ModuleType):
 
 
 def function(owner: str, name: str, parameters, implementation, is_method: bool = False):
-    """A function that binds its arguments to the facts' parameters and checks their types before `implementation` gets them by name."""
-    place = "%s.%s" % (owner, name)
+    """A function that binds its arguments to the facts' parameters and checks their types before `implementation` gets
+    them by name."""
+    place = f"{owner}.{name}"
     signature = _signature(tuple(parameters), is_method)
-    variadic = any(parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) for parameter in signature.parameters.values())
+    variadic = any(
+        parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        for parameter in signature.parameters.values()
+    )
 
     def call(*args, **kwargs):
         try:
             bound = signature.bind(*args, **kwargs)
         except TypeError as error:
-            raise TypeError("%s(%s): %s" % (place, ", ".join(parameters), error)) from None
+            raise TypeError(f"{place}({', '.join(parameters)}): {error}") from None
         bound.apply_defaults()
         for key, value in bound.arguments.items():
             parameter = signature.parameters[key]
@@ -69,13 +83,18 @@ def function(owner: str, name: str, parameters, implementation, is_method: bool 
 
 
 def from_facts(section: str, name: str = None, fallback=None):
-    """Decorates the class that models `name` of a section of the facts: every method becomes a `function`, and no other name is there.
+    """Decorates the class that models `name` of a section of the facts: every method becomes a `function`, and no other
+    name is there.
 
-    A method without a model goes to `fallback(self, method, arguments)`, or where there is none it is left out: the project has no use
-    for it.
+    A method without a model goes to `fallback(self, method, arguments)`, or where there is none it is left out: the
+    project has no use for it.
     """
+
     def decorate(cls):
-        known, methods = name or cls.__name__, FACTS[section] if name == "PoplarExecutor" else FACTS[section][name or cls.__name__]
+        known, methods = (
+            name or cls.__name__,
+            FACTS[section] if name == "PoplarExecutor" else FACTS[section][name or cls.__name__],
+        )
         for method, parameters in methods.items():
             model = cls.__dict__.get(method)
             if model is None and fallback is not None and method != "__init__":
@@ -85,24 +104,31 @@ def from_facts(section: str, name: str = None, fallback=None):
         cls.__getattr__ = lambda self, attribute: refuse(known, attribute, methods)
         cls.__name__ = cls.__qualname__ = known
         return register(cls)
+
     return decorate
 
 
 def _falling_back(fallback, method):
     def model(self, **arguments):
         return fallback(self, method, arguments)
+
     return model
 
 
 def refuse(owner: str, attribute: str, unused) -> None:
-    """Raises AttributeError for a name that is not PopTorch's, or is one of the `unused` ones, which a first user has to model."""
-    why = "PopTorch's, but nothing here has used it yet: give it a model first" if attribute in unused else "not PopTorch's"
-    raise AttributeError("%s.%s is %s" % (owner, attribute, why))
+    """Raises AttributeError for a name that is not PopTorch's, or is one of the `unused` ones, which a first user has
+    to model."""
+    why = (
+        "PopTorch's, but nothing here has used it yet: give it a model first"
+        if attribute in unused
+        else "not PopTorch's"
+    )
+    raise AttributeError(f"{owner}.{attribute} is {why}")
 
 
 @functools.lru_cache(maxsize=None)
 def _signature(parameters, is_method):
-    source = "from __future__ import annotations\ndef described(%s): pass" % ", ".join(("self",) * is_method + parameters)
+    source = f"from __future__ import annotations\ndef described({', '.join(('self',) * is_method + parameters)}): pass"
     namespace = dict(_types)
     exec(source, namespace)
     return inspect.signature(namespace["described"])

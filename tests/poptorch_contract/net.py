@@ -32,7 +32,9 @@ class Net(torch.nn.Module):
         with poptorch.Block(self.last_block, ipu_id=self.ipu):
             logits = self.odd(self.last(hidden)).float()
             loss = F.cross_entropy(logits, labels.long(), reduction="none").sum()
-            return poptorch.identity_loss(loss, "none") if self.mark else loss, (logits.argmax(dim=-1) == labels).float().sum()
+            return poptorch.identity_loss(loss, "none") if self.mark else loss, (
+                logits.argmax(dim=-1) == labels
+            ).float().sum()
 
 
 def make_options(poptorch, accumulation=4, iterations=1, replicas=1, mode="Sum"):
@@ -40,13 +42,22 @@ def make_options(poptorch, accumulation=4, iterations=1, replicas=1, mode="Sum")
     options.Training.gradientAccumulation(accumulation)
     options.Training.accumulationAndReplicationReductionType(poptorch.ReductionType.Mean)
     options.outputMode(getattr(poptorch.OutputMode, mode))
-    return options.setExecutionStrategy(poptorch.PipelinedExecution(poptorch.Stage("first").ipu(0), poptorch.Stage("last").ipu(1)))
+    return options.setExecutionStrategy(
+        poptorch.PipelinedExecution(poptorch.Stage("first").ipu(0), poptorch.Stage("last").ipu(1))
+    )
 
 
 def make_lamb(poptorch, model, **settings):
     decay = {"params": [model.first.weight, model.last.weight], "weight_decay": 0.1}
     other = {"params": [model.first.bias, model.last.bias], "weight_decay": 0.0, "max_weight_norm": 0.0}
-    settings = {"lr": 0.05, "betas": (0.9, 0.99), "eps": 1e-6, "bias_correction": False, "loss_scaling": 1.0, **settings}
+    settings = {
+        "lr": 0.05,
+        "betas": (0.9, 0.99),
+        "eps": 1e-6,
+        "bias_correction": False,
+        "loss_scaling": 1.0,
+        **settings,
+    }
     return poptorch.optim.LAMB([decay, other], **settings)
 
 
@@ -76,4 +87,4 @@ def weights_after(poptorch, batches, options, settings=(), **changes):
 def assert_same(these, those, **tolerance):
     assert these.keys() == those.keys()
     for name in these:
-        torch.testing.assert_close(these[name], those[name], msg=lambda text: "%s: %s" % (name, text), **tolerance)
+        torch.testing.assert_close(these[name], those[name], msg=lambda text: f"{name}: {text}", **tolerance)

@@ -1,4 +1,5 @@
-"""One trace of a module as PopTorch makes it: blocks, annotations, and a check of every operator that reaches the dispatcher."""
+"""One trace of a module as PopTorch makes it: blocks, annotations, and a check of every operator that reaches the
+dispatcher."""
 
 import contextlib
 from typing import Any, Dict, List, NamedTuple, Optional, Set, Tuple
@@ -25,7 +26,8 @@ _VIEWS = ("ViewBackward", "UnsafeViewBackward", "ReshapeAliasBackward", "Squeeze
 
 
 class Event(NamedTuple):
-    """An operator (`mm`, ...) with its first output's shape and type, or an annotation (`poptorch.nop`, ...) with its arguments."""
+    """An operator (`mm`, ...) with its first output's shape and type, or an annotation (`poptorch.nop`, ...) with its
+    arguments."""
 
     name: str
     block: str
@@ -68,15 +70,17 @@ class Trace:
 
     def enter(self, block, ipu):
         if self.block is not None:
-            raise RuntimeError("block %r is opened inside block %r" % (block, self.block))
+            raise RuntimeError(f"block {block!r} is opened inside block {self.block!r}")
         stage, ipu = self.strategy._stage(block, ipu)
         last = self.visits[-1][0] if self.visits else -1
         if stage != last:
             if stage < last or (self.strategy._count is not None and stage != last + 1):
-                raise RuntimeError("block %r of stage %d is opened after stage %d: stages run in their order" % (block, stage, last))
+                raise RuntimeError(
+                    f"block {block!r} of stage {stage} is opened after stage {last}: stages run in their order"
+                )
             self.visits.append((stage, ipu))
         elif ipu != self.visits[-1][1]:
-            raise RuntimeError("block %r is on IPU %d, its stage %d on IPU %d" % (block, ipu, stage, self.visits[-1][1]))
+            raise RuntimeError(f"block {block!r} is on IPU {ipu}, its stage {stage} on IPU {self.visits[-1][1]}")
         self.block, self.ipu = block, ipu
 
     def leave(self):
@@ -84,7 +88,7 @@ class Trace:
 
     def record(self, name, output=None, arguments=None):
         if self.block is None:
-            raise RuntimeError("%s is outside of every block: PopTorch would put it on a device of its choice" % name)
+            raise RuntimeError(f"{name} is outside of every block: PopTorch would put it on a device of its choice")
         shape, dtype = (None, None) if output is None else (tuple(output.shape), output.dtype)
         self.events.append(Event(name, self.block, self.ipu, shape, dtype, arguments))
 
@@ -92,13 +96,15 @@ class Trace:
         """Raises where the module as a whole is not one that PopTorch compiles."""
         count = self.strategy._count
         if count is not None and len(self.visits) != count:
-            raise RuntimeError("the strategy has %d stages, the module's blocks visit %d" % (count, len(self.visits)))
+            raise RuntimeError(f"the strategy has {count} stages, the module's blocks visit {len(self.visits)}")
         if training and len(self.losses) != 1:
-            raise RuntimeError("identity_loss marks the loss once; the module calls it %d times" % len(self.losses))
+            raise RuntimeError(f"identity_loss marks the loss once; the module calls it {len(self.losses)} times")
         for number, ipus in self.places.items():
             if len(ipus) > 1:
-                raise RuntimeError("input %d is taken by operators on IPUs %s: a pipeline streams an input to one IPU" % (
-                    number, " and ".join(map(str, sorted(ipus)))))
+                raise RuntimeError(
+                    f"input {number} is taken by operators on IPUs {' and '.join(map(str, sorted(ipus)))}: a "
+                    "pipeline streams an input to one IPU"
+                )
 
     @property
     def stages(self) -> int:
@@ -141,13 +147,13 @@ class Attribute:
 
 def _annotate(name, **arguments):
     if Trace.current is None:
-        raise RuntimeError("poptorch.%s is for a module that PopTorch traces" % name)
+        raise RuntimeError(f"poptorch.{name} is for a module that PopTorch traces")
     Trace.current.record("poptorch." + name, arguments=arguments)
 
 
 def _recomputation_checkpoint(*tensors):
     if not tensors or not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
-        raise TypeError("poptorch.recomputationCheckpoint takes tensors, not %r" % (tensors,))
+        raise TypeError(f"poptorch.recomputationCheckpoint takes tensors, not {tensors!r}")
     _annotate("recomputationCheckpoint", shapes=[tuple(tensor.shape) for tensor in tensors])
     return tensors[0] if len(tensors) == 1 else tensors
 
@@ -155,9 +161,13 @@ def _recomputation_checkpoint(*tensors):
 def _serialized_matmul(lhs, rhs, mode, factor, keep_precision):
     modes = ENUMS["MatMulSerializationMode"]
     if mode is not modes.Disabled:
-        size = {modes.InputChannels: lhs.shape[-2], modes.ReducingDim: lhs.shape[-1], modes.OutputChannels: rhs.shape[-1]}[mode]
+        size = {
+            modes.InputChannels: lhs.shape[-2],
+            modes.ReducingDim: lhs.shape[-1],
+            modes.OutputChannels: rhs.shape[-1],
+        }[mode]
         if factor < 1 or size % factor:
-            raise ValueError("poptorch.serializedMatMul: factor %d does not divide the %d of %s" % (factor, size, mode.name))
+            raise ValueError(f"poptorch.serializedMatMul: factor {factor} does not divide the {size} of {mode.name}")
     _annotate("serializedMatMul", mode=mode, factor=factor, keep_precision=keep_precision)
     Trace.current.serialized.append((rhs if rhs._base is None else rhs._base, factor))
     return torch.matmul(lhs, rhs)
@@ -165,24 +175,26 @@ def _serialized_matmul(lhs, rhs, mode, factor, keep_precision):
 
 def _set_available_memory(tensor, available_memory_proportion):
     if not 0 < available_memory_proportion <= 1:
-        raise ValueError("poptorch.set_available_memory: %r is no share of 1" % available_memory_proportion)
+        raise ValueError(f"poptorch.set_available_memory: {available_memory_proportion!r} is no share of 1")
     node = tensor.grad_fn
     while node is not None and node.name().startswith(_VIEWS):
         node = node.next_functions[0][0]
     if tensor.requires_grad and not (node is not None and node.name().startswith(_PRODUCTS)):
-        raise RuntimeError("poptorch.set_available_memory takes the result of a matrix product, not of %s" % (node and node.name()))
+        raise RuntimeError(
+            "poptorch.set_available_memory takes the result of a matrix product, not of %s" % (node and node.name())
+        )
     _annotate("set_available_memory", available_memory_proportion=available_memory_proportion)
     return tensor
 
 
 def _identity_loss(x, reduction):
     if reduction not in ("none", "sum", "mean"):
-        raise ValueError("poptorch.identity_loss: reduction is \"none\", \"sum\" or \"mean\", not %r" % reduction)
+        raise ValueError(f'poptorch.identity_loss: reduction is "none", "sum" or "mean", not {reduction!r}')
     _annotate("identity_loss", reduction=reduction)
     with Trace.current.whole():
         loss = x if reduction == "none" else getattr(x, reduction)()
     if loss.numel() != 1:
-        raise RuntimeError("poptorch.identity_loss: the loss is a scalar; this one has shape %s" % (tuple(loss.shape),))
+        raise RuntimeError(f"poptorch.identity_loss: the loss is a scalar; this one has shape {tuple(loss.shape)}")
     Trace.current.losses.append(loss)
     return loss
 
@@ -192,9 +204,16 @@ def _nop(tensor):
     return tensor
 
 
-FUNCTIONS = {name: function("poptorch", name, FACTS["functions"][name], model) for name, model in (
-    ("recomputationCheckpoint", _recomputation_checkpoint), ("serializedMatMul", _serialized_matmul),
-    ("set_available_memory", _set_available_memory), ("identity_loss", _identity_loss), ("nop", _nop))}
+FUNCTIONS = {
+    name: function("poptorch", name, FACTS["functions"][name], model)
+    for name, model in (
+        ("recomputationCheckpoint", _recomputation_checkpoint),
+        ("serializedMatMul", _serialized_matmul),
+        ("set_available_memory", _set_available_memory),
+        ("identity_loss", _identity_loss),
+        ("nop", _nop),
+    )
+}
 
 
 class Whole(TorchFunctionMode):
@@ -204,12 +223,14 @@ class Whole(TorchFunctionMode):
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
         trace = Trace.current
         if name in _REFUSED:
-            raise RuntimeError("%s is not lowered by PopTorch" % name)
+            raise RuntimeError(f"{name} is not lowered by PopTorch")
         if name not in _WHOLE or trace.inside:
             return func(*args, **kwargs)
         with trace.whole():
             output = _one_hot(*args, **kwargs) if name == "one_hot" else func(*args, **kwargs)
-        trace.record(name, next((tensor for tensor in tree_flatten(output)[0] if isinstance(tensor, torch.Tensor)), None))
+        trace.record(
+            name, next((tensor for tensor in tree_flatten(output)[0] if isinstance(tensor, torch.Tensor)), None)
+        )
         return output
 
 
@@ -228,21 +249,21 @@ class _Checked(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         namespace, name = func._schema.name.split("::")
         if namespace != "prim" and not self.trace.inside and not (name in _HANDLED or name.rstrip("_") in _HANDLED):
-            raise RuntimeError("%s::%s is not lowered by PopTorch (in block %r)" % (namespace, name, self.trace.block))
+            raise RuntimeError(f"{namespace}::{name} is not lowered by PopTorch (in block {self.trace.block!r})")
         for number, tensor in enumerate(self.trace.inputs):
             if self.trace.block is not None and any(argument is tensor for argument in tree_flatten((args, kwargs))[0]):
                 self.trace.places.setdefault(number, set()).add(self.trace.ipu)
         if name in _PRODUCT_NAMES:
             types = {tensor.dtype for tensor in args if isinstance(tensor, torch.Tensor)}
             if len(types) > 1:
-                raise RuntimeError("%s::%s of several types, %s" % (namespace, name, ", ".join(sorted(map(str, types)))))
+                raise RuntimeError(f"{namespace}::{name} of several types, {', '.join(sorted(map(str, types)))}")
         try:
             output = func(*args, **(kwargs or {}))
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
-            raise RuntimeError("%s::%s: a shape or a branch would depend on values" % (namespace, name)) from error
+            raise RuntimeError(f"{namespace}::{name}: a shape or a branch would depend on values") from error
         tensors = [tensor for tensor in tree_flatten(output)[0] if isinstance(tensor, torch.Tensor)]
         if any(tensor.dtype == torch.float64 for tensor in tensors):
-            raise RuntimeError("%s::%s gives float64, which the IPU does not have" % (namespace, name))
+            raise RuntimeError(f"{namespace}::{name} gives float64, which the IPU does not have")
         if namespace != "prim" and not self.trace.inside:
             self.trace.record(name, tensors[0] if tensors else None)
         return output
@@ -252,7 +273,9 @@ class Float32(TorchDispatchMode):
     """Within, what asks for float16 gets float32: a CPU has few kernels for float16."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return func(*args, **{key: torch.float32 if value is torch.float16 else value for key, value in (kwargs or {}).items()})
+        return func(
+            *args, **{key: torch.float32 if value is torch.float16 else value for key, value in (kwargs or {}).items()}
+        )
 
 
 def check(call, parameters: Dict[str, torch.Tensor], buffers, inputs, strategy, training: bool):
@@ -261,13 +284,18 @@ def check(call, parameters: Dict[str, torch.Tensor], buffers, inputs, strategy, 
     Returns the trace and the types of the outputs. Raises for what PopTorch would refuse.
     """
     trace, fake = Trace(strategy), FakeTensorMode()
-    state = {name: fake.from_tensor(tensor.detach()).requires_grad_(tensor.requires_grad) for name, tensor in parameters.items()}
+    state = {
+        name: fake.from_tensor(tensor.detach()).requires_grad_(tensor.requires_grad)
+        for name, tensor in parameters.items()
+    }
     state.update((name, fake.from_tensor(tensor.detach())) for name, tensor in buffers.items())
     trace.inputs = inputs = [fake.from_tensor(tensor) for tensor in inputs]
     with trace.open(), fake, _Checked(trace), Whole():
         outputs = call(state, inputs)
     trace.close(training)
-    trace.parts = {name: factor for weight, factor in trace.serialized for name, tensor in state.items() if tensor is weight}
+    trace.parts = {
+        name: factor for weight, factor in trace.serialized for name, tensor in state.items() if tensor is weight
+    }
     if training:
         _refuse_own_backward(trace.losses[0])
     outputs = tree_flatten(outputs)[0]
@@ -285,5 +313,7 @@ def _refuse_own_backward(loss):
             continue
         seen.add(node)
         if isinstance(node, BackwardCFunction):
-            raise RuntimeError("%s: PopTorch takes no torch.autograd.Function, it differentiates the graph itself" % node.name())
+            raise RuntimeError(
+                f"{node.name()}: PopTorch takes no torch.autograd.Function, it differentiates the graph itself"
+            )
         nodes.extend(following for following, _ in node.next_functions)

@@ -30,12 +30,13 @@ class VariableAttributes:
         self._variable.add(attr)
 
     def _check(self, attr):
-        assert attr in self._allowed, "unknown attribute %r; there are %s" % (attr, ", ".join(self._allowed))
+        assert attr in self._allowed, f"unknown attribute {attr!r}; there are {', '.join(self._allowed)}"
 
 
 @from_facts("optim")
 class Optimizer:
-    """The state is fetched from the device when it is asked for, and written to it when an executor compiles or attaches."""
+    """The state is fetched from the device when it is asked for, and written to it when an executor compiles or
+    attaches."""
 
     def _begin(self):
         self._ipu = {"ipu_state": None, "ipu_param": None}
@@ -67,11 +68,35 @@ class Optimizer:
 
 @from_facts("optim")
 class LAMB(Optimizer, torch.optim.Optimizer):
-    def __init__(self, params, lr, betas, eps, weight_decay, bias_correction, loss_scaling, max_weight_norm, accum_type,
-                 first_order_momentum_accum_type, second_order_momentum_accum_type):
-        given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "loss_scaling": loss_scaling,
-                 "max_weight_norm": max_weight_norm}
-        defaults = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2, "max_weight_norm": _FLOAT16_MAX}
+    def __init__(
+        self,
+        params,
+        lr,
+        betas,
+        eps,
+        weight_decay,
+        bias_correction,
+        loss_scaling,
+        max_weight_norm,
+        accum_type,
+        first_order_momentum_accum_type,
+        second_order_momentum_accum_type,
+    ):
+        given = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "loss_scaling": loss_scaling,
+            "max_weight_norm": max_weight_norm,
+        }
+        defaults = {
+            "lr": 1e-3,
+            "betas": (0.9, 0.999),
+            "eps": 1e-8,
+            "weight_decay": 1e-2,
+            "max_weight_norm": _FLOAT16_MAX,
+        }
         defaults.update((name, given[name]) for name in _GROUP if given[name] is not None)
         self._begin()
         torch.optim.Optimizer.__init__(self, params, defaults)
@@ -83,55 +108,71 @@ class LAMB(Optimizer, torch.optim.Optimizer):
         self.second_order_momentum_accum_type = _type(second_order_momentum_accum_type)
         # What is given can change from step to step, until it is marked as constant; the rest is compiled in.
         self.variable_attrs = types_of()["VariableAttributes"](
-            [name for name, value in given.items() if value is not None], list(defaults) + ["loss_scaling"])
+            [name for name, value in given.items() if value is not None], list(defaults) + ["loss_scaling"]
+        )
 
     def step(self, closure):
         raise RuntimeError("poptorch.optim.LAMB: the executor makes the step, on the device")
 
     def _values(self, name_of):
-        """What the executor takes over, and nothing that is changed later: the groups' numbers, with their parameters' names."""
+        """What the executor takes over, and nothing that is changed later: the groups' numbers, with their parameters'
+        names."""
         groups = []
         for number, group in enumerate(self.param_groups):
             unknown = sorted(set(group) - set(_GROUP) - {"params"})
             if unknown:
-                raise ValueError("group %d of poptorch.optim.LAMB has %s; a group takes %s" % (
-                    number, ", ".join(unknown), ", ".join(_GROUP)))
+                raise ValueError(
+                    f"group {number} of poptorch.optim.LAMB has {', '.join(unknown)}; a group takes {', '.join(_GROUP)}"
+                )
             values = {name: self.defaults[name] if group.get(name) is None else group[name] for name in _GROUP}
             if not isinstance(values["betas"], tuple) or len(values["betas"]) != 2:
-                raise ValueError("group %d of poptorch.optim.LAMB: betas is a pair, not %r" % (number, values["betas"]))
+                raise ValueError(f"group {number} of poptorch.optim.LAMB: betas is a pair, not {values['betas']!r}")
             for parameter in group["params"]:
                 if id(parameter) not in name_of:
-                    raise ValueError("group %d of poptorch.optim.LAMB has a tensor that is no parameter of the module" % number)
+                    raise ValueError(
+                        f"group {number} of poptorch.optim.LAMB has a tensor that is no parameter of the module"
+                    )
             groups.append(dict(values, names=[name_of[id(parameter)] for parameter in group["params"]]))
-        return {"loss_scaling": float(self.loss_scaling), "groups": groups,
-                "constants": {name for name in _GROUP + ("loss_scaling",) if self.variable_attrs.isConstant(name)}}
+        return {
+            "loss_scaling": float(self.loss_scaling),
+            "groups": groups,
+            "constants": {name for name in _GROUP + ("loss_scaling",) if self.variable_attrs.isConstant(name)},
+        }
 
 
 def _type(dtype):
-    assert dtype in (None, torch.float16, torch.float32), "accumulation types are torch.float32 or torch.float16, not %s" % dtype
+    assert dtype in (None, torch.float16, torch.float32), (
+        f"accumulation types are torch.float32 or torch.float16, not {dtype}"
+    )
     return torch.float32 if dtype is None else dtype
 
 
 def check_constants(before, after) -> None:
     """Raises where values of an optimizer that were compiled in have changed."""
     for name in sorted(before["constants"]):
-        was, now = ([values["loss_scaling"]] if name == "loss_scaling" else [group[name] for group in values["groups"]]
-                    for values in (before, after))
+        was, now = (
+            [values["loss_scaling"]] if name == "loss_scaling" else [group[name] for group in values["groups"]]
+            for values in (before, after)
+        )
         if was != now:
-            raise RuntimeError("setOptimizer: %s is constant, and was %s at compilation; now it is %s" % (name, was, now))
+            raise RuntimeError(f"setOptimizer: {name} is constant, and was {was} at compilation; now it is {now}")
     if [group["names"] for group in before["groups"]] != [group["names"] for group in after["groups"]]:
         raise RuntimeError("setOptimizer: the groups have other parameters than at compilation")
 
 
 def lamb_update(weight, gradient, first, second, step, group, bias_correction):
-    """One update of one parameter: its new weight, first and second moment, all computed in float32. `step` counts from 1."""
+    """One update of one parameter: its new weight, first and second moment, all computed in float32. `step` counts from
+    1."""
     beta1, beta2 = group["betas"]
     weight, gradient = weight.float(), gradient.float()
     first = beta1 * first.float() + (1 - beta1) * gradient
-    second = beta2 * second.float() + (1 - beta2) * gradient ** 2
-    m, v = (first / (1 - beta1 ** step), second / (1 - beta2 ** step)) if bias_correction else (first, second)
-    update = m / (v ** 0.5 + group["eps"]) + group["weight_decay"] * weight
-    weight_norm, update_norm = min(float((weight ** 2).sum() ** 0.5), group["max_weight_norm"]), float((update ** 2).sum() ** 0.5)
+    second = beta2 * second.float() + (1 - beta2) * gradient**2
+    m, v = (first / (1 - beta1**step), second / (1 - beta2**step)) if bias_correction else (first, second)
+    update = m / (v**0.5 + group["eps"]) + group["weight_decay"] * weight
+    weight_norm, update_norm = (
+        min(float((weight**2).sum() ** 0.5), group["max_weight_norm"]),
+        float((update**2).sum() ** 0.5),
+    )
     ratio = weight_norm / update_norm if weight_norm > 0 and update_norm > 0 else 1.0
     return weight - group["lr"] * ratio * update, first, second
 

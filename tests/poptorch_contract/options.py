@@ -1,4 +1,5 @@
-"""poptorch.Options, its parts, and the pipeline's stages: every call is checked, recorded in `called`, and refused once frozen."""
+"""poptorch.Options, its parts, and the pipeline's stages: every call is checked, recorded in `called`, and refused once
+frozen."""
 
 import copy
 import re
@@ -17,7 +18,7 @@ def _record(self, method, arguments):
 
 def _positive(name, value):
     if value < 1:
-        raise ValueError("%s is %r; it has to be at least 1" % (name, value))
+        raise ValueError(f"{name} is {value!r}; it has to be at least 1")
     return value
 
 
@@ -33,13 +34,13 @@ class _Group:
 
     def _record(self, method, value):
         if self._root._frozen:
-            raise AttributeError("%s%s: the options are frozen, an executor has been made from them" % (self._prefix, method))
+            raise AttributeError(f"{self._prefix}{method}: the options are frozen, an executor has been made from them")
         if self._prefix + method in self._root._refused:
-            raise RuntimeError("%s%s: poprun decides it" % (self._prefix, method))
+            raise RuntimeError(f"{self._prefix}{method}: poprun decides it")
         self._root.called[self._prefix + method] = value
 
     def __setattr__(self, name, value):
-        raise AttributeError("%s.%s cannot be set: PopTorch's options are set by methods" % (type(self).__name__, name))
+        raise AttributeError(f"{type(self).__name__}.{name} cannot be set: PopTorch's options are set by methods")
 
 
 @from_facts("options", fallback=_record)
@@ -51,7 +52,7 @@ class _JitOptions(_Group):
 class _PrecisionOptions(_Group):
     def setPartialsType(self, dtype):
         if str(dtype) not in ("torch.float16", "torch.float32"):
-            raise ValueError("Precision.setPartialsType takes torch.float16 or torch.float32, not %s" % dtype)
+            raise ValueError(f"Precision.setPartialsType takes torch.float16 or torch.float32, not {dtype}")
         return _record(self, "setPartialsType", {"dtype": dtype})
 
 
@@ -75,7 +76,7 @@ class TensorLocationSettings(_Group):
 class _DistributedOptions(_Group):
     def configureProcessId(self, process_id, num_processes):
         if not 0 <= process_id < num_processes:
-            raise ValueError("Distributed.configureProcessId: process %d of %d" % (process_id, num_processes))
+            raise ValueError(f"Distributed.configureProcessId: process {process_id} of {num_processes}")
         return _record(self, "configureProcessId", {"process_id": process_id, "num_processes": num_processes})
 
     @property
@@ -91,16 +92,18 @@ class _DistributedOptions(_Group):
 class _PopartOptions(_Group):
     def checkIsFrozen(self, option):
         if self._root._frozen:
-            raise AttributeError("_Popart.%s: the options are frozen" % option)
+            raise AttributeError(f"_Popart.{option}: the options are frozen")
 
     def set(self, key, value):
         if key not in _KIND_OF:
-            raise ValueError("_Popart.set: PopART has no session option %r" % key)
+            raise ValueError(f"_Popart.set: PopART has no session option {key!r}")
         if not _is_kind(value, _KIND_OF[key]):
-            raise TypeError("_Popart.set(%r, %r): the value has to be a %s" % (key, value, _KIND_OF[key]))
+            raise TypeError(f"_Popart.set({key!r}, {value!r}): the value has to be a {_KIND_OF[key]}")
         members = POPART_ENUMS.get(key.split(".")[-1][:1].upper() + key.split(".")[-1][1:])
         if _KIND_OF[key] == "enum" and members is not None and value not in [member.value for member in members]:
-            raise ValueError("_Popart.set(%r, %r): %s has %s" % (key, value, members.__name__, [member.value for member in members]))
+            raise ValueError(
+                f"_Popart.set({key!r}, {value!r}): {members.__name__} has {[member.value for member in members]}"
+            )
         return _record(self, key, {"value": copy.deepcopy(value)})
 
     def setEngineOptions(self, engine_options):
@@ -109,7 +112,7 @@ class _PopartOptions(_Group):
     def setPatterns(self, patterns, level):
         unknown = sorted(set(patterns) - set(FACTS["popart_patterns"]))
         if unknown:
-            raise ValueError("_Popart.setPatterns: PopART has no pattern %s" % ", ".join(unknown))
+            raise ValueError(f"_Popart.setPatterns: PopART has no pattern {', '.join(unknown)}")
         return _record(self, "setPatterns", {"": dict(patterns)})
 
 
@@ -120,7 +123,8 @@ def _is_kind(value, kind) -> bool:
     if kind == "container":
         items = list(value.items()) if isinstance(value, dict) else value
         return isinstance(items, (list, set, tuple)) and all(
-            isinstance(text, str) for item in items for text in (item if isinstance(item, tuple) else (item,)))
+            isinstance(text, str) for item in items for text in (item if isinstance(item, tuple) else (item,))
+        )
     return isinstance(value, {"bool": bool, "string": str, "double": float}[kind])
 
 
@@ -128,7 +132,7 @@ def _is_kind(value, kind) -> bool:
 class Stage:
     def __init__(self, *block_ids):
         if not block_ids or not all(isinstance(block, str) for block in block_ids):
-            raise TypeError("poptorch.Stage takes the names of its blocks, not %r" % (block_ids,))
+            raise TypeError(f"poptorch.Stage takes the names of its blocks, not {block_ids!r}")
         self._blocks, self._ipu = list(block_ids), None
 
     def ipu(self, ipu):
@@ -147,7 +151,8 @@ class _IExecutionStrategy:
 
 @from_facts("options")
 class PipelinedExecution(_IExecutionStrategy):
-    """`_stage(block, ipu)` gives the number of a block's stage and its IPU; `_count` is the number of explicit stages, or None."""
+    """`_stage(block, ipu)` gives the number of a block's stage and its IPU; `_count` is the number of explicit stages,
+    or None."""
 
     def __init__(self, *args):
         self._auto, self._stages, self._numbers = None, [], {}
@@ -160,7 +165,7 @@ class PipelinedExecution(_IExecutionStrategy):
             stage = arg if isinstance(arg, Stage) else Stage(arg) if isinstance(arg, str) else Stage(*arg)
             for block in stage.blocks:
                 if block in self._numbers:
-                    raise ValueError("block %r is in more than one stage" % block)
+                    raise ValueError(f"block {block!r} is in more than one stage")
                 self._numbers[block] = number
             self._stages.append(stage)
 
@@ -171,16 +176,16 @@ class PipelinedExecution(_IExecutionStrategy):
     def _stage(self, block, ipu):
         if self._auto is None:
             if block not in self._numbers:
-                raise ValueError("block %r is in no stage; the stages have %s" % (block, list(self._numbers)))
+                raise ValueError(f"block {block!r} is in no stage; the stages have {list(self._numbers)}")
             number = self._numbers[block]
             own = self._stages[number]._ipu
             if own is not None and ipu is not None and own != ipu:
-                raise ValueError("block %r says IPU %d, its stage IPU %d" % (block, ipu, own))
+                raise ValueError(f"block {block!r} says IPU {ipu}, its stage IPU {own}")
             ipu = own if own is not None else ipu
             return number, number if ipu is None else ipu
         if self._auto is ENUMS["AutoStage"].SameAsIpu:
             if ipu is None:
-                raise ValueError("block %r has no ipu_id, which AutoStage.SameAsIpu needs" % block)
+                raise ValueError(f"block {block!r} has no ipu_id, which AutoStage.SameAsIpu needs")
             return ipu, ipu
         number = self._numbers.setdefault(block, len(self._numbers))
         return number, number if ipu is None else ipu
@@ -193,12 +198,19 @@ class ShardedExecution(PipelinedExecution):
 
 @from_facts("options", fallback=_record)
 class Options(_Group):
-    """`called` has what was set, under the methods' names: "deviceIterations", "Training.gradientAccumulation", "_Popart.<option>"."""
+    """`called` has what was set, under the methods' names: "deviceIterations", "Training.gradientAccumulation",
+    "_Popart.<option>"."""
 
     def __init__(self):
         _Group.__init__(self)
-        for name, part in (("Jit", _JitOptions), ("Precision", _PrecisionOptions), ("Training", _TrainingOptions),
-                           ("TensorLocations", _TensorLocationOptions), ("Distributed", _DistributedOptions), ("_Popart", _PopartOptions)):
+        for name, part in (
+            ("Jit", _JitOptions),
+            ("Precision", _PrecisionOptions),
+            ("Training", _TrainingOptions),
+            ("TensorLocations", _TensorLocationOptions),
+            ("Distributed", _DistributedOptions),
+            ("_Popart", _PopartOptions),
+        ):
             group = part.__new__(part)
             _Group.__init__(group, self, name + ".")
             object.__setattr__(self, name, group)
@@ -218,18 +230,20 @@ class Options(_Group):
 
     def setExecutionStrategy(self, strategy):
         if not isinstance(strategy, _IExecutionStrategy):
-            raise TypeError("setExecutionStrategy takes an execution strategy, not %r" % (strategy,))
+            raise TypeError(f"setExecutionStrategy takes an execution strategy, not {strategy!r}")
         return _record(self, "setExecutionStrategy", {"": strategy})
 
     def setAvailableMemoryProportion(self, available_memory_proportion):
         for ipu, proportion in available_memory_proportion.items():
             if not re.fullmatch(r"IPU\d+", ipu) or not 0 < proportion <= 1:
-                raise ValueError("setAvailableMemoryProportion takes {\"IPU0\": 0.2, ...}, shares of 1; not %r: %r" % (ipu, proportion))
+                raise ValueError(
+                    'setAvailableMemoryProportion takes {"IPU0": 0.2, ...}, shares of 1; not %r: %r' % (ipu, proportion)
+                )
         return _record(self, "setAvailableMemoryProportion", {"": dict(available_memory_proportion)})
 
     def useOfflineIpuTarget(self, ipu_version):
         if ipu_version not in (1, 2, 21):
-            raise ValueError("useOfflineIpuTarget: there is no IPU version %d" % ipu_version)
+            raise ValueError(f"useOfflineIpuTarget: there is no IPU version {ipu_version}")
         _record(self, "connectionType", {"": ENUMS["ConnectionType"].Never})
         return _record(self, "useOfflineIpuTarget", {"": ipu_version})
 

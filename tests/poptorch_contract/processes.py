@@ -1,4 +1,5 @@
-"""What poprun's processes do together: add up gradients, through files in the folder that STAND_IN_POPDIST_FOLDER names."""
+"""What poprun's processes do together: add up gradients, through files in the folder that STAND_IN_POPDIST_FOLDER
+names."""
 
 import os
 import pathlib
@@ -36,7 +37,7 @@ def total_replicas() -> int:
 
 def local_replicas() -> int:
     if total_replicas() % instances():
-        raise RuntimeError("popdist: %d replicas do not divide among %d processes" % (total_replicas(), instances()))
+        raise RuntimeError(f"popdist: {total_replicas()} replicas do not divide among {instances()} processes")
     return total_replicas() // instances()
 
 
@@ -52,17 +53,17 @@ def start() -> None:
 def add_up(tensors, name: str, index: int, count: int):
     """The sum of every process's tensors, added in the processes' order, so that all of them get the same."""
     folder = pathlib.Path(os.environ["STAND_IN_POPDIST_FOLDER"])
-    part = folder / ("%s-%d.part" % (name, index))
+    part = folder / (f"{name}-{index}.part")
     with part.open("wb") as file:
         np.savez(file, **{key: tensor.numpy() for key, tensor in tensors.items()})
     part.rename(part.with_suffix(".npz"))
     total = {}
     for other in range(count):
-        path = folder / ("%s-%d.npz" % (name, other))
+        path = folder / (f"{name}-{other}.npz")
         deadline = time.monotonic() + TIMEOUT
         while not path.exists():
             if time.monotonic() > deadline:
-                raise RuntimeError("popdist: process %d did not come to %s within %d s" % (other, name, TIMEOUT))
+                raise RuntimeError(f"popdist: process {other} did not come to {name} within {TIMEOUT} s")
             time.sleep(0.005)
         with np.load(str(path)) as file:
             for key in tensors:

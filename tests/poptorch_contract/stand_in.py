@@ -19,15 +19,21 @@ def _training_model(model, options, optimizer):
 
 
 def _inference_model(model, options):
-    return PoplarExecutor(model.model if isinstance(model, PoplarExecutor) else model, options, False, VERSION, None, None)
+    return PoplarExecutor(
+        model.model if isinstance(model, PoplarExecutor) else model, options, False, VERSION, None, None
+    )
 
 
 def _is_available(num_ipus):
     return num_ipus <= ipus_available()
 
 
-_MODELS = {"trainingModel": _training_model, "inferenceModel": _inference_model, "ipuHardwareIsAvailable": _is_available,
-           "ipuHardwareVersion": lambda: 2}
+_MODELS = {
+    "trainingModel": _training_model,
+    "inferenceModel": _inference_model,
+    "ipuHardwareIsAvailable": _is_available,
+    "ipuHardwareVersion": lambda: 2,
+}
 
 
 def become(name: str, contents) -> None:
@@ -44,9 +50,20 @@ def poptorch():
     optim = sys.modules["poptorch.optim"] = Module("poptorch.optim")
     vars(optim).update(OPTIM, __unused__=sorted(set(FACTS["optim"]) - set(OPTIM)))
     models = {name: function("poptorch", name, FACTS["functions"][name], model) for name, model in _MODELS.items()}
-    contents = {**ENUMS, **OPTIONS, **FUNCTIONS, **models, "Attribute": Attribute, "Block": Block, "PoplarExecutor": PoplarExecutor,
-                "optim": optim, "__version__": VERSION}
-    known = {name for section in ("classes", "options", "functions") for name in FACTS[section] if not name.startswith("_")}
+    contents = {
+        **ENUMS,
+        **OPTIONS,
+        **FUNCTIONS,
+        **models,
+        "Attribute": Attribute,
+        "Block": Block,
+        "PoplarExecutor": PoplarExecutor,
+        "optim": optim,
+        "__version__": VERSION,
+    }
+    known = {
+        name for section in ("classes", "options", "functions") for name in FACTS[section] if not name.startswith("_")
+    }
     return {**contents, "__unused__": sorted(known - set(contents))}
 
 
@@ -57,9 +74,14 @@ def popart():
 
 def popdist():
     """Who takes part, from STAND_IN_POPDIST_INSTANCES, _INDEX, _TOTAL_REPLICAS and _FOLDER."""
-    models = {"isPopdistEnvSet": processes.is_poprun, "init": processes.start, "getNumInstances": processes.instances,
-              "getInstanceIndex": processes.instance_index, "getNumTotalReplicas": processes.total_replicas,
-              "getNumLocalReplicas": processes.local_replicas}
+    models = {
+        "isPopdistEnvSet": processes.is_poprun,
+        "init": processes.start,
+        "getNumInstances": processes.instances,
+        "getInstanceIndex": processes.instance_index,
+        "getNumTotalReplicas": processes.total_replicas,
+        "getNumLocalReplicas": processes.local_replicas,
+    }
     return {name: function("popdist", name, parameters, models[name]) for name, parameters in FACTS["popdist"].items()}
 
 
@@ -78,4 +100,6 @@ class PopdistOptions(Options):
         object.__setattr__(self, "_refused", tuple(FACTS["popdist_refused"]))
         object.__setattr__(self, "_ipus_per_replica", ipus_per_replica)
 
-    __init__ = function("popdist.poptorch.Options", "__init__", FACTS["popdist_options"]["__init__"], _start, is_method=True)
+    __init__ = function(
+        "popdist.poptorch.Options", "__init__", FACTS["popdist_options"]["__init__"], _start, is_method=True
+    )

@@ -1,0 +1,229 @@
+"""What the graph of a config does with one micro-batch on IPUs, read off the graph itself: it runs once on tensors that
+have no memory.
+
+The graph takes the forms that PopTorch lowers and tells its annotations to a recorder (ops/ipu.py), while every
+operation that makes a new tensor is taken down: in which block, from which tensors, which of them its gradient needs,
+and the work of matrix products.
+"""
+
+import contextlib
+from dataclasses import dataclass, field
+from typing import Any, Dict, Iterator, List, Optional, Tuple
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bert.config import Config, samples_per_row
+from bert.model.graph import BertForPretraining
+from bert.model.stages import Stage, make_stages
+from data.packing import mask_slots_of_row
+from data.rows import batch_layout
+from ops.ipu import MATMULS, lowering
+
+__all__ = ["Operation", "Trace", "Value", "trace"]
+
+
+@dataclass
+class Value:
+    """A tensor with memory of its own; views of it are the same value."""
+
+    count: int
+    """Numbers in it."""
+    bytes: int
+    made_by: Optional[int] = None
+    """Index of the operation that makes it; None for a parameter and for the batch."""
+    parameter: Optional[str] = None
+    """Its name, if it is a parameter."""
+    differentiable: bool = False
+    """Whether it has a gradient."""
+    saved_by: Optional[int] = None
+    """Index of the first operation whose gradient needs it; the backward pass keeps it until then."""
+
+
+@dataclass
+class Operation:
+    """An operation that makes new tensors, in the order of execution."""
+
+    block: str
+    name: str
+    """The matrix product's in ops.ipu.MATMULS, where the graph says it, else ATen's."""
+    inputs: List[int]
+    outputs: List[int] = field(default_factory=list)
+    product: Tuple[int, int, int, int] = (0, 0, 0, 0)
+    """batch, rows, inner, columns of a matrix product."""
+    gradients: int = 0
+    """How many of a product's operands have a gradient: as many products its backward pass has."""
+    parts: int = 1
+    """In how many parts, of its columns, a serialized product is computed."""
+
+    @property
+    def flops(self) -> int:
+        """Of the forward pass, counted for matrix products only: a multiplication and an addition are 2."""
+        batch, rows, inner, columns = self.product
+        return 2 * batch * rows * inner * columns
+
+
+@dataclass
+class Trace:
+    """One micro-batch through the graph."""
+
+    stages: List[Stage]
+    operations: List[Operation] = field(default_factory=list)
+    values: List[Value] = field(default_factory=list)
+    checkpoints: List[int] = field(default_factory=list)
+    """Values that are kept for the backward pass, which recomputes from them."""
+
+    def of_stage(self, stage: Stage) -> List[int]:
+        """Indices of the operations of a stage."""
+        return [i for i, one in enumerate(self.operations) if one.block in stage.blocks]
+
+    def parameters_of(self, stage: Stage) -> List[int]:
+        """Indices of the parameters that operations of a stage use."""
+        used = {i for k in self.of_stage(stage) for i in self.operations[k].inputs}
+        return sorted(i for i in used if self.values[i].parameter)
+
+
+def trace(config: Config) -> Trace:
+    """Runs the graph of `config`, as it is on IPUs, with one micro-batch that has shapes and types only."""
+    data, ipu = config.data, config.ipu
+    stages = make_stages(ipu.layers_per_ipu, ipu.matmul_proportion)
+    per_row = samples_per_row(config, "ipu")
+    layout = batch_layout(
+        ipu.micro_batch_size, data.sequence_length, mask_slots_of_row(data.mask_tokens, per_row), per_row
+    )
+    with torch.device("meta"):
+        graph = BertForPretraining(
+            config.model, stages, ipu.embedding_serialization_factor, ipu.recompute_checkpoint_every_layer
+        )
+        if config.training.precision != "float32":
+            graph.half()
+        batch = {
+            name: torch.empty(shape, dtype=getattr(torch, dtype.__name__)) for name, (shape, dtype) in layout.items()
+        }
+    tracer = Tracer(stages)
+    for name, parameter in graph.named_parameters():
+        tracer.value(parameter).parameter = name
+    proportions = {
+        name: name for name in MATMULS
+    }  # so that each product tells its name, where PopTorch is told a proportion
+    with lowering(Recorder(tracer), proportions=proportions), WholeOperations(), tracer, saved_tensors_hooks(
+        tracer.save, tracer.save
+    ):
+        graph(batch)
+    return tracer.trace
+
+
+class Tracer(TorchDispatchMode):
+    """Takes down each operation that makes a new tensor."""
+
+    def __init__(self, stages: List[Stage]):
+        super().__init__()
+        self.trace, self.block = Trace(stages), ""
+        self.numbers: Dict[int, int] = {}  # storage -> index of its value
+        self.alive: List[torch.Tensor] = []  # or a later tensor's storage could be taken for that of an earlier one
+
+    def number(self, tensor: torch.Tensor) -> int:
+        """The index of a tensor's value, a new one where its storage is new."""
+        storage = tensor.untyped_storage()._cdata
+        if storage not in self.numbers:
+            self.numbers[storage] = len(self.trace.values)
+            self.alive.append(tensor)
+            self.trace.values.append(Value(tensor.numel(), tensor.numel() * tensor.element_size()))
+        return self.numbers[storage]
+
+    def value(self, tensor: torch.Tensor) -> Value:
+        return self.trace.values[self.number(tensor)]
+
+    def maker(self, tensor: torch.Tensor) -> Operation:
+        return self.trace.operations[self.value(tensor).made_by]
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        inputs = list(tensors_in(arguments))
+        operation = Operation(self.block, function.overloadpacket.__name__, [self.number(tensor) for tensor in inputs])
+        for tensor in inputs:
+            self.value(tensor).differentiable |= tensor.requires_grad
+        known = len(self.trace.values)
+        result = function(*arguments, **(options or {}))
+        operation.outputs = sorted({i for i in map(self.number, tensors_in(result)) if i >= known})
+        for i in operation.outputs:
+            self.trace.values[i].made_by = len(self.trace.operations)
+        if operation.outputs:
+            if operation.name in ("mm", "addmm", "bmm", "baddbmm"):
+                left, right = inputs[-2:]
+                operation.product = (
+                    left.shape[0] if left.dim() == 3 else 1,
+                    left.shape[-2],
+                    left.shape[-1],
+                    right.shape[-1],
+                )
+                operation.gradients = sum(tensor.requires_grad for tensor in (left, right))
+            self.trace.operations.append(operation)
+        return result
+
+    def save(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Notes that the gradient of the operation that runs now needs `tensor`."""
+        value, now = self.value(tensor), len(self.trace.operations)
+        # An operation's inputs are saved before it runs, as they are; its outputs after, without their history.
+        if value.made_by == now - 1 and value.made_by is not None and not tensor.requires_grad:
+            maker = self.trace.operations[value.made_by]
+            now -= any(self.trace.values[i].differentiable for i in maker.inputs)
+        value.saved_by = now if value.saved_by is None else value.saved_by
+        return tensor
+
+
+class Recorder:
+    """Stands where the graph expects PopTorch, and takes its annotations down."""
+
+    class MatMulSerializationMode:
+        OutputChannels = "output channels"
+
+    def __init__(self, tracer: Tracer):
+        self.tracer = tracer
+
+    @contextlib.contextmanager
+    def Block(self, user_id: str, ipu_id: int):
+        before, self.tracer.block = self.tracer.block, user_id
+        yield
+        self.tracer.block = before
+
+    def Attribute(self, **values):
+        return contextlib.nullcontext()
+
+    def recomputationCheckpoint(self, tensor):
+        self.tracer.trace.checkpoints.append(self.tracer.number(tensor))
+        return tensor
+
+    def set_available_memory(self, tensor, available_memory_proportion):
+        self.tracer.maker(tensor).name = available_memory_proportion
+        return tensor
+
+    def serializedMatMul(self, lhs, rhs, mode, factor=0):
+        product = lhs @ rhs
+        self.tracer.maker(product).parts = factor
+        return product
+
+    def identity_loss(self, x, reduction):
+        return x
+
+
+class WholeOperations(TorchFunctionMode):
+    """Operations that PopTorch catches before PyTorch takes them apart: dropout, whose mask the IPU draws again in
+    place of keeping it, and one_hot, which tensors without memory do not have."""
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        name = getattr(function, "__name__", "")
+        if name == "dropout":
+            return arguments[0] * 1.0
+        if name == "one_hot":
+            return torch.empty(arguments[0].shape + (arguments[1],), dtype=torch.int32, device="meta")
+        return function(*arguments, **(options or {}))
+
+
+def tensors_in(values: Any) -> Iterator[torch.Tensor]:
+    if isinstance(values, torch.Tensor):
+        yield values
+    elif isinstance(values, (list, tuple)):
+        for value in values:
+            yield from tensors_in(value)

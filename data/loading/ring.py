@@ -1,0 +1,89 @@
+"""A ring of batch slots in memory that two processes share and that never has a name, so that nothing can be left
+behind."""
+
+import mmap
+import os
+import shutil
+import tempfile
+from typing import BinaryIO, Dict, List
+
+import numpy as np
+
+from data.errors import InputError
+
+__all__ = ["ring_bytes", "ring_slots", "shared_file"]
+
+ALIGNMENT = 4096
+CONTROL_GROUP = "/sys/fs/cgroup"
+
+
+def ring_bytes(layout: Dict[str, tuple], slots: int) -> int:
+    """Bytes of `slots` batches of this layout (name -> shape, dtype), each array on a page of its own."""
+    return slots * sum(map(aligned_bytes, layout.values()))
+
+
+def ring_slots(memory: mmap.mmap, layout: Dict[str, tuple], slots: int) -> List[Dict[str, np.ndarray]]:
+    """The arrays of each slot, views of `memory`, which stays mapped as long as one of them lives."""
+    views, offset = [], 0
+    for _ in range(slots):
+        arrays = {}
+        for name, (shape, dtype) in layout.items():
+            arrays[name] = np.frombuffer(memory, dtype, int(np.prod(shape)), offset).reshape(shape)
+            offset += aligned_bytes((shape, dtype))
+        views.append(arrays)
+    return views
+
+
+def shared_file(size: int) -> BinaryIO:
+    """A nameless file of `size` bytes, in memory where the system has such files (Linux), else in the folder for
+    temporary files.
+
+    All of it is allocated now. Raises InputError that says how much is needed and available when there is not enough.
+    """
+    in_memory = hasattr(os, "memfd_create")
+    place = "memory" if in_memory else tempfile.gettempdir()
+    available = available_memory() if in_memory else shutil.disk_usage(place).free
+    shortage = (
+        f"the loader's batches need {size / 1e6:.1f} MB in {place}, {available / 1e6:.1f} MB are available. Lower "
+        "the global batch or free some"
+    )
+    if size > available:
+        raise InputError(shortage)
+    file = os.fdopen(os.memfd_create("bert-batches"), "w+b") if in_memory else tempfile.TemporaryFile()
+    try:
+        os.ftruncate(file.fileno(), size)
+        if hasattr(os, "posix_fallocate"):  # without this a full disk would be a SIGBUS in the middle of a batch
+            os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        file.close()
+        raise InputError(f"{shortage} ({error})")
+    return file
+
+
+def available_memory() -> int:
+    """Bytes that this process can still have: the machine's, or less in a container (control group, version 2) with a
+    limit."""
+    with open("/proc/meminfo") as lines:
+        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    limit = read_word(os.path.join(CONTROL_GROUP, "memory.max"))
+    if not limit.isdigit():  # "max", or no such group
+        return available
+    with open(os.path.join(CONTROL_GROUP, "memory.stat")) as lines:
+        counts = dict(line.split() for line in lines)
+    # Pages of files count as used, but give way: shards that were read would else leave no memory.
+    files = int(counts["inactive_file"]) + int(counts["active_file"])
+    used = int(read_word(os.path.join(CONTROL_GROUP, "memory.current"))) - files
+    return max(0, min(available, int(limit) - used))
+
+
+def read_word(path: str) -> str:
+    if not os.path.exists(path):
+        return ""
+    with open(path) as file:
+        return file.read().strip()
+
+
+def aligned_bytes(array: tuple) -> int:
+    shape, dtype = array
+    size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    return -(-size // ALIGNMENT) * ALIGNMENT

@@ -1,0 +1,192 @@
+"""Which device a run gets, with small packages in place of Graphcore's: what they lack, what they find, and every
+error's words."""
+
+import sys
+
+import pytest
+import torch
+
+from bert.engines import choose_device
+from data.errors import InputError
+
+POPTORCH = """
+Options = PipelinedExecution = optim = trainingModel = None
+def ipuHardwareIsAvailable(num_ipus=1):
+    return num_ipus <= %d and num_ipus in (1, 2, 4, 8, 16, 32, 64)
+def ipuHardwareVersion():
+    return %d
+"""
+POPART = "AccumulateOuterFragmentSchedule = SubgraphCopyingStrategy = None"
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """install(name=source, ...) puts packages on the path; there are no others of these names."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    before = {name: sys.modules.pop(name) for name in ("poptorch", "popart") if name in sys.modules}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    def write(**sources):
+        for name, source in sources.items():
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "__init__.py").write_text(source)
+
+    yield write
+    for name in ("poptorch", "popart"):
+        sys.modules.pop(name, None)
+    sys.modules.update(before)
+
+
+def refusal(*arguments, **options):
+    with pytest.raises(InputError) as error:
+        choose_device("ipu", *arguments, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def assert_has(text, *words):
+    for word in words:
+        assert word in text
+
+
+def pretend_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H200")
+    monkeypatch.setattr(torch, "compiler", None, raising=False)  # torch 2.0 has none
+
+
+@pytest.mark.parametrize(
+    "ipus, version, line",
+    [(16, 2, "ipu (16 Mk2 IPUs)"), (4, 21, "ipu (4 Bow IPUs)"), (1, -1, "ipu (1 IPU)"), (12, 2, "ipu (12 Mk2 IPUs)")],
+)
+@pytest.mark.parametrize("wanted", ["ipu", "auto"])
+def test_ipus_are_taken_where_poptorch_finds_them(install, wanted, ipus, version, line):
+    install(poptorch=POPTORCH % (16, version), popart=POPART)
+    assert choose_device(wanted, ipus) == ("ipu", line)
+
+
+@pytest.mark.parametrize("wanted", ["cpu", "cuda"])
+def test_another_device_that_is_asked_for_does_not_even_import_poptorch(install, wanted, monkeypatch):
+    install(poptorch="raise SystemExit", popart="raise SystemExit")
+    pretend_cuda(monkeypatch)
+    device, line = choose_device(wanted)
+    assert device == wanted and line.startswith({"cpu": "cpu (", "cuda": "cuda (H200)"}[wanted]) and "IPU" not in line
+
+
+@pytest.mark.parametrize(
+    "there, ipus, found",
+    [(4, 16, "finds 4 IPUs, expected 16"), (0, 4, "finds 0 IPUs, expected 4"), (8, 12, "finds 8 IPUs, expected 16")],
+)
+def test_too_few_ipus_are_named_with_the_ways_out(install, there, ipus, found):
+    install(poptorch=POPTORCH % (there, 2), popart=POPART)
+    assert_has(
+        refusal(ipus),
+        found,
+        "smaller POD",
+        "--ipu.replication_factor",
+        "--ipu-model",
+        "--compile-only",
+        "--device auto",
+    )
+    device, line = choose_device("auto", ipus)
+    assert device == "cpu" and line.endswith(
+        "PopTorch finds %s)" % ("%d IPUs, not %d" % (there, 16) if there else "no IPU")
+    )
+
+
+def test_without_need_of_hardware_none_is_looked_for(install):
+    install(poptorch=POPTORCH % (0, 2), popart=POPART)
+    for wanted in ("ipu", "auto"):
+        device, line = choose_device(wanted, 16, needs_hardware=False)
+        assert device == "ipu" and "without hardware" in line
+
+
+def test_without_poptorch_the_error_says_where_it_comes_from(install):
+    install()
+    assert_has(refusal(16), "PopTorch is not installed", "Poplar SDK", "Python 3.8", "torch 2.0.1", "--device auto")
+    assert choose_device("auto", 16) == (
+        "cpu",
+        f"cpu ({torch.get_num_threads()} threads: no CUDA device, no PopTorch)",
+    )
+
+
+@pytest.mark.parametrize(
+    "packages, name, lacks",
+    [
+        ({"popart": "version = 1"}, "popart", "AccumulateOuterFragmentSchedule"),
+        ({"popart": "version = 1", "poptorch": POPTORCH % (16, 2)}, "popart", "AccumulateOuterFragmentSchedule"),
+        ({"poptorch": "Options = None", "popart": POPART}, "poptorch", "PipelinedExecution"),
+    ],
+)
+def test_another_package_of_the_name_is_refused_with_its_file(install, tmp_path, packages, name, lacks):
+    install(**packages)
+    assert_has(
+        refusal(16),
+        f"the {name} in {tmp_path / name / '__init__.py'} is not Graphcore's",
+        lacks,
+        "pip uninstall " + name,
+        "enable.sh",
+        "poptorch-*.whl",
+        "Python 3.8",
+        "torch 2.0.1",
+        "docs/ipu.md",
+    )
+    device, line = choose_device("auto", 16)
+    assert device == "cpu" and line.endswith(
+        ": no CUDA device, no PopTorch)" if "poptorch" not in packages else "not Graphcore's)"
+    )
+
+
+def test_auto_leaves_a_popart_alone_where_there_is_no_poptorch(install):
+    install(popart="raise SystemExit")
+    assert choose_device("auto")[0] == "cpu"
+
+
+def test_a_folder_of_the_name_is_no_package_of_graphcores(install, tmp_path):
+    (tmp_path / "poptorch").mkdir()
+    assert_has(refusal(), str(tmp_path / "poptorch"), "is not Graphcore's")
+
+
+@pytest.mark.parametrize(
+    "source, reason",
+    [
+        ("raise ImportError('libpoplar.so: cannot open:\\n no such file')", "libpoplar.so: cannot open: no such file"),
+        ("import no_such_part", "no_such_part"),
+        ("raise RuntimeError('torch 2.0.1 expected')", "torch 2.0.1 expected"),
+    ],
+)
+def test_a_poptorch_that_cannot_be_imported_is_named_with_the_reason(install, tmp_path, source, reason):
+    install(poptorch=source, popart=POPART)
+    assert_has(
+        refusal(16),
+        str(tmp_path / "poptorch"),
+        "cannot be imported",
+        reason,
+        "enable.sh",
+        torch.__version__,
+        "--device auto",
+    )
+    device, line = choose_device("auto", 16)
+    assert device == "cpu" and line.endswith("PopTorch cannot be imported)")
+
+
+def test_poptorch_without_popart_is_an_sdk_that_is_not_enabled(install):
+    install(poptorch=POPTORCH % (16, 2))
+    assert_has(refusal(16), "without popart", "enable.sh", "--device auto")
+
+
+def test_auto_takes_cuda_where_there_is_no_ipu_and_says_why(install, monkeypatch):
+    install(poptorch=POPTORCH % (0, 2), popart=POPART)
+    pretend_cuda(monkeypatch)
+    assert choose_device("auto", 16) == ("cuda", "cuda (H200: PopTorch finds no IPU)")
+
+
+def test_cuda_without_a_device_or_with_the_torch_of_ipus_is_a_clear_error(install, monkeypatch):
+    install()
+    with pytest.raises(InputError, match="finds no CUDA device.*--device auto"):
+        choose_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delattr(torch, "compiler", raising=False)
+    with pytest.raises(InputError, match="older than requirements.txt"):
+        choose_device("cuda")
+    assert choose_device("auto")[0] == "cpu"

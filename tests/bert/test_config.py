@@ -1,0 +1,323 @@
+"""Configs: the recipes number for number, overrides, and every error's words."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks.synthetic import draw_lengths
+from bert.config import OptimizerConfig, flatten, learning_rate_at, parse_command_line
+from data.errors import InputError
+from data.packing import largest_prefix, mask_slots_of_row
+from run_pretraining import main
+
+
+def write_config(folder, **values):
+    path = folder / "own.json"
+    path.write_text(json.dumps(values))
+    return str(path)
+
+
+PODS = {"pod4": 1, "pod8": 2, "pod16": 4, "pod64": 16}  # replicas of four IPUs
+
+
+def pod_config(pod, phase, large=False, packed=False):
+    return parse_command_line(
+        ["--config", f"{'large_' * large}{pod}_phase{phase}{'_packed' * packed}.json", "--device", "ipu"]
+    )
+
+
+def differing(one, other):
+    """The keys in which two configs differ, but for the name of the run's folder."""
+    one, other = [flatten(dataclasses.asdict(config)) for config in (one, other)]
+    return {key for key in one if one[key] != other[key]} - {"training.output"}
+
+
+@pytest.mark.parametrize("pod", PODS)
+@pytest.mark.parametrize("phase", [1, 2])
+def test_pod_configs_are_the_recipe(pod, phase):
+    config = pod_config(pod, phase)
+    pick = {
+        1: (128, 20, 10500, 32, 65536, 0.006, 0.28, 16384.0, 1, 0.25),
+        2: (512, 76, 2038, 8, 16384, 0.002828, 0.128, 128.0, 2, 0.22),
+    }[phase]
+    training, ipu = config.training, config.ipu
+    assert (
+        config.data.sequence_length,
+        config.data.mask_tokens,
+        training.max_steps,
+        ipu.micro_batch_size,
+        training.global_batch_size,
+        config.optimizer.learning_rate,
+        config.optimizer.warmup_ratio,
+        ipu.loss_scaling,
+        ipu.embedding_serialization_factor,
+        ipu.matmul_proportion,
+    ) == pick
+    assert (ipu.replication_factor, ipu.gradient_accumulation_steps, ipu.device_iterations) == (
+        PODS[pod],
+        2048 // PODS[pod],
+        1,
+    )
+    assert (config.optimizer.betas, config.optimizer.eps, config.optimizer.weight_decay) == ([0.9, 0.999], 1e-8, 0.01)
+    assert (training.seed, training.log_every, training.save_every, ipu.layers_per_ipu) == (42, 5, 100, [0, 4, 4, 4])
+    model = config.model
+    assert (
+        model.vocab_size,
+        model.hidden_size,
+        model.num_hidden_layers,
+        model.num_attention_heads,
+        model.intermediate_size,
+        model.max_position_embeddings,
+        model.layer_norm_eps,
+        model.initializer_range,
+        model.hidden_dropout_prob,
+        model.attention_probs_dropout_prob,
+    ) == (30522, 768, 12, 12, 3072, 512, 1e-3, 0.02, 0.1, 0.1)
+    assert config.data.workers == {1: 64, 2: 128}[phase]
+    assert training.output == f"runs/{pod}_phase{phase}"
+
+
+@pytest.mark.parametrize("phase, micro_batch", [(1, 8), (2, 2)])
+def test_bert_large_has_the_recipe_with_sizes_and_a_placement_of_its_own(phase, micro_batch):
+    large = pod_config("pod16", phase, large=True)
+    model, ipu = large.model, large.ipu
+    assert (model.hidden_size, model.num_hidden_layers, model.num_attention_heads, model.intermediate_size) == (
+        1024,
+        24,
+        16,
+        4096,
+    )
+    assert (ipu.layers_per_ipu, ipu.matmul_proportion) == ([3, 7, 7, 7], [0.14, 0.19, 0.19, 0.19])
+    assert (
+        ipu.micro_batch_size,
+        ipu.gradient_accumulation_steps,
+        ipu.loss_scaling,
+        ipu.embedding_serialization_factor,
+    ) == (micro_batch, 2048, 32768.0, 2)
+    assert differing(pod_config("pod16", phase), large) <= {
+        "model." + key for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    } | {
+        "ipu." + key
+        for key in (
+            "layers_per_ipu",
+            "matmul_proportion",
+            "micro_batch_size",
+            "gradient_accumulation_steps",
+            "loss_scaling",
+            "embedding_serialization_factor",
+        )
+    }
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("phase", [1, 2])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_pod_of_another_size_accumulates_to_the_same_global_batch(large, phase, packed):
+    of_pod16 = pod_config("pod16", phase, large, packed)
+    for pod, replicas in PODS.items():
+        config = pod_config(pod, phase, large, packed)
+        state = (
+            {"ipu.optimizer_state_offchip"} if large and replicas < 4 else set()
+        )  # for BERT-large's, split over fewer replicas, no room
+        assert differing(of_pod16, config) <= {"ipu.replication_factor", "ipu.gradient_accumulation_steps"} | state
+        ipu = config.ipu
+        assert ipu.replication_factor == replicas
+        assert ipu.micro_batch_size * ipu.gradient_accumulation_steps * replicas == of_pod16.training.global_batch_size
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("phase, length, mask_tokens", [(1, 128, 20), (2, 512, 76)])
+def test_packed_configs_differ_in_their_rows_which_hold_the_recipes_samples(large, phase, length, mask_tokens):
+    packed, plain = pod_config("pod16", phase, large, packed=True), pod_config("pod16", phase, large)
+    assert (packed.data.packing, plain.data.packing) == ("rows", "auto")
+    assert differing(plain, packed) <= {
+        "data.packing",
+        "data.samples_per_row",
+        "training.global_batch_size",
+        "ipu.gradient_accumulation_steps",
+    }
+    # As many samples as fit the rows of one step, of lengths like Wikipedia's.
+    samples = 2 * plain.training.global_batch_size
+    lengths = draw_lengths("wikipedia", samples, length, np.random.default_rng(0))
+    counts = np.clip(np.round(0.15 * lengths), 1, mask_tokens).astype(np.int64)
+    per_row = packed.data.samples_per_row
+    fitting = largest_prefix(
+        lengths, counts, packed.training.global_batch_size, length, mask_slots_of_row(mask_tokens, per_row), per_row
+    )
+    assert len(fitting.row) == pytest.approx(plain.training.global_batch_size, rel=0.03)
+
+
+@pytest.mark.parametrize("name", ["gpu_phase1", "gpu_phase2.json", "cpu_small.json", "quickstart.json"])
+def test_other_configs_are_valid_and_found_by_bare_name(name):
+    assert parse_command_line(["--config", name]).training.max_steps > 0
+
+
+def test_command_line_overrides_the_file(tmp_path):
+    path = write_config(tmp_path, training={"max_steps": 7, "log_every": 3}, data={"files": "a/*.h5"})
+    config = parse_command_line(
+        [
+            "--config=" + path,
+            "--optimizer.learning_rate",
+            "1e-3",
+            "--data.files",
+            "shards/*.h5",
+            "--training.max_steps",
+            "20",
+            "--device",
+            "cpu",
+            "--optimizer.betas",
+            "[0.8, 0.9]",
+        ]
+    )
+    assert (
+        config.optimizer.learning_rate == 1e-3
+        and config.data.files == ["shards/*.h5"]
+        and config.optimizer.betas == [0.8, 0.9]
+    )
+    assert (config.training.max_steps, config.training.log_every, config.device) == (20, 3, "cpu")
+    assert parse_command_line(["--data.files", '["a.h5", "b.h5"]']).data.files == ["a.h5", "b.h5"]
+
+
+def test_help_explains_every_option(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_command_line(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0
+    for words in (
+        "--optimizer.learning_rate",
+        "The peak.",
+        "--ipu.matmul_proportion",
+        "Share of an IPU's memory",
+        "quickstart.json",
+        "--resume",
+        "continue the run",
+        "default: 65536",
+    ):
+        assert words in text
+
+
+BAD = [
+    ({"modle": {}}, ["own.json", "modle", "did you mean model"]),
+    ({"model": {"hiden_size": 8}}, ["own.json", "model.hiden_size", "did you mean model.hidden_size"]),
+    ({"model": {"hidden_size": "big"}}, ["own.json", "model.hidden_size", "big", "int"]),
+    ({"model": {"hidden_size": 8.5}}, ["own.json", "model.hidden_size", "8.5", "int"]),
+    ({"model": 3}, ["own.json", "model is 3", "expected an object"]),
+    ({"device": "tpu"}, ["own.json", "device", "tpu", "cuda"]),
+    (
+        {"model": {"hidden_size": 100}},
+        ["own.json", "model.hidden_size is 100", "multiple of model.num_attention_heads, 12"],
+    ),
+    (
+        {"ipu": {"layers_per_ipu": [0, 4, 4]}},
+        ["own.json", "ipu.layers_per_ipu is [0, 4, 4]", "add up to model.num_hidden_layers, 12"],
+    ),
+    ({"ipu": {"matmul_proportion": [0.1, 0.2]}}, ["own.json", "ipu.matmul_proportion", "each of the 4 IPUs"]),
+    ({"ipu": {"matmul_proportion": 1.5}}, ["own.json", "ipu.matmul_proportion is 1.5"]),
+    (
+        {"device": "ipu", "training": {"global_batch_size": 64}},
+        ["own.json", "training.global_batch_size is 64", "32 x 512 x 4 = 65536"],
+    ),
+    (
+        {"device": "ipu", "ipu": {"embedding_serialization_factor": 4}},
+        [
+            "own.json",
+            "ipu.embedding_serialization_factor is 4",
+            "divides model.vocab_size, 30522: 1, 2, 3, 6",
+            "--model.vocab_size 30524",
+        ],
+    ),
+    ({"device": "ipu", "data": {"packing": "samples"}}, ["own.json", 'data.packing is "samples"', "static"]),
+    (
+        {"device": "ipu", "training": {"precision": "bfloat16"}},
+        ["own.json", 'training.precision is "bfloat16"', "float16"],
+    ),
+    (
+        {"device": "ipu", "ipu": {"layers_per_ipu": [4, 0, 8]}},
+        ["own.json", "ipu.layers_per_ipu is [4, 0, 8]", "at least one layer"],
+    ),
+    (
+        {"device": "ipu", "training": {"global_batch_size": 1024}, "ipu": {"gradient_accumulation_steps": 8}},
+        ["own.json", "ipu.gradient_accumulation_steps is 8", "at least 9"],
+    ),
+    (
+        {"device": "ipu", "ipu": {"device_iterations": 3}},
+        ["own.json", "training.save_every is 100", "a multiple of ipu.device_iterations, 3"],
+    ),
+    ({"device": "cpu", "compile_only": True}, ["own.json", 'device is "cpu"']),
+    ({"ipu": {"operation_proportions": {"decoder": 0.1}}}, ["own.json", "ipu.operation_proportions", "mlm_decoder"]),
+    ({"data": {"mask_tokens": 128}}, ["own.json", "data.mask_tokens is 128", "at most", "125"]),
+    ({"data": {"sequence_length": 1024}}, ["own.json", "data.sequence_length is 1024", "max_position_embeddings, 512"]),
+    ({"optimizer": {"learning_rate": -1.0}}, ["own.json", "optimizer.learning_rate is -1.0", "above 0"]),
+    ({"optimizer": {"betas": [0.9]}}, ["own.json", "optimizer.betas is [0.9]", "two numbers"]),
+    ({"optimizer": {"warmup_ratio": 2.0}}, ["own.json", "optimizer.warmup_ratio is 2.0"]),
+    ({"model": {"hidden_dropout_prob": 1.0}}, ["own.json", "model.hidden_dropout_prob is 1.0"]),
+    ({"training": {"max_steps": 0}}, ["own.json", "training.max_steps is 0"]),
+    ({"training": {"micro_batch_size": 0}}, ["own.json", "training.micro_batch_size is 0"]),
+    (
+        {"training": {"precision": "float8"}, "model": {"intermediate_size": 3000}},
+        ["model.intermediate_size is 3000", "multiple of 16"],
+    ),
+]
+
+
+@pytest.mark.parametrize("values, words", BAD)
+def test_a_config_that_cannot_be_is_one_clear_error(values, words, tmp_path, capsys, monkeypatch):
+    path = write_config(tmp_path, **values)
+    monkeypatch.chdir(tmp_path)
+    assert main(["--config", path]) == 2
+    message = capsys.readouterr().err
+    for word in words:
+        assert word in message
+    assert message.startswith("error: ") and message.count("\n") == 1
+    assert [one.name for one in tmp_path.iterdir()] == ["own.json"]
+
+
+def test_accumulation_is_derived_from_the_global_batch_on_cpu_and_cuda():
+    for device in ("cpu", "cuda", "auto"):
+        assert parse_command_line(
+            ["--config", "pod16_phase1.json", "--device", device, "--training.global_batch_size", "64"]
+        )
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--config", "nowhere.json"], ["nowhere.json", "no such config", "pod16_phase1.json"]),
+        (["--training.max_stps", "3"], ["command line", "max_stps"]),
+        (["--training.max_steps", "three"], ["command line", "training.max_steps", "three"]),
+    ],
+)
+def test_bad_command_lines_are_named(arguments, words):
+    with pytest.raises(InputError) as error:
+        parse_command_line(arguments)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_a_config_that_is_not_json_is_named(tmp_path):
+    path = tmp_path / "broken.json"
+    path.write_text('{"model": {"hidden_size": 8,}}')
+    with pytest.raises(InputError, match="broken.json: is not JSON: .*line 1"):
+        parse_command_line(["--config", str(path)])
+
+
+def test_ipu_without_poptorch_is_a_clear_error(capsys):
+    assert main(["--config", "pod16_phase1.json", "--device", "ipu"]) == 2
+    message = capsys.readouterr().err
+    assert "PopTorch" in message and "Poplar SDK" in message and "--device auto" in message
+
+
+def test_the_learning_rate_rises_to_the_peak_and_falls_to_zero_after_the_last_step():
+    optimizer = OptimizerConfig(learning_rate=0.006, warmup_ratio=0.28)
+    rates = [learning_rate_at(step, optimizer, 10500) for step in range(1, 10501)]
+    assert rates[0] == 0.006 / 2940 and rates[2939] == max(rates) == 0.006
+    assert all(a < b for a, b in zip(rates[:2939], rates[1:2940])) and all(
+        a > b for a, b in zip(rates[2939:], rates[2940:])
+    )
+    assert rates[-1] == pytest.approx(0.006 / 7561) and rates[-1] - (rates[-2] - rates[-1]) == pytest.approx(
+        0, abs=1e-12
+    )
+    assert learning_rate_at(1, optimizer, 1) == 0.006
+    assert learning_rate_at(1, OptimizerConfig(learning_rate=1.0, warmup_ratio=0.0), 4) == 1.0

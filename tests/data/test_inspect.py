@@ -1,0 +1,240 @@
+import json
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from data import inspect as inspect_module
+from data.errors import InputError
+from data.foreign.nvidia import write_nvidia
+from data.inspect import inspect, main, readable
+from data.packing import SAMPLES_PER_ROW, mask_slots_of_row, pack
+from data.samples import Samples
+from data.shards import write_shard
+from data.tokenizer import vocab_sha256
+from tests import ROOT
+from tests.make_samples import WORDS, bert_samples
+
+SHARED = os.path.join(os.path.dirname(ROOT), "shared", "data")
+
+
+def write(folder, samples, name="train-00000.h5", words=WORDS):
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    path = str(folder / name)
+    write_shard(path, samples, len(words), vocab_sha256(words), {})
+    return path
+
+
+def look(path, **options):
+    return inspect([str(path)], progress=False, **options)
+
+
+def test_every_figure_is_that_of_counting_sample_by_sample(tmp_path):
+    samples = bert_samples(np.random.default_rng(0), 300, 32, 6)
+    write(tmp_path, samples.take(slice(0, 200)))
+    write(tmp_path, samples.take(slice(200, 300)), "train-00001.h5")
+    found = look(tmp_path / "*.h5")
+    words = masked = as_mask = unchanged = 0
+    for i in range(300):
+        shown = samples.input_ids[i].tolist()
+        words += sum(token not in (0, 2, 3) for token in shown)
+        for slot in range(samples.mlm_counts[i]):
+            token, label = shown[samples.mlm_positions[i, slot]], samples.mlm_labels[i, slot]
+            masked, as_mask, unchanged = masked + 1, as_mask + (token == 4), unchanged + (token == label)
+    assert (found.files, found.samples, found.tokens) == (2, 300, samples.lengths.sum())
+    assert found.length_histogram == [int((samples.lengths == length).sum()) for length in range(33)]
+    assert found.padding == pytest.approx(1 - samples.lengths.sum() / (300 * 32))
+    assert found.masked == pytest.approx(masked / words) and 0.6 < found.masked_as_mask < 1
+    assert found.masked_as_mask == pytest.approx(as_mask / masked) and found.masked_unchanged == pytest.approx(
+        unchanged / masked
+    )
+    assert found.masked_as_mask + found.masked_unchanged + found.masked_as_random == pytest.approx(1)
+    assert found.not_next == pytest.approx(samples.nsp_labels.mean()) and found.duplicates == 0 and not found.checked
+
+
+def test_samples_that_the_loader_masks_are_good_and_said_to_be_bare(tmp_path):
+    samples = bert_samples(np.random.default_rng(0), 30, mask_tokens=1)
+    keep = samples.take(np.flatnonzero(samples.mlm_counts == 0))
+    path = write(tmp_path, keep)
+    write_shard(
+        path,
+        keep,
+        len(WORDS),
+        vocab_sha256(WORDS),
+        {},
+        {"masking": "dynamic", "mask_share": 0.15, "special_ids": [0, 1, 2, 3, 4], "continuations": ""},
+    )
+    found = look(path, check=True)
+    assert found.masking == "dynamic" and found.masked == 0 and "masked      nothing yet" in str(found)
+
+
+def test_packing_saves_padding(tmp_path):
+    found = look(write(tmp_path, bert_samples(np.random.default_rng(0), 300, 32, 6)))
+    assert 0 <= found.padding_packed < found.padding / 2 and "when packed" in str(found)
+
+
+def test_as_many_samples_are_packed_as_are_said_whatever_the_sizes_of_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(inspect_module, "PACKED_SAMPLES", 250)
+    samples = bert_samples(np.random.default_rng(0), 300, 32, 6)
+    for number in range(3):
+        write(tmp_path, samples.take(slice(100 * number, 100 * number + 100)), f"train-{number}.h5")
+    lengths, counts = samples.lengths[:250], samples.mlm_counts[:250]
+    rows = pack(lengths, counts, 32, mask_slots_of_row(6, SAMPLES_PER_ROW), SAMPLES_PER_ROW).rows
+    assert look(tmp_path / "*.h5").padding_packed == pytest.approx(1 - lengths.sum() / (32 * rows))
+
+
+def test_samples_that_differ_in_their_masks_only_are_duplicates(tmp_path):
+    samples = bert_samples(np.random.default_rng(0), 50)
+    bare = samples.take(np.arange(50))
+    for i in range(50):
+        for slot in range(bare.mlm_counts[i]):
+            bare.input_ids[i, bare.mlm_positions[i, slot]] = bare.mlm_labels[i, slot]
+    bare.mlm_counts[:], bare.mlm_positions[:], bare.mlm_labels[:] = 0, 0, 0
+    both = Samples.concatenate([samples, bare.take(slice(0, 20))])
+    expected = len(both) - len({bytes(ids) for ids in Samples.concatenate([bare, bare.take(slice(0, 20))]).input_ids})
+    assert expected >= 20 and look(write(tmp_path, both)).duplicates == expected
+
+
+def test_masked_words_are_shown_with_what_stands_there(tmp_path):
+    words = WORDS[:5] + ["the", "cat", "sat", "##ting", "dog", "on", "it"]
+    samples = Samples.empty(1, 16, 4, len(words))
+    for name in vars(samples):
+        getattr(samples, name)[:] = 0
+    samples.input_ids[0, :9] = [2, 5, 4, 7, 8, 3, 9, 11, 3]
+    samples.lengths[0], samples.first_lengths[0], samples.mlm_counts[0], samples.nsp_labels[0] = 9, 6, 3, 1
+    samples.mlm_positions[0, :3], samples.mlm_labels[0, :3] = [2, 6, 7], [6, 10, 11]
+    text = "[CLS] the [cat→MASK] satting [SEP] [on→dog] [it→it] [SEP]"
+    assert readable(samples, 0, words) == text
+    path = write(tmp_path, samples, words=words)
+    report = str(look(path, check=True))
+    assert f"{path}: sample 0, 9 tokens, the second segment does not follow\n  {text}" in report
+    assert "every sample is good" in report and text not in str(look(path, examples=0))
+
+
+def test_nvidias_files_are_inspected_as_shards_are(tmp_path):
+    samples = bert_samples(np.random.default_rng(0), 100)
+    own = look(write(tmp_path, samples), check=True)
+    path = str(tmp_path / "other.hdf5")
+    write_nvidia(path, [samples])
+    foreign = look(path, check=True)
+    assert foreign.examples != own.examples and [text.split("\n")[1] for text in foreign.examples] == [
+        text.split("\n")[1] for text in own.examples
+    ]
+    same = (
+        "samples",
+        "tokens",
+        "length_histogram",
+        "masked",
+        "masked_as_mask",
+        "masked_unchanged",
+        "not_next",
+        "duplicates",
+    )
+    assert [getattr(own, name) for name in same] == [getattr(foreign, name) for name in same]
+    assert inspect([path, str(tmp_path / "*.h5")], progress=False).samples == 200
+
+
+def setting(name, place, value):
+    def apply(samples):
+        getattr(samples, name)[place] = value
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (setting("input_ids", (7, 0), 5), r"input_ids holds 5, expected 2, \[CLS\], at the start"),
+        (setting("input_ids", (7, 4), 6), r"input_ids holds 6, expected 3, \[SEP\], at a segment's end"),
+        (setting("input_ids", (7, 7), 6), r"input_ids holds 6, expected 3, \[SEP\], at a segment's end"),
+        (setting("input_ids", (7, 9), 6), "input_ids holds 6, expected 0 behind the sample's end"),
+        (setting("input_ids", (7, 5), 0), r"input_ids before masking holds 0, expected no \[PAD\]"),
+        (setting("first_lengths", 7, 0), "first_lengths holds 0"),
+        (setting("mlm_positions", (7, 0), 0), "mlm_positions holds 0, expected a word's place"),
+        (setting("mlm_positions", (7, 1), 7), "mlm_positions holds 7, expected a word's place"),
+        (setting("mlm_positions", (7, 1), 1), "mlm_positions holds 1, expected more than the one before"),
+        (setting("mlm_positions", (7, 3), 1), "mlm_positions holds 1, expected 0 behind the last"),
+        (setting("mlm_labels", (7, 0), 4), "mlm_labels holds 4, expected a word"),
+        (setting("mlm_labels", (7, 3), 9), "mlm_labels holds 9, expected 0 behind the last"),
+        (setting("mlm_labels", (7, 3), 200), r"mlm_labels\[3\] is 200, expected below"),
+        (setting("lengths", 7, 17), "lengths is 17"),
+    ],
+)
+def test_check_exits_2_and_names_the_first_bad_sample(tmp_path, damage, message, capsys):
+    samples = bert_samples(np.random.default_rng(0), 20)
+    samples.lengths[7], samples.first_lengths[7], samples.mlm_counts[7] = 8, 5, 2
+    samples.input_ids[7] = [2, 9, 4, 9, 3, 9, 9, 3] + [0] * 8
+    samples.mlm_positions[7], samples.mlm_labels[7] = [1, 2, 0, 0], [8, 8, 0, 0]
+    path = write(tmp_path, samples)
+    assert main([path, "--check", "--samples", "0"]) == 0
+    damage(samples)
+    # Later ones that are bad otherwise, one as the loader sees, one only as the check sees.
+    samples.nsp_labels[12], samples.input_ids[9, 0] = 2, 7
+    write(tmp_path, samples)
+    capsys.readouterr()
+    assert main([path, "--check"]) == 2
+    captured = capsys.readouterr()
+    line = captured.err.strip().split("\n")[-1].split("\r")[-1]
+    assert re.search("error: .*train-00000.h5: sample 7: " + message, line) and not captured.out
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda folder: os.remove(str(folder / "vocab.txt")), "vocab.txt: no such file. Give --vocab"),
+        (
+            lambda folder: (folder / "vocab.txt").write_text("\n".join(WORDS + ["more"])),
+            "vocab.txt: is not the vocabulary that",
+        ),
+        (lambda folder: os.remove(str(folder / "train-00000.h5")), "train-00000.h5: no such file"),
+        (lambda folder: write(folder, bert_samples(np.random.default_rng(0), 0)), "holds no samples"),
+        (
+            lambda folder: write_nvidia(str(folder / "train-1.h5"), [bert_samples(np.random.default_rng(0), 3, 32)]),
+            "train-1.h5: sequence length 32, 4 masked tokens; .*train-00000.h5 has 16, 4",
+        ),
+    ],
+)
+def test_what_cannot_be_inspected_is_named(tmp_path, change, message):
+    path = write(tmp_path, bert_samples(np.random.default_rng(0), 20))
+    change(tmp_path)
+    with pytest.raises(InputError, match=message):
+        inspect([path, str(tmp_path / "train-*")] if os.path.exists(path) else [path], progress=False)
+    with pytest.raises(InputError, match="--samples is -1"):
+        look(path, examples=-1)
+
+
+def test_the_command_prints_text_or_json_and_draws(tmp_path, capsys):
+    path = write(tmp_path, bert_samples(np.random.default_rng(0), 20))
+    assert main([path, "--plot", str(tmp_path / "lengths.png"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["samples"] == 20 and len(found["length_histogram"]) == 17 and len(found["examples"]) == 3
+    assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
+    assert main([path]) == 0
+    report = capsys.readouterr().out
+    assert "samples     20 in 1 files" in report and "##" in report and report.count("[CLS]") == 3
+    assert main([path, "--plot", str(tmp_path / "no" / "lengths.png")]) == 2
+    assert "lengths.png: the picture cannot be written" in capsys.readouterr().err
+
+
+def test_help_teaches_with_an_example_and_hides_no_module_of_python():
+    shown = subprocess.run(
+        [sys.executable, "-m", "data.inspect", "--help"], cwd=ROOT, stdout=subprocess.PIPE, check=True
+    )
+    assert b"python -m data.inspect 'shards/wikipedia-128/train-*.h5'" in shown.stdout
+    code = "import data.inspect, inspect, sys; sys.exit('torch' in sys.modules or not hasattr(inspect, 'signature'))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.skipif(not os.path.isdir(SHARED), reason="development data is not there")
+def test_nvidias_own_file_is_as_berts_paper_says():
+    words = os.path.join(SHARED, "bert-base-uncased-vocab.txt")
+    found = look(os.path.join(SHARED, "nvidia-schema-128.h5"), vocab=words, check=True)
+    assert (found.samples, found.duplicates) == (931, 0)
+    assert (
+        abs(found.masked - 0.15) < 0.01
+        and abs(found.masked_as_mask - 0.8) < 0.02
+        and abs(found.masked_as_random - 0.1) < 0.02
+    )
