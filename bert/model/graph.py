@@ -8,19 +8,18 @@ S one of samples.
 """
 
 import contextlib
-from typing import Dict, Optional, Sequence, Tuple, Union
+from typing import Dict, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from bert.config import ModelConfig
-from bert.model.stages import Stage, placement
-from ops.attention import CuSeqlens, attention, same_sample_mask
+from ops.attention import CuSeqlens, SampleIds, Segments, attention, for_layers
 from ops.dropout import dropout
 from ops.float8 import float8
 from ops.gather import embed, gather_tokens
-from ops.ipu import block, is_lowering, mark_loss, no_outline, recompute_from
+from ops.ipu import block, mark_loss, no_outline, recompute_from
 from ops.linear import linear_dropout_add_norm, linear_gelu, linears
 from ops.linear_cross_entropy import linear_cross_entropy
 
@@ -59,10 +58,10 @@ class SelfAttention(nn.Module):
         self.key = nn.Linear(config.hidden_size, config.hidden_size)
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden, within):
+    def forward(self, hidden, segments: Segments):
         layers = self.query, self.key, self.value
         query, key, value = linears(hidden, [layer.weight for layer in layers], [layer.bias for layer in layers])
-        return attention(query, key, value, within, self.heads, self.dropout if self.training else 0.0)
+        return attention(query, key, value, segments, self.heads, self.dropout if self.training else 0.0)
 
 
 class DenseAddNorm(nn.Module):
@@ -100,8 +99,8 @@ class DenseGelu(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """[R, L, H] -> [R, L, H], post-norm as in the paper (arXiv 1810.04805). `within` is attention's: which tokens are
-    one sample's."""
+    """[R, L, H] -> [R, L, H], post-norm as in the paper (arXiv 1810.04805). `segments` says which tokens are one
+    sample's."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -110,36 +109,30 @@ class EncoderLayer(nn.Module):
         self.intermediate = DenseGelu(config)
         self.output = DenseAddNorm(config.intermediate_size, config, "output")
 
-    def forward(self, hidden, within):
-        hidden = self.attention["output"](self.attention["self"](hidden, within), hidden)
+    def forward(self, hidden, segments: Segments):
+        hidden = self.attention["output"](self.attention["self"](hidden, segments), hidden)
         return self.output(self.intermediate(hidden), hidden)
 
 
 class Bert(nn.Module):
     """Embeddings and encoder, without heads: a batch of rows -> hidden [R, L, H]."""
 
-    def __init__(self, config: ModelConfig, stages: Sequence[Stage], recompute: bool = True, float8: bool = False):
+    def __init__(self, config: ModelConfig, float8: bool = False):
         super().__init__()
-        self.ipu_of, self.recompute, self.float8 = placement(stages), recompute, float8
+        self.float8 = float8
         self.embeddings = Embeddings(config)
         self.encoder = nn.ModuleDict(
             {"layer": nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))}
         )
 
-    def forward(self, input_ids, token_type_ids, position_ids, samples: Union[torch.Tensor, CuSeqlens]):
-        """`samples` are the rows' sample_ids [R, L], or the spans of samples laid end to end."""
-        with block("embeddings", self.ipu_of["embeddings"]):
+    def forward(self, input_ids, token_type_ids, position_ids, segments: Segments):
+        with block("embeddings"):
             hidden = self.embeddings(input_ids, token_type_ids, position_ids)
-            if is_lowering():  # an input may go to one IPU only; this is small enough to be sent on to the others
-                within = samples.to(hidden.dtype)
-            else:
-                within = samples if isinstance(samples, CuSeqlens) else same_sample_mask(samples)
+            segments = for_layers(segments, hidden.dtype)
         with float8() if self.float8 else contextlib.nullcontext():
             for i, layer in enumerate(self.encoder["layer"]):
-                with block(f"layer{i}", self.ipu_of[f"layer{i}"]):
-                    hidden = layer(hidden, within)
-                    if self.recompute:
-                        hidden = recompute_from(hidden)
+                with block(f"layer{i}"):
+                    hidden = recompute_from(layer(hidden, segments))
         return hidden
 
 
@@ -186,14 +179,12 @@ class BertForPretraining(nn.Module):
     def __init__(
         self,
         config: ModelConfig,
-        stages: Sequence[Stage],
         serialization_factor: Optional[int] = None,
-        recompute: bool = True,
         float8: bool = False,
     ):
         super().__init__()
         self.serialization_factor = serialization_factor
-        self.bert = Bert(config, stages, recompute, float8)
+        self.bert = Bert(config, float8)
         self.bert.pooler = Pooler(config)
         self.cls = nn.ModuleDict(
             {"predictions": Predictions(config), "seq_relationship": nn.Linear(config.hidden_size, 2)}
@@ -207,9 +198,13 @@ class BertForPretraining(nn.Module):
         or tokens laid end to end. `mlm_used`, in a batch of rows, says which of the R * M mask slots hold a masked
         token: no others are computed.
         """
-        samples = CuSeqlens(batch["cu_seqlens"], batch["max_seqlen"]) if "cu_seqlens" in batch else batch["sample_ids"]
-        hidden = self.bert(batch["input_ids"], batch["token_type_ids"], batch["position_ids"], samples)
-        with block("heads", self.bert.ipu_of["heads"]):
+        segments: Segments = (
+            CuSeqlens(batch["cu_seqlens"], batch["max_seqlen"])
+            if "cu_seqlens" in batch
+            else SampleIds(batch["sample_ids"])
+        )
+        hidden = self.bert(batch["input_ids"], batch["token_type_ids"], batch["position_ids"], segments)
+        with block("heads"):
             mlm_hidden, labels, weights = (
                 gather_tokens(hidden, batch["mlm_positions"]),
                 batch["mlm_labels"],
