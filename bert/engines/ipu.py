@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from bert.config import IpuConfig
-from bert.model.stages import Stage
+from bert.model.stages import Stage, placement
 from bert.signals import cancellable
 from data.errors import InputError
 from ops.ipu import lowering
@@ -55,14 +55,22 @@ class IpuModel(nn.Module):
     """What PopTorch compiles: the tensors of a micro-batch of rows (data/rows.py) -> the loss and the graph's metrics,
     scalars.
 
-    In training the loss that is differentiated is `micro_batches` times the graph's: PopTorch takes the mean over so
-    many micro-batches, whose weights sum to 1 over all of them. So each has a loss of the usual size, which float16
-    needs.
+    In training the loss that is differentiated is the graph's times the number of micro-batches of a step: PopTorch
+    takes the mean over them, and their weights sum to 1 over all of them. So each has a loss of the usual size, which
+    float16 needs.
     """
 
-    def __init__(self, graph: nn.Module, poptorch, micro_batches: int, proportions: Dict[str, float]):
+    def __init__(self, graph: nn.Module, poptorch, stages: Sequence[Stage], ipu: IpuConfig):
         super().__init__()
-        self.graph, self.poptorch, self.micro_batches, self.proportions = graph, poptorch, micro_batches, proportions
+        self.graph = graph
+        micro_batches = ipu.gradient_accumulation_steps * ipu.replication_factor
+        self.lowering = (
+            poptorch,
+            placement(stages),
+            ipu.recompute_checkpoint_every_layer,
+            micro_batches,
+            ipu.operation_proportions,
+        )
 
     def forward(
         self,
@@ -89,7 +97,7 @@ class IpuModel(nn.Module):
             nsp_labels=nsp_labels,
             nsp_weights=nsp_weights,
         )
-        with lowering(self.poptorch, self.micro_batches, self.proportions):
+        with lowering(*self.lowering):
             loss, metrics = self.graph(batch)
         return (loss,) + tuple(metrics[name] for name in METRICS)
 
@@ -129,9 +137,7 @@ class IpuEngine:
         self.half = precision != "float32"
         if self.half:
             graph.half()
-        self.model = IpuModel(
-            graph, self.poptorch, ipu.gradient_accumulation_steps * ipu.replication_factor, ipu.operation_proportions
-        )
+        self.model = IpuModel(graph, self.poptorch, stages, ipu)
         self.optimizer = self.make_optimizer(weight_decay, betas, eps)
         self.compile_only, self.ipu_model = compile_only, ipu_model
         self.training, self.inference, self.moments = None, None, None

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bert.config import Config, samples_per_row
 from bert.model.graph import BertForPretraining
-from bert.model.stages import Stage, make_stages
+from bert.model.stages import Stage, make_stages, placement
 from data.packing import mask_slots_of_row
 from data.rows import batch_layout
 from ops.ipu import MATMULS, lowering
@@ -94,9 +94,7 @@ def trace(config: Config) -> Trace:
         ipu.micro_batch_size, data.sequence_length, mask_slots_of_row(data.mask_tokens, per_row), per_row
     )
     with torch.device("meta"):
-        graph = BertForPretraining(
-            config.model, stages, ipu.embedding_serialization_factor, ipu.recompute_checkpoint_every_layer
-        )
+        graph = BertForPretraining(config.model, ipu.embedding_serialization_factor)
         if config.training.precision != "float32":
             graph.half()
         batch = {
@@ -105,12 +103,14 @@ def trace(config: Config) -> Trace:
     tracer = Tracer(stages)
     for name, parameter in graph.named_parameters():
         tracer.value(parameter).parameter = name
-    proportions = {
-        name: name for name in MATMULS
-    }  # so that each product tells its name, where PopTorch is told a proportion
-    with lowering(Recorder(tracer), proportions=proportions), WholeOperations(), tracer, saved_tensors_hooks(
-        tracer.save, tracer.save
-    ):
+    lowered = lowering(
+        Recorder(tracer),
+        placement(stages),
+        ipu.recompute_checkpoint_every_layer,
+        # So that each product tells its name, where PopTorch is told a proportion.
+        proportions={name: name for name in MATMULS},
+    )
+    with lowered, WholeOperations(), tracer, saved_tensors_hooks(tracer.save, tracer.save):
         graph(batch)
     return tracer.trace
 

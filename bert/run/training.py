@@ -281,9 +281,7 @@ def make_engine(config: Config, device: str):
     stages = make_stages(config.ipu.layers_per_ipu, config.ipu.matmul_proportion)
     graph = BertForPretraining(
         config.model,
-        stages,
         config.ipu.embedding_serialization_factor,
-        config.ipu.recompute_checkpoint_every_layer,
         config.training.precision == "float8",
     )
     initialize(graph, config.model.initializer_range, config.training.seed)

@@ -121,7 +121,7 @@ def graph_and_batch(float8, hidden=64, layers=2, rows=8, length=32, vocab=100, s
         attention_probs_dropout_prob=0.0,
         initializer_range=0.05,
     )
-    graph = BertForPretraining(config, make_stages([0, layers], 0.25), float8=float8)
+    graph = BertForPretraining(config, float8=float8)
     initialize(graph, config.initializer_range, seed)
     g = torch.Generator().manual_seed(seed)
     positions = torch.rand(rows, length, generator=g).argsort(1)[:, :5]

@@ -9,7 +9,7 @@ from bert.engines.micro_batch import full_rows
 from bert.run.training import make_engine
 from data.packing import mask_slots_of_row
 from data.rows import packed_batch
-from ops.attention import CuSeqlens, attention, same_sample_mask
+from ops.attention import CuSeqlens, SampleMask, attention, same_sample_mask
 from tests.cuda import on_cuda
 from tests.make_samples import random_samples
 
@@ -118,7 +118,7 @@ def test_flash_attention_over_tokens_laid_end_to_end_agrees_with_the_mask():
     lengths, heads = [100, 28, 128, 1, 60, 0, 67], 4
     starts = torch.tensor([0] + lengths).cumsum(0).int().cuda()
     ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).cuda()
-    mask = same_sample_mask(ids[None])
+    mask = SampleMask(same_sample_mask(ids[None]))
     inputs = [
         torch.randn(sum(lengths), heads * 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)
     ]

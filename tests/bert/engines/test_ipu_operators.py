@@ -23,12 +23,8 @@ def trace(poptorch, name, training=True):
     data, ipu = config.data, config.ipu
     stages = make_stages(ipu.layers_per_ipu, ipu.matmul_proportion)
     with torch.device("meta"):
-        graph = BertForPretraining(
-            config.model, stages, ipu.embedding_serialization_factor, ipu.recompute_checkpoint_every_layer
-        ).half()
-    model = IpuModel(
-        graph, poptorch, ipu.gradient_accumulation_steps * ipu.replication_factor, ipu.operation_proportions
-    ).train(training)
+        graph = BertForPretraining(config.model, ipu.embedding_serialization_factor).half()
+    model = IpuModel(graph, poptorch, stages, ipu).train(training)
     per_row = data.samples_per_row if data.packing == "rows" else 1
     layout = batch_layout(
         ipu.micro_batch_size, data.sequence_length, mask_slots_of_row(data.mask_tokens, per_row), per_row

@@ -9,6 +9,7 @@ from bert.config import ModelConfig
 from bert.model.graph import BertForPretraining, initialize
 from bert.model.stages import make_stages
 from data.rows import unpad
+from ops.attention import SampleIds
 from ops.ipu import lowering
 
 VOCAB, MASKS = 211, 9
@@ -30,7 +31,7 @@ def small_config(eps=1e-12, dropout=0.0, layers=3):
 
 
 def make_graph(config, factor=1, seed=0):
-    graph = BertForPretraining(config, make_stages([0, config.num_hidden_layers], 0.25), factor)
+    graph = BertForPretraining(config, factor)
     initialize(graph, config.initializer_range, seed)
     with torch.no_grad():
         for name, parameter in graph.named_parameters():
@@ -135,7 +136,9 @@ def test_graph_gives_what_transformers_gives(eps, length, padded):
     loss, metrics = graph(batch)
     expected = model(**theirs)
 
-    hidden = graph.bert(batch["input_ids"], batch["token_type_ids"], batch["position_ids"], batch["sample_ids"])
+    hidden = graph.bert(
+        batch["input_ids"], batch["token_type_ids"], batch["position_ids"], SampleIds(batch["sample_ids"])
+    )
     everywhere = torch.arange(length).expand(4, -1)
     logits = graph.mlm_logits(hidden, everywhere).view(4, length, VOCAB)
     inside = batch["sample_ids"].bool()
@@ -157,7 +160,9 @@ def test_graph_gives_what_transformers_gives(eps, length, padded):
 def test_accuracy_is_the_share_of_right_predictions():
     graph = make_graph(small_config())
     batch, _ = random_batch(6, 64, seed=3)
-    hidden = graph.bert(batch["input_ids"], batch["token_type_ids"], batch["position_ids"], batch["sample_ids"])
+    hidden = graph.bert(
+        batch["input_ids"], batch["token_type_ids"], batch["position_ids"], SampleIds(batch["sample_ids"])
+    )
     predicted = graph.mlm_logits(hidden, batch["mlm_positions"]).argmax(-1)
     batch["mlm_labels"] = torch.where(torch.arange(6 * MASKS) % 3 == 0, predicted, predicted + 1).view(6, MASKS) % VOCAB
     weight = batch["mlm_weights"].flatten()
@@ -266,10 +271,14 @@ def test_one_sample_does_not_see_another_in_its_row():
     graph = make_graph(small_config())
     batch, _ = random_batch(2, 32, seed=5)
     packed = pack(batch, [[0, 1]])
-    before = graph.bert(packed["input_ids"], packed["token_type_ids"], packed["position_ids"], packed["sample_ids"])
+    before = graph.bert(
+        packed["input_ids"], packed["token_type_ids"], packed["position_ids"], SampleIds(packed["sample_ids"])
+    )
     second = packed["sample_ids"] == 2
     packed["input_ids"][second] = (packed["input_ids"][second] + 1) % VOCAB
-    after = graph.bert(packed["input_ids"], packed["token_type_ids"], packed["position_ids"], packed["sample_ids"])
+    after = graph.bert(
+        packed["input_ids"], packed["token_type_ids"], packed["position_ids"], SampleIds(packed["sample_ids"])
+    )
     first = packed["sample_ids"] == 1
     assert torch.equal(before[first], after[first]) and not torch.equal(before[second], after[second])
 
@@ -292,7 +301,7 @@ def test_initial_weights_follow_the_recipe_and_the_seed():
     config = ModelConfig(
         vocab_size=1000, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128
     )
-    graphs = [BertForPretraining(config, make_stages([0, 2], 0.25)) for _ in range(3)]
+    graphs = [BertForPretraining(config) for _ in range(3)]
     for graph, seed in zip(graphs, (1, 1, 2)):
         initialize(graph, 0.02, seed)
     first, same, other = [dict(graph.named_parameters()) for graph in graphs]

@@ -68,9 +68,8 @@ def plan_of(*arguments):
 
 
 def parameters_of(config):
-    stages = make_stages(config.ipu.layers_per_ipu, config.ipu.matmul_proportion)
     with torch.device("meta"):
-        return sum(one.numel() for one in BertForPretraining(config.model, stages).parameters())
+        return sum(one.numel() for one in BertForPretraining(config.model).parameters())
 
 
 def useful_flops(config):

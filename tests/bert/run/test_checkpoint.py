@@ -13,6 +13,7 @@ from bert.model.stages import make_stages
 from bert.run.checkpoint import list_checkpoints, load_weights, save_checkpoint
 from data.errors import InputError
 from data.tokenizer import SPECIAL_WORDS
+from ops.attention import SampleIds
 from tests.bert.model.test_graph import make_graph, random_batch, small_config
 
 WORDS = list(SPECIAL_WORDS) + ["hello", "world", "##s", "!"] + [f"word{i}" for i in range(202)]
@@ -102,7 +103,7 @@ def test_a_real_checkpoint_gives_transformers_hidden_states():
             )
         }
     )
-    graph = BertForPretraining(config, make_stages([0, 6], 0.25)).eval()
+    graph = BertForPretraining(config).eval()
     initialize(graph, 0.02, 0)
     found = load_weights(folder, dict(graph.named_parameters()), config)
     assert {name for name in dict(graph.named_parameters()) if name not in found} == {
@@ -117,7 +118,7 @@ def test_a_real_checkpoint_gives_transformers_hidden_states():
     with torch.no_grad():
         expected = AutoModel.from_pretrained(folder, attn_implementation="eager").eval()(**text).last_hidden_state
         position = torch.arange(expected.shape[1]).expand(2, -1)
-        hidden = graph.bert(text["input_ids"], text["token_type_ids"], position, text["attention_mask"])
+        hidden = graph.bert(text["input_ids"], text["token_type_ids"], position, SampleIds(text["attention_mask"]))
     inside = text["attention_mask"].bool()
     assert (hidden - expected)[inside].abs().max() < 1e-5
 
