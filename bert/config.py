@@ -22,7 +22,6 @@ __all__ = [
     "OptimizerConfig",
     "TaskConfig",
     "TrainingConfig",
-    "learning_rate_at",
     "parse_command_line",
     "samples_per_row",
     "validate",
@@ -553,14 +552,3 @@ def samples_per_row(config: Config, device: str) -> int:
     """How many samples a row may hold: packing `auto` means one on IPUs."""
     packing = config.data.packing
     return 1 if packing == "off" or (packing == "auto" and device == "ipu") else config.data.samples_per_row
-
-
-def learning_rate_at(step: int, optimizer: OptimizerConfig, max_steps: int) -> float:
-    """The learning rate of step 1..max_steps: up to the peak at the last warm-up step, then down, to reach 0 after the
-    last step."""
-    warmup = math.ceil(
-        round(optimizer.warmup_ratio * max_steps, 6)
-    )  # 0.28 * 10500 is a little over 2940 in floating point
-    if step <= warmup:
-        return optimizer.learning_rate * step / warmup
-    return optimizer.learning_rate * (max_steps - step + 1) / (max_steps - warmup + (1 if warmup else 0))

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from bert.config import Config, learning_rate_at, samples_per_row, validate_for_ipu
+from bert.config import Config, samples_per_row, validate_for_ipu
 from bert.engines import choose_device
 from bert.engines.ipu import METRICS, IpuEngine, process
 from bert.engines.micro_batch import full_rows, largest_that_fits, peak_memory
@@ -26,6 +26,7 @@ from bert.model.stages import make_stages
 from bert.run.checkpoint import list_checkpoints, load_moments, load_weights, read_json, save_checkpoint, write_json
 from bert.run.curve import draw_curve, read_metrics
 from bert.run.run_folder import claim, find_checkpoint
+from bert.schedules import learning_rate_at
 from bert.signals import interruptible, protected
 from data.errors import InputError, LoaderDied
 from data.loading.loader import GlobalBatch, Loader, batches_in_order

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from benchmarks.synthetic import draw_lengths
-from bert.config import OptimizerConfig, flatten, learning_rate_at, parse_command_line
+from bert.config import OptimizerConfig, flatten, parse_command_line
+from bert.schedules import learning_rate_at
 from data.errors import InputError
 from data.packing import largest_prefix, mask_slots_of_row
 from run_pretraining import main
