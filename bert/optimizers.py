@@ -1,0 +1,216 @@
+"""Optimizers by name, and what every one of them has: named state, skipped updates, weights to compute with.
+
+Another optimizer is one more entry, `OPTIMIZERS["mine"] = make_mine`: steps, checkpoints and resuming then work. A
+maker takes the named parameters and the config's optimizer section, and returns optimizers whose groups list their
+parameters' `names` beside `params`. It tells parameters apart by name and number of dimensions, not by size.
+"""
+
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Sequence, Tuple
+
+import torch
+from torch.nn import Parameter
+
+from bert.config import OptimizerConfig
+from data.errors import InputError
+from ops.lamb import Lamb, lamb_groups
+
+__all__ = ["NamedOptimizer", "OPTIMIZERS", "decay_groups", "make_optimizer"]
+
+NamedParameters = Sequence[Tuple[str, Parameter]]
+
+
+def make_lamb(named_parameters: NamedParameters, config: OptimizerConfig) -> List[torch.optim.Optimizer]:
+    """LAMB without bias correction (ops/lamb.py), in the recipe's groups."""
+    groups = lamb_groups(named_parameters, config.weight_decay)
+    return [Lamb(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps)]
+
+
+def make_adamw(named_parameters: NamedParameters, config: OptimizerConfig) -> List[torch.optim.Optimizer]:
+    """torch's AdamW; its fused form where torch has one for the parameters' device."""
+    options: Dict[str, Any] = dict(lr=config.learning_rate, betas=tuple(config.betas), eps=config.eps)
+    groups = decay_groups(named_parameters, config.weight_decay)
+    try:
+        return [torch.optim.AdamW(groups, fused=True, **options)]
+    except RuntimeError:
+        return [torch.optim.AdamW(groups, **options)]
+
+
+def make_muon(named_parameters: NamedParameters, config: OptimizerConfig) -> List[torch.optim.Optimizer]:
+    """torch's Muon, with its own momentum, for the encoder's matrices; AdamW for embeddings, heads, biases and norms.
+
+    The encoder's matrices are the parameters of two dimensions with ".encoder." in their names. Muon's updates are
+    scaled to the size of AdamW's, so that one learning rate suits both (arXiv 2502.16982).
+    """
+    muon = getattr(torch.optim, "Muon", None)
+    if muon is None:
+        raise InputError(
+            f'optimizer.name is "muon", but torch {torch.__version__} has no Muon; 2.9 and newer do. Install '
+            'requirements.txt, or set optimizer.name to "adamw"'
+        )
+    matrices = {name: p for name, p in named_parameters if p.dim() == 2 and ".encoder." in name}
+    rest = [(name, p) for name, p in named_parameters if name not in matrices]
+    optimizers = make_adamw(rest, config) if rest else []
+    if matrices:
+        group = {"params": list(matrices.values()), "names": list(matrices)}
+        options = dict(lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
+        optimizers.append(muon([group], **options))
+    return optimizers
+
+
+def decay_groups(named_parameters: NamedParameters, weight_decay: float) -> List[Dict[str, Any]]:
+    """AdamW's groups: matrices and embeddings decay; biases and LayerNorms, of one dimension, do not."""
+    groups: List[Dict[str, Any]] = [
+        {"params": [], "names": [], "weight_decay": weight_decay},
+        {"params": [], "names": [], "weight_decay": 0.0},
+    ]
+    for name, parameter in named_parameters:
+        group = groups[0 if parameter.dim() > 1 else 1]
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return groups
+
+
+Maker = Callable[[NamedParameters, OptimizerConfig], List[torch.optim.Optimizer]]
+OPTIMIZERS: Dict[str, Maker] = {"lamb": make_lamb, "adamw": make_adamw, "muon": make_muon}
+
+
+class NamedOptimizer:
+    """The optimizers that `config` asks for, as one whose state goes by the parameters' names.
+
+    `skipped` counts, on the parameters' device, the updates that were left out because a gradient was not finite:
+    weights, state and compute weights are then as they were. `compute_weights` maps parameters to bfloat16 tensors of
+    their shapes, which each update fills with the weights rounded to nearest even.
+    """
+
+    def __init__(
+        self,
+        named_parameters: NamedParameters,
+        config: OptimizerConfig,
+        compute_weights: Mapping[torch.Tensor, torch.Tensor],
+    ):
+        self.named_parameters, self.config, self.compute_weights = named_parameters, config, dict(compute_weights)
+        self.optimizers = OPTIMIZERS[config.name](named_parameters, config)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=named_parameters[0][1].device)
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, Lamb):
+                optimizer.copies, optimizer.skipped = self.compute_weights, self.skipped
+
+    def step(self, learning_rate: float) -> None:
+        """One update with the gradients that the parameters have."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+        if len(self.optimizers) == 1 and isinstance(self.optimizers[0], Lamb):
+            self.optimizers[0].step()  # its kernels skip, count and round themselves
+        elif self.gradients_are_finite():
+            for optimizer in self.optimizers:
+                optimizer.step()
+            with torch.no_grad():
+                for parameter, rounded in self.compute_weights.items():
+                    rounded.copy_(parameter)
+
+    def gradients_are_finite(self) -> bool:
+        """Whether to go on with the update; counts it as skipped otherwise.
+
+        Optimizers that can leave an update out on the device are told there, without a wait for the device: by
+        `found_inf`, as torch.amp.GradScaler tells them.
+        """
+        gradients = [p.grad for _, p in self.named_parameters if p.grad is not None and p.numel() > 0]
+        if not gradients:
+            return False
+        broken = ~torch.stack(torch._foreach_norm(gradients, float("inf"))).isfinite().all()
+        self.skipped += broken
+        if not all(getattr(optimizer, "_step_supports_amp_scaling", False) for optimizer in self.optimizers):
+            return not bool(broken)
+        for optimizer in self.optimizers:
+            vars(optimizer).update(grad_scale=None, found_inf=broken.float())
+        return True
+
+    def state_dict(self) -> Dict[str, torch.Tensor]:
+        """ "<parameter name>.<key>" -> tensor, on the CPU; a number is a tensor too. Empty before the first step."""
+        return {
+            f"{name}.{key}": torch.as_tensor(value).detach().cpu().contiguous()
+            for optimizer, name, parameter in named_in_groups(self.optimizers)
+            for key, value in optimizer.state.get(parameter, {}).items()
+        }
+
+    def load_state_dict(self, tensors: Mapping[str, torch.Tensor], skipped: int = 0) -> None:
+        """Takes what `state_dict` gives, and the number of skipped updates.
+
+        A parameter that has no state in `tensors` never had a gradient, and starts afresh. Raises InputError for keys
+        or shapes that are not this optimizer's.
+        """
+        layout = self.state_layout()
+        self.check(tensors, layout)
+        self.skipped.fill_(skipped)
+        for optimizer, name, parameter in named_in_groups(self.optimizers):
+            optimizer.state.pop(parameter, None)
+            for key, like in layout[name].items():
+                tensor = tensors.get(f"{name}.{key}")
+                if tensor is not None:
+                    is_number = not isinstance(like, torch.Tensor)
+                    value = tensor.item() if is_number else tensor.to(like.device, like.dtype, copy=True)
+                    optimizer.state[parameter][key] = value
+
+    def check(self, tensors: Mapping[str, torch.Tensor], layout: Mapping[str, Mapping[str, Any]]) -> None:
+        expected, problems = {}, []
+        for name, keys in layout.items():
+            likes = {f"{name}.{key}": torch.as_tensor(like) for key, like in keys.items()}
+            expected.update(likes)
+            missing = likes.keys() - tensors.keys()
+            problems += [f"{key} is missing" for key in sorted(missing) if len(missing) < len(likes)]
+        for key, tensor in tensors.items():
+            if key not in expected:
+                problems.append(f"{key} is unexpected")
+            elif tensor.shape != expected[key].shape:
+                problems.append(f"{key} has the shape {list(tensor.shape)}, expected {list(expected[key].shape)}")
+        if problems:
+            more = f", and {len(problems) - 3:,} more" if len(problems) > 3 else ""
+            raise InputError(
+                f'the optimizer\'s state is not one of optimizer.name "{self.config.name}": {", ".join(problems[:3])}'
+                f"{more}. Resume with the optimizer and the model that it was saved with"
+            )
+
+    def state_bytes(self) -> int:
+        """Bytes of the state that steps keep for all parameters, whether it is there already or not."""
+        likes = [torch.as_tensor(like) for keys in self.state_layout().values() for like in keys.values()]
+        return sum(like.numel() * like.element_size() for like in likes)
+
+    def state_layout(self) -> Dict[str, Dict[str, Any]]:
+        """Parameter name -> key -> what the state has after a step: a number, or a tensor of that shape, type and
+        device, without memory of its own. A step of tiny parameters shows it."""
+        tiny = [(name, Parameter(p.detach().new_zeros([2] * p.dim()))) for name, p in self.named_parameters]
+        for _, parameter in tiny:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizers = OPTIMIZERS[self.config.name](tiny, self.config)
+        for optimizer in optimizers:
+            optimizer.step()
+        shapes = {name: p.shape for name, p in self.named_parameters}
+        layout: Dict[str, Dict[str, Any]] = {}
+        for optimizer, name, parameter in named_in_groups(optimizers):
+            layout[name] = dict(optimizer.state[parameter])
+            for key, value in layout[name].items():
+                if isinstance(value, torch.Tensor):
+                    shape = shapes[name] if value.shape == parameter.shape else value.shape
+                    layout[name][key] = value.new_empty(()).expand(shape)
+        return layout
+
+
+def named_in_groups(
+    optimizers: Sequence[torch.optim.Optimizer],
+) -> Iterator[Tuple[torch.optim.Optimizer, str, Parameter]]:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for name, parameter in zip(group["names"], group["params"]):
+                yield optimizer, name, parameter
+
+
+def make_optimizer(
+    named_parameters: Iterable[Tuple[str, Parameter]],
+    config: OptimizerConfig,
+    compute_weights: Mapping[torch.Tensor, torch.Tensor] = {},
+) -> NamedOptimizer:
+    """The optimizer that `config` names, for all parameters. Raises InputError for a name that OPTIMIZERS lacks."""
+    if config.name not in OPTIMIZERS:
+        raise InputError(f'optimizer.name is "{config.name}", expected one of {", ".join(OPTIMIZERS)}')
+    return NamedOptimizer(list(named_parameters), config, compute_weights)
