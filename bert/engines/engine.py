@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from bert.model.model import Model
+from bert.tasks.task import Task
 
 __all__ = ["Arrays", "Engine", "ignore_progress"]
 
@@ -21,6 +22,7 @@ class Engine(Protocol):
     """Trains a `Model` on one kind of device, in one process of one or many."""
 
     model: Model
+    task: Task
     steps_done: int
     """The last step whose update is in the weights."""
     micro_batch_size: int
