@@ -6,9 +6,11 @@ import platform
 import sys
 from typing import Tuple
 
+from bert.config import Config
+from bert.validation import validate_for_ipu
 from data.errors import InputError
 
-__all__ = ["choose_device"]
+__all__ = ["choose_device", "find_device", "has_static_shapes", "process_of"]
 
 # What the IPU engine takes from Graphcore's packages. Others of these names have none of it.
 SDK_NAMES = {
@@ -50,6 +52,33 @@ def choose_device(wanted: str, ipus: int = 1, needs_hardware: bool = True) -> Tu
         torch.get_num_threads(),
         "" if wanted == "cpu" else ": no CUDA device, %s" % why,
     )
+
+
+def find_device(config: Config) -> Tuple[str, str]:
+    """(device, line that says why) for a run of `config`. Raises InputError, too, where it is an IPU and the config asks
+    more of IPUs than there is."""
+    ipus = len(config.ipu.layers_per_ipu) * config.ipu.replication_factor // process_of("ipu")[1]
+    without_hardware = config.compile_only or config.ipu_model
+    device, line = choose_device("ipu" if without_hardware else config.device, ipus, not without_hardware)
+    if device == "ipu":
+        try:
+            validate_for_ipu(config)
+        except InputError as error:
+            raise InputError(f"{error}. To train without the IPUs that are here: --device cuda or --device cpu")
+    return device, line
+
+
+def has_static_shapes(device: str) -> bool:
+    """Whether all global batches must have the same shape there."""
+    return device == "ipu"
+
+
+def process_of(device: str) -> Tuple[int, int]:
+    """(rank, number) of this process among those of the run: poprun's on IPUs; (0, 1) elsewhere."""
+    if device != "ipu" or importlib.util.find_spec("popdist") is None:
+        return 0, 1
+    popdist = importlib.import_module("popdist")
+    return (popdist.getInstanceIndex(), popdist.getNumInstances()) if popdist.isPopdistEnvSet() else (0, 1)
 
 
 def is_installed(name: str) -> bool:

@@ -4,7 +4,6 @@ Shape letters: R rows, L tokens of a row, M mask slots of a row, S samples of a 
 """
 
 import importlib
-import importlib.util
 import re
 import time
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 
 from bert.config import Config, IpuConfig
+from bert.engines.choosing import process_of
 from bert.engines.engine import Arrays, ignore_progress
 from bert.model.batch import Batch
 from bert.model.model import Model
@@ -26,17 +26,9 @@ from data.errors import InputError
 from ops.ipu import lowering
 from ops.lamb import lamb_groups
 
-__all__ = ["IpuEngine", "IpuModel", "make_options", "process"]
+__all__ = ["IpuEngine", "IpuModel", "make_options"]
 
 MOMENTS = {"exp_avg": "Accl1___", "exp_avg_sq": "Accl2___"}  # PopART's prefixes of the optimizer's state
-
-
-def process() -> Tuple[int, int]:
-    """(index, number) of this process among those that poprun started; (0, 1) without it."""
-    if importlib.util.find_spec("popdist") is None:
-        return 0, 1
-    popdist = importlib.import_module("popdist")
-    return (popdist.getInstanceIndex(), popdist.getNumInstances()) if popdist.isPopdistEnvSet() else (0, 1)
 
 
 class IpuModel(nn.Module):
@@ -87,7 +79,7 @@ class IpuEngine:
         self.stages = make_stages(config.ipu.layers_per_ipu, config.ipu.matmul_proportion)
         self.micro_batch_size, self.steps_per_call = config.ipu.micro_batch_size, config.ipu.device_iterations
         self.steps_done = 0
-        self.rank, self.world_size = process()
+        self.rank, self.world_size = process_of("ipu")
         if self.world_size > 1:
             self.check_poprun()
         self.half = config.training.precision != "float32"
@@ -282,7 +274,7 @@ def is_attached(executor) -> bool:
 def make_options(poptorch, stages: Sequence[Stage], config: Config, half: bool, seed: int, training: bool):
     """poptorch.Options for the training executable, or for one that evaluates."""
     ipu = config.ipu
-    if process()[1] > 1:  # poprun says how many replicas there are
+    if process_of("ipu")[1] > 1:  # poprun says how many replicas there are
         options = importlib.import_module("popdist.poptorch").Options(
             ipus_per_replica=1 + max(stage.ipu for stage in stages)
         )

@@ -9,7 +9,7 @@ number of tokens T.
 from torch import nn
 
 from bert.config import ModelConfig
-from bert.model.batch import State
+from bert.model.batch import Batch, State
 from ops.attention import attention, for_layers
 from ops.dropout import dropout
 from ops.gather import embed
@@ -31,14 +31,17 @@ class Embeddings(nn.Module):
         self.dropout = config.hidden_dropout_prob
 
     def forward(self, state: State) -> State:
-        batch = state.batch
-        words = embed(batch.input_ids, self.word_embeddings.weight)
-        types = embed(batch.token_type_ids, self.token_type_embeddings.weight)
-        embedded = words + types + embed(batch.position_ids, self.position_embeddings.weight)
+        embedded = self.sum(state.batch)
         with no_outline("embeddings"):
             normal = self.LayerNorm(embedded)
         hidden = dropout(normal, self.dropout if self.training else 0.0)
-        return state._replace(hidden=hidden, segments=for_layers(batch.segments, hidden.dtype))
+        return state._replace(hidden=hidden, segments=for_layers(state.batch.segments, hidden.dtype))
+
+    def sum(self, batch: Batch):
+        """The embeddings' sum, [R, L, H]."""
+        words = embed(batch.input_ids, self.word_embeddings.weight)
+        types = embed(batch.token_type_ids, self.token_type_embeddings.weight)
+        return words + types + embed(batch.position_ids, self.position_embeddings.weight)
 
 
 class SelfAttention(nn.Module):

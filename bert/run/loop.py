@@ -61,7 +61,9 @@ class Run:
         weights, optimizer_state = engine.weights(), engine.optimizer_state()  # of all processes together
         if not all(torch.isfinite(tensor).all() for tensor in weights.values()):
             raise Diverged(f"step {engine.steps_done}: weights are not finite")
-        if engine.rank == 0:
+        if engine.rank:
+            self.saved_step = engine.steps_done
+        else:
             state = self.state.to_json(self.data_set.identity(), engine.skipped_updates(), list(engine.task.metrics))
             state["config"] = dataclasses.asdict(config)
             model = describe_model(config, engine)
@@ -70,7 +72,6 @@ class Run:
                 path = save_checkpoint(checkpoints_of(config), state, weights, optimizer_state, model, tokens, keep)
                 self.saved_step = engine.steps_done
             logger.info("saved %s", path)
-        self.saved_step = engine.steps_done
 
 
 def train(config: Config, make_model: Callable[[Config, Task], Model] = make_model) -> int:

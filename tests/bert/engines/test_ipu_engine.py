@@ -14,7 +14,7 @@ from bert.config import IpuConfig, parse_command_line
 from bert.engines.ipu import make_options, read_moments, write_moments
 from bert.model.stages import make_stages
 from bert.run.checkpoint import list_checkpoints, read_safetensors
-from bert.run.training import make_engine
+from bert.engines import make_engine
 from data.errors import InputError
 from data.rows import unpacked_batch
 from run_pretraining import main
@@ -52,9 +52,7 @@ def shards(tmp_path):
 def engines(monkeypatch):
     """The engines of the runs, in order."""
     made = []
-    monkeypatch.setattr(
-        "bert.run.training.make_engine", lambda *arguments: made.append(make_engine(*arguments)) or made[-1]
-    )
+    monkeypatch.setattr("bert.run.loop.make_engine", lambda *arguments: made.append(make_engine(*arguments)) or made[-1])
     return made
 
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from bert.config import CONFIG_FOLDER, parse_command_line
-from bert.model.graph import BertForPretraining
 from bert.model.stages import make_stages
 from bert.plan.ipu_plan import IPU_BYTES, make_ipu_plan, temporaries
 from bert.plan.measure import Measured
@@ -26,6 +25,7 @@ from bert.plan.report import (
     speed_of,
 )
 from bert.plan.trace import trace
+from bert.tasks import make_model, make_task
 from bert.plan.warnings import warnings_of
 from bert.run.training import duration
 from data.errors import InputError
@@ -69,7 +69,7 @@ def plan_of(*arguments):
 
 def parameters_of(config):
     with torch.device("meta"):
-        return sum(one.numel() for one in BertForPretraining(config.model).parameters())
+        return sum(parameter.numel() for parameter in make_model(config, make_task(config)).parameters())
 
 
 def useful_flops(config):

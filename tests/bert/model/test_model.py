@@ -1,12 +1,14 @@
-"""The graph against transformers' BertForPreTraining, and against itself on packed rows."""
+"""The model against transformers' BertForPreTraining, and against itself on packed rows."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import BertConfig, BertForPreTraining
+from transformers import BertConfig, BertForMaskedLM, BertForPreTraining
 
-from bert.config import ModelConfig
-from bert.model.graph import BertForPretraining, initialize
+from bert.config import Config, IpuConfig, ModelConfig
+from bert.model.batch import Batch
+from bert.model.model import initialize
+from bert.tasks import make_model, make_task
 from bert.model.stages import make_stages
 from data.rows import unpad
 from ops.attention import SampleIds
@@ -30,19 +32,22 @@ def small_config(eps=1e-12, dropout=0.0, layers=3):
     )
 
 
-def make_graph(config, factor=1, seed=0):
-    graph = BertForPretraining(config, factor)
-    initialize(graph, config.initializer_range, seed)
+def make_perturbed_model(config, parts=1, seed=0, **task):
+    """The model of a ModelConfig; `parts` of its MLM decoder; `task` is the task's settings."""
+    whole = Config(model=config, ipu=IpuConfig(embedding_serialization_factor=parts))
+    for key, value in task.items():
+        setattr(whole.task, key, value)
+    model = make_model(whole, make_task(whole))
+    initialize(model, config.initializer_range, seed)
     with torch.no_grad():
-        for name, parameter in graph.named_parameters():
+        for name, parameter in model.named_parameters():
             if name.endswith("bias") or "LayerNorm" in name:  # so that no term is trivially 0 or 1
-                parameter.add_(
-                    torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))), alpha=0.1
-                )
-    return graph.eval()
+                generator = torch.Generator().manual_seed(len(name))
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+    return model.eval()
 
 
-def make_transformers_model(config, graph):
+def make_transformers_model(config, graph, kind=BertForPreTraining):
     names = (
         "vocab_size",
         "hidden_size",
@@ -54,7 +59,7 @@ def make_transformers_model(config, graph):
         "hidden_dropout_prob",
         "attention_probs_dropout_prob",
     )
-    model = BertForPreTraining(
+    model = kind(
         BertConfig(**{name: getattr(config, name) for name in names}, attn_implementation="eager")
     )
     missing, unexpected = model.load_state_dict(graph.state_dict(), strict=False)
@@ -130,21 +135,19 @@ def assert_same_step(graph, batch, other, rtol=1e-5):
 @pytest.mark.parametrize("length, padded", [(128, True), (512, True), (128, False)])
 def test_graph_gives_what_transformers_gives(eps, length, padded):
     config = small_config(eps)
-    graph = make_graph(config)
+    graph = make_perturbed_model(config)
     model = make_transformers_model(config, graph)
     batch, theirs = random_batch(4, length, seed=length, padded=padded)
-    loss, metrics = graph(batch)
+    loss, metrics = graph(Batch.of_rows(batch))
     expected = model(**theirs)
 
-    hidden = graph.bert(
-        batch["input_ids"], batch["token_type_ids"], batch["position_ids"], SampleIds(batch["sample_ids"])
-    )
+    hidden = graph.encode(Batch.of_rows(batch))
     everywhere = torch.arange(length).expand(4, -1)
-    logits = graph.mlm_logits(hidden, everywhere).view(4, length, VOCAB)
+    logits = graph.cls.mlm_logits(hidden, everywhere).view(4, length, VOCAB)
     inside = batch["sample_ids"].bool()
     assert (logits - expected.prediction_logits)[inside].abs().max() < 1e-5
     assert (
-        graph.nsp_logits(hidden, batch["cls_positions"])[:, 0] - expected.seq_relationship_logits
+        graph.cls.nsp_logits(hidden, batch["cls_positions"])[:, 0] - expected.seq_relationship_logits
     ).abs().max() < 1e-5
 
     mlm = F.cross_entropy(expected.prediction_logits.flatten(0, 1), theirs["labels"].flatten())
@@ -157,19 +160,31 @@ def test_graph_gives_what_transformers_gives(eps, length, padded):
     assert_same_gradients(graph, {name: parameter.grad for name, parameter in model.named_parameters()})
 
 
+def test_without_nsp_the_model_is_transformers_for_mlm():
+    config = small_config()
+    graph = make_perturbed_model(config, nsp=False)
+    model = make_transformers_model(config, graph, BertForMaskedLM)
+    batch, theirs = random_batch(4, 64, seed=23)
+    loss, metrics = graph(Batch.of_rows({name: x for name, x in batch.items() if not name.startswith(("nsp", "cls"))}))
+    expected = model(**{name: x for name, x in theirs.items() if name != "next_sentence_label"})
+    assert list(metrics) == ["mlm_loss", "mlm_accuracy"]
+    assert abs(loss - expected.loss) < 1e-6 and metrics["mlm_loss"] == loss
+    loss.backward()
+    expected.loss.backward()
+    assert_same_gradients(graph, {name: parameter.grad for name, parameter in model.named_parameters()})
+
+
 def test_accuracy_is_the_share_of_right_predictions():
-    graph = make_graph(small_config())
+    graph = make_perturbed_model(small_config())
     batch, _ = random_batch(6, 64, seed=3)
-    hidden = graph.bert(
-        batch["input_ids"], batch["token_type_ids"], batch["position_ids"], SampleIds(batch["sample_ids"])
-    )
-    predicted = graph.mlm_logits(hidden, batch["mlm_positions"]).argmax(-1)
+    hidden = graph.encode(Batch.of_rows(batch))
+    predicted = graph.cls.mlm_logits(hidden, batch["mlm_positions"]).argmax(-1)
     batch["mlm_labels"] = torch.where(torch.arange(6 * MASKS) % 3 == 0, predicted, predicted + 1).view(6, MASKS) % VOCAB
     weight = batch["mlm_weights"].flatten()
-    assert torch.isclose(graph(batch)[1]["mlm_accuracy"], weight[torch.arange(6 * MASKS) % 3 == 0].sum())
-    predicted = graph.nsp_logits(hidden, batch["cls_positions"]).argmax(-1)
+    assert torch.isclose(graph(Batch.of_rows(batch))[1]["mlm_accuracy"], weight[torch.arange(6 * MASKS) % 3 == 0].sum())
+    predicted = graph.cls.nsp_logits(hidden, batch["cls_positions"]).argmax(-1)
     batch["nsp_labels"] = torch.cat([predicted[:2], 1 - predicted[2:]])
-    assert torch.isclose(graph(batch)[1]["nsp_accuracy"], torch.tensor(2 / 6))
+    assert torch.isclose(graph(Batch.of_rows(batch))[1]["nsp_accuracy"], torch.tensor(2 / 6))
 
 
 def pack(batch, groups):
@@ -207,37 +222,36 @@ def pack(batch, groups):
 
 
 def test_packed_rows_give_the_same_losses_and_gradients():
-    graph = make_graph(small_config())
+    graph = make_perturbed_model(small_config())
     batch, _ = random_batch(7, 64, seed=11)
-    assert_same_step(graph, batch, pack(batch, [[3, 0, 5], [1], [6, 2], [4]]))
+    assert_same_step(graph, Batch.of_rows(batch), Batch.of_rows(pack(batch, [[3, 0, 5], [1], [6, 2], [4]])))
+
+
+def unpadded(rows, static, device="cpu"):
+    fields = unpad({name: tensor.numpy() for name, tensor in rows.items()}, static)
+    return Batch.of_unpadded(
+        {name: x if name == "max_seqlen" else torch.from_numpy(x).to(device) for name, x in fields.items()}
+    )
 
 
 @pytest.mark.parametrize("static", [False, True])
 def test_tokens_laid_end_to_end_give_the_same_losses_and_gradients(static):
-    graph = make_graph(small_config())
+    graph = make_perturbed_model(small_config())
     rows, _ = random_batch(7, 64, seed=17)
     rows = pack(rows, [[3, 0, 5], [1], [6, 2], [4]])
-    tokens = unpad({name: tensor.numpy() for name, tensor in rows.items()}, static)
-    assert_same_step(
-        graph,
-        rows,
-        {name: value if name == "max_seqlen" else torch.from_numpy(value) for name, value in tokens.items()},
-    )
+    assert_same_step(graph, Batch.of_rows(rows), unpadded(rows, static))
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_the_forms_that_cuda_takes_trace_in_bfloat16_forward_and_backward(compiled):
     """On the meta device, which knows the shapes and types of CUDA's operations, flash attention's among them, but has
     no data."""
-    graph = make_graph(small_config(dropout=0.1), factor=2).to("meta", torch.bfloat16).train()
+    graph = make_perturbed_model(small_config(dropout=0.1), parts=2).to("meta", torch.bfloat16).train()
     if compiled:
-        for layer in graph.bert.encoder["layer"]:
+        for layer in graph.layers.values():
             layer.compile(dynamic=False, backend="aot_eager", fullgraph=True)
     rows, _ = random_batch(4, 64, seed=19)
-    tokens = unpad({name: tensor.numpy() for name, tensor in rows.items()}, static=True)
-    loss, _ = graph(
-        {name: value if name == "max_seqlen" else torch.from_numpy(value).to("meta") for name, value in tokens.items()}
-    )
+    loss, _ = graph(unpadded(rows, static=True, device="meta"))
     assert loss.dtype == torch.float32
     loss.backward()
     for name, parameter in graph.named_parameters():
@@ -245,53 +259,49 @@ def test_the_forms_that_cuda_takes_trace_in_bfloat16_forward_and_backward(compil
 
 
 def test_one_layer_is_compiled_not_all():
-    graph, compiled = make_graph(small_config(layers=6)).train(), []
+    graph, compiled = make_perturbed_model(small_config(layers=6)).train(), []
 
     def backend(traced, inputs):
         compiled.append(traced)
         return traced
 
-    for layer in graph.bert.encoder["layer"]:
+    for layer in graph.layers.values():
         layer.compile(dynamic=False, backend=backend, fullgraph=True)
     for seed in (1, 2):
         batch, _ = random_batch(3, 64, seed)
-        graph(batch)[0].backward()
+        graph(Batch.of_rows(batch))[0].backward()
     assert len(compiled) == 1
 
 
 def test_leaving_out_empty_mask_slots_changes_nothing():
-    graph = make_graph(small_config())
+    graph = make_perturbed_model(small_config())
     batch, _ = random_batch(5, 64, seed=13)
     used = batch["mlm_weights"].flatten().nonzero().flatten()
     assert 0 < len(used) < batch["mlm_weights"].numel()
-    assert_same_step(graph, batch, dict(batch, mlm_used=used), rtol=1e-6)
+    assert_same_step(graph, Batch.of_rows(batch), Batch.of_rows(dict(batch, mlm_used=used)), rtol=1e-6)
 
 
 def test_one_sample_does_not_see_another_in_its_row():
-    graph = make_graph(small_config())
+    graph = make_perturbed_model(small_config())
     batch, _ = random_batch(2, 32, seed=5)
     packed = pack(batch, [[0, 1]])
-    before = graph.bert(
-        packed["input_ids"], packed["token_type_ids"], packed["position_ids"], SampleIds(packed["sample_ids"])
-    )
+    before = graph.encode(Batch.of_rows(packed))
     second = packed["sample_ids"] == 2
     packed["input_ids"][second] = (packed["input_ids"][second] + 1) % VOCAB
-    after = graph.bert(
-        packed["input_ids"], packed["token_type_ids"], packed["position_ids"], SampleIds(packed["sample_ids"])
-    )
+    after = graph.encode(Batch.of_rows(packed))
     first = packed["sample_ids"] == 1
     assert torch.equal(before[first], after[first]) and not torch.equal(before[second], after[second])
 
 
 def test_forms_that_the_ipu_takes_give_the_same_losses_and_gradients():
-    graph = make_graph(small_config(), factor=2)
+    graph = make_perturbed_model(small_config(), parts=2)
     batch, _ = random_batch(5, 64, seed=7)
-    loss, _ = graph(batch)
+    loss, _ = graph(Batch.of_rows(batch))
     loss.backward()
     reference = {name: parameter.grad.clone() for name, parameter in graph.named_parameters()}
     graph.zero_grad()
     with lowering():
-        lowered, _ = graph(batch)
+        lowered, _ = graph(Batch.of_rows(batch))
     lowered.backward()
     assert torch.isclose(loss, lowered, rtol=1e-6)
     assert_same_gradients(graph, reference)
@@ -301,7 +311,7 @@ def test_initial_weights_follow_the_recipe_and_the_seed():
     config = ModelConfig(
         vocab_size=1000, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128
     )
-    graphs = [BertForPretraining(config) for _ in range(3)]
+    graphs = [make_perturbed_model(config) for _ in range(3)]
     for graph, seed in zip(graphs, (1, 1, 2)):
         initialize(graph, 0.02, seed)
     first, same, other = [dict(graph.named_parameters()) for graph in graphs]
