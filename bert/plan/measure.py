@@ -6,10 +6,11 @@ from typing import List
 
 import torch
 
-from bert.config import Config, validate_for_ipu
+from bert.config import Config
 from bert.engines import choose_device
 from bert.engines.micro_batch import full_rows
 from bert.run.training import make_engine
+from bert.validation import validate_for_ipu
 
 __all__ = ["Measured", "measure"]
 

@@ -15,9 +15,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bert.config import Config, samples_per_row
+from bert.config import Config
 from bert.model.graph import BertForPretraining
 from bert.model.stages import Stage, make_stages
+from bert.validation import samples_per_row
 from data.packing import mask_slots_of_row
 from data.rows import batch_layout
 from ops.ipu import MATMULS, lowering

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from bert.config import Config, samples_per_row, validate_for_ipu
+from bert.config import Config
 from bert.engines import choose_device
 from bert.engines.ipu import METRICS, IpuEngine, process
 from bert.engines.micro_batch import full_rows, largest_that_fits, peak_memory
@@ -28,6 +28,7 @@ from bert.run.curve import draw_curve, read_metrics
 from bert.run.run_folder import claim, find_checkpoint
 from bert.schedules import learning_rate_at
 from bert.signals import interruptible, protected
+from bert.validation import samples_per_row, validate_for_ipu
 from data.errors import InputError, LoaderDied
 from data.loading.loader import GlobalBatch, Loader, batches_in_order
 from data.loading.shard_files import open_shards

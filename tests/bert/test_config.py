@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from benchmarks.synthetic import draw_lengths
-from bert.config import OptimizerConfig, flatten, parse_command_line
+from bert.command_line import parse_command_line
+from bert.config import OptimizerConfig
 from bert.schedules import learning_rate_at
 from data.errors import InputError
 from data.packing import largest_prefix, mask_slots_of_row
@@ -31,8 +32,11 @@ def pod_config(pod, phase, large=False, packed=False):
 
 def differing(one, other):
     """The keys in which two configs differ, but for the name of the run's folder."""
-    one, other = [flatten(dataclasses.asdict(config)) for config in (one, other)]
-    return {key for key in one if one[key] != other[key]} - {"training.output"}
+    one, other = dataclasses.asdict(one), dataclasses.asdict(other)
+    differing = {key for key in one if not isinstance(one[key], dict) and one[key] != other[key]}
+    for section in (key for key in one if isinstance(one[key], dict)):
+        differing |= {f"{section}.{key}" for key in one[section] if one[section][key] != other[section][key]}
+    return differing - {"training.output"}
 
 
 @pytest.mark.parametrize("pod", PODS)
