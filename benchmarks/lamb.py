@@ -20,7 +20,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from benchmarks.pretraining import timed
 from benchmarks.report import median, print_table, write_json
 from benchmarks.timing import cuda_or_cpu
-from bert.config import parse_command_line
+from bert.command_line import parse_command_line
 from bert.engines import make_engine
 from data.errors import InputError
 from ops.lamb import Lamb, lamb_groups

@@ -30,7 +30,7 @@ from benchmarks.processes import Worker
 from benchmarks.report import median, print_table, write_json
 from benchmarks.synthetic import length_distribution, random_samples
 from benchmarks.timing import Stopwatch, cuda_or_cpu, gemm_rate, timed
-from bert.config import parse_command_line
+from bert.command_line import parse_command_line
 from bert.engines import make_engine
 from data.errors import InputError
 from data.loading.shard_files import open_shards, read_checked

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from bert.config import parse_command_line
+from bert.command_line import parse_command_line
 from bert.engines import make_engine
 from bert.engines.micro_batch import full_rows
 from bert.validation import row_shape

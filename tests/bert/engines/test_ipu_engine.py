@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from bert.config import Config, IpuConfig, parse_command_line
+from bert.command_line import parse_command_line
+from bert.config import Config, IpuConfig
 from bert.engines.ipu import make_options, read_moments, write_moments
 from bert.model.stages import make_stages
 from bert.run.checkpoint import list_checkpoints, read_safetensors

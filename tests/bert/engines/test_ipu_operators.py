@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from bert.config import parse_command_line
+from bert.command_line import parse_command_line
 from bert.engines.ipu import IpuModel
 from bert.model.stages import make_stages, placement
 from bert.tasks import make_model, make_task

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from bert.config import CONFIG_FOLDER, parse_command_line
+from bert.command_line import CONFIG_FOLDER, parse_command_line
 from bert.model.stages import make_stages
 from bert.plan.ipu_plan import IPU_BYTES, make_ipu_plan, temporaries
 from bert.plan.measure import Measured
@@ -195,7 +195,7 @@ def test_the_calibration_gives_back_the_published_speed():
     assert any("about 2,409 sequences/s" in line for line in ipu_report(config, found, look_at_data(config)))
 
 
-@pytest.mark.parametrize("path", sorted(glob.glob(os.path.join(CONFIG_FOLDER, "*pod*.json"))), ids=os.path.basename)
+@pytest.mark.parametrize("path", sorted(glob.glob(os.path.join(CONFIG_FOLDER, "ipu", "*.json"))), ids=os.path.basename)
 def test_the_pod_configs_fit(path):
     config = config_of(path)
     assert not any(

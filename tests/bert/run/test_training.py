@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from bert.config import parse_command_line
+from bert.command_line import parse_command_line
 from bert.engines.torch_devices import Cpu
 from bert.engines.torch_engine import TorchEngine
 from bert.run.checkpoint import list_checkpoints, read_safetensors, save_checkpoint
