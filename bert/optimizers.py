@@ -5,37 +5,38 @@ maker takes the named parameters and the config's optimizer section, and returns
 parameters' `names` beside `params`. It tells parameters apart by name and number of dimensions, not by size.
 """
 
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Tuple
 
 import torch
 from torch.nn import Parameter
+from torch.optim import Optimizer
 
 from bert.config import OptimizerConfig
 from data.errors import InputError
 from ops.lamb import Lamb, lamb_groups
 
-__all__ = ["NamedOptimizer", "OPTIMIZERS", "decay_groups", "make_optimizer"]
+__all__ = ["NamedOptimizer", "OPTIMIZERS", "make_optimizer"]
 
-NamedParameters = Sequence[Tuple[str, Parameter]]
+NamedParameters = List[Tuple[str, Parameter]]
 
 
-def make_lamb(named_parameters: NamedParameters, config: OptimizerConfig) -> List[torch.optim.Optimizer]:
+def make_lamb(named_parameters: NamedParameters, config: OptimizerConfig) -> List[Optimizer]:
     """LAMB without bias correction (ops/lamb.py), in the recipe's groups."""
     groups = lamb_groups(named_parameters, config.weight_decay)
     return [Lamb(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps)]
 
 
-def make_adamw(named_parameters: NamedParameters, config: OptimizerConfig) -> List[torch.optim.Optimizer]:
-    """torch's AdamW; its fused form where torch has one for the parameters' device."""
+def make_adamw(named_parameters: NamedParameters, config: OptimizerConfig) -> List[Optimizer]:
+    """torch's AdamW in LAMB's groups, which say what decays; its fused form where the parameters' device has one."""
+    groups = lamb_groups(named_parameters, config.weight_decay)
     options: Dict[str, Any] = dict(lr=config.learning_rate, betas=tuple(config.betas), eps=config.eps)
-    groups = decay_groups(named_parameters, config.weight_decay)
     try:
         return [torch.optim.AdamW(groups, fused=True, **options)]
     except RuntimeError:
         return [torch.optim.AdamW(groups, **options)]
 
 
-def make_muon(named_parameters: NamedParameters, config: OptimizerConfig) -> List[torch.optim.Optimizer]:
+def make_muon(named_parameters: NamedParameters, config: OptimizerConfig) -> List[Optimizer]:
     """torch's Muon, with its own momentum, for the encoder's matrices; AdamW for embeddings, heads, biases and norms.
 
     The encoder's matrices are the parameters of two dimensions with ".encoder." in their names. Muon's updates are
@@ -57,20 +58,7 @@ def make_muon(named_parameters: NamedParameters, config: OptimizerConfig) -> Lis
     return optimizers
 
 
-def decay_groups(named_parameters: NamedParameters, weight_decay: float) -> List[Dict[str, Any]]:
-    """AdamW's groups: matrices and embeddings decay; biases and LayerNorms, of one dimension, do not."""
-    groups: List[Dict[str, Any]] = [
-        {"params": [], "names": [], "weight_decay": weight_decay},
-        {"params": [], "names": [], "weight_decay": 0.0},
-    ]
-    for name, parameter in named_parameters:
-        group = groups[0 if parameter.dim() > 1 else 1]
-        group["params"].append(parameter)
-        group["names"].append(name)
-    return groups
-
-
-Maker = Callable[[NamedParameters, OptimizerConfig], List[torch.optim.Optimizer]]
+Maker = Callable[[NamedParameters, OptimizerConfig], List[Optimizer]]
 OPTIMIZERS: Dict[str, Maker] = {"lamb": make_lamb, "adamw": make_adamw, "muon": make_muon}
 
 
@@ -82,12 +70,7 @@ class NamedOptimizer:
     their shapes, which each update fills with the weights rounded to nearest even.
     """
 
-    def __init__(
-        self,
-        named_parameters: NamedParameters,
-        config: OptimizerConfig,
-        compute_weights: Mapping[torch.Tensor, torch.Tensor],
-    ):
+    def __init__(self, named_parameters: NamedParameters, config: OptimizerConfig, compute_weights: Mapping):
         self.named_parameters, self.config, self.compute_weights = named_parameters, config, dict(compute_weights)
         self.optimizers = OPTIMIZERS[config.name](named_parameters, config)
         self.skipped = torch.zeros((), dtype=torch.int64, device=named_parameters[0][1].device)
@@ -101,19 +84,19 @@ class NamedOptimizer:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
         if len(self.optimizers) == 1 and isinstance(self.optimizers[0], Lamb):
-            self.optimizers[0].step()  # its kernels skip, count and round themselves
-        elif self.gradients_are_finite():
+            self.optimizers[0].step()  # its kernels skip, count and round
+        elif self.check_gradients():
             for optimizer in self.optimizers:
                 optimizer.step()
             with torch.no_grad():
                 for parameter, rounded in self.compute_weights.items():
                     rounded.copy_(parameter)
 
-    def gradients_are_finite(self) -> bool:
-        """Whether to go on with the update; counts it as skipped otherwise.
+    def check_gradients(self) -> bool:
+        """Counts the update as skipped where a gradient is not finite; False where it must not be made.
 
-        Optimizers that can leave an update out on the device are told there, without a wait for the device: by
-        `found_inf`, as torch.amp.GradScaler tells them.
+        Optimizers that can leave it out on the device, without a wait for it, are told there: by `found_inf`, as
+        torch.amp.GradScaler tells them.
         """
         gradients = [p.grad for _, p in self.named_parameters if p.grad is not None and p.numel() > 0]
         if not gradients:
@@ -140,65 +123,54 @@ class NamedOptimizer:
         A parameter that has no state in `tensors` never had a gradient, and starts afresh. Raises InputError for keys
         or shapes that are not this optimizer's.
         """
-        layout = self.state_layout()
-        self.check(tensors, layout)
-        self.skipped.fill_(skipped)
-        for optimizer, name, parameter in named_in_groups(self.optimizers):
-            optimizer.state.pop(parameter, None)
-            for key, like in layout[name].items():
-                tensor = tensors.get(f"{name}.{key}")
-                if tensor is not None:
-                    is_number = not isinstance(like, torch.Tensor)
-                    value = tensor.item() if is_number else tensor.to(like.device, like.dtype, copy=True)
-                    optimizer.state[parameter][key] = value
-
-    def check(self, tensors: Mapping[str, torch.Tensor], layout: Mapping[str, Mapping[str, Any]]) -> None:
-        expected, problems = {}, []
-        for name, keys in layout.items():
-            likes = {f"{name}.{key}": torch.as_tensor(like) for key, like in keys.items()}
-            expected.update(likes)
-            missing = likes.keys() - tensors.keys()
-            problems += [f"{key} is missing" for key in sorted(missing) if len(missing) < len(likes)]
-        for key, tensor in tensors.items():
-            if key not in expected:
-                problems.append(f"{key} is unexpected")
-            elif tensor.shape != expected[key].shape:
-                problems.append(f"{key} has the shape {list(tensor.shape)}, expected {list(expected[key].shape)}")
+        layout, begun, problems = self.state_layout(), {name.rpartition(".")[0] for name in tensors}, []
+        for name, like in layout.items():
+            shape = torch.as_tensor(like).shape
+            if name not in tensors and name.rpartition(".")[0] in begun:
+                problems.append(f"{name} is missing")
+            elif name in tensors and tensors[name].shape != shape:
+                problems.append(f"{name} has the shape {list(tensors[name].shape)}, expected {list(shape)}")
+        problems += [f"{name} is unexpected" for name in tensors if name not in layout]
         if problems:
-            more = f", and {len(problems) - 3:,} more" if len(problems) > 3 else ""
+            few = ", ".join(problems[:3]) + (f", and {len(problems) - 3:,} more" if len(problems) > 3 else "")
             raise InputError(
-                f'the optimizer\'s state is not one of optimizer.name "{self.config.name}": {", ".join(problems[:3])}'
-                f"{more}. Resume with the optimizer and the model that it was saved with"
+                f'the optimizer\'s state is not one of optimizer.name "{self.config.name}": {few}. Resume with the '
+                "optimizer and the model that it was saved with"
             )
+        self.skipped.fill_(skipped)
+        owners = {name: (optimizer, parameter) for optimizer, name, parameter in named_in_groups(self.optimizers)}
+        for optimizer in self.optimizers:
+            optimizer.state.clear()
+        for name, tensor in tensors.items():
+            (optimizer, parameter), key, like = owners[name.rpartition(".")[0]], name.rpartition(".")[2], layout[name]
+            is_number = not isinstance(like, torch.Tensor)
+            value = tensor.item() if is_number else tensor.to(like.device, like.dtype, copy=True)
+            optimizer.state[parameter][key] = value
 
     def state_bytes(self) -> int:
         """Bytes of the state that steps keep for all parameters, whether it is there already or not."""
-        likes = [torch.as_tensor(like) for keys in self.state_layout().values() for like in keys.values()]
+        likes = [torch.as_tensor(like) for like in self.state_layout().values()]
         return sum(like.numel() * like.element_size() for like in likes)
 
-    def state_layout(self) -> Dict[str, Dict[str, Any]]:
-        """Parameter name -> key -> what the state has after a step: a number, or a tensor of that shape, type and
-        device, without memory of its own. A step of tiny parameters shows it."""
+    def state_layout(self) -> Dict[str, Any]:
+        """ "<parameter name>.<key>" -> what is there after a step: a number, or a tensor of its shape, type and device
+        without memory of its own. A step of tiny parameters shows it."""
         tiny = [(name, Parameter(p.detach().new_zeros([2] * p.dim()))) for name, p in self.named_parameters]
         for _, parameter in tiny:
             parameter.grad = torch.zeros_like(parameter)
         optimizers = OPTIMIZERS[self.config.name](tiny, self.config)
         for optimizer in optimizers:
             optimizer.step()
-        shapes = {name: p.shape for name, p in self.named_parameters}
-        layout: Dict[str, Dict[str, Any]] = {}
+        shapes, layout = {name: p.shape for name, p in self.named_parameters}, {}
         for optimizer, name, parameter in named_in_groups(optimizers):
-            layout[name] = dict(optimizer.state[parameter])
-            for key, value in layout[name].items():
+            for key, value in optimizer.state[parameter].items():
                 if isinstance(value, torch.Tensor):
-                    shape = shapes[name] if value.shape == parameter.shape else value.shape
-                    layout[name][key] = value.new_empty(()).expand(shape)
+                    value = value.new_empty(()).expand(shapes[name] if value.shape == parameter.shape else value.shape)
+                layout[f"{name}.{key}"] = value
         return layout
 
 
-def named_in_groups(
-    optimizers: Sequence[torch.optim.Optimizer],
-) -> Iterator[Tuple[torch.optim.Optimizer, str, Parameter]]:
+def named_in_groups(optimizers: List[Optimizer]) -> Iterator[Tuple[Optimizer, str, Parameter]]:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             for name, parameter in zip(group["names"], group["params"]):
