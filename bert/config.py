@@ -97,8 +97,8 @@ class DataConfig:
 class TaskConfig:
     """What the model learns."""
 
-    name: Literal["pretraining"] = "pretraining"
-    """pretraining: BERT's own two tasks, MLM and NSP."""
+    name: str = "pretraining"
+    """pretraining: BERT's own two tasks, MLM and NSP. A fork may add its own (bert/tasks)."""
     nsp: bool = True
     """Learn NSP beside MLM. Without it there is no NSP head; `data.prepare --nsp false` makes one-segment samples."""
 
@@ -107,13 +107,15 @@ class TaskConfig:
 class OptimizerConfig:
     """The optimizer, and the schedule of its learning rate: a linear warm-up to the peak, then `schedule`."""
 
-    name: Literal["lamb", "adamw", "muon"] = "lamb"
-    """lamb: the recipe's, without bias correction; adamw; muon: Muon for the encoder's matrices, AdamW for the rest."""
+    name: str = "lamb"
+    """lamb: the recipe's, without bias correction; adamw; muon: Muon for the encoder's matrices, AdamW for the rest. A
+    fork may add its own (bert/optimizers.py)."""
     learning_rate: PositiveNumber = 0.006
     """The peak."""
-    schedule: Literal["linear", "cosine", "wsd", "constant"] = "linear"
+    schedule: str = "linear"
     """After the warm-up. linear: down to 0 after the last step; cosine: the same along half a cosine; wsd: the peak,
-    then linear over the last `decay_ratio` of all steps; constant: the peak."""
+    then linear over the last `decay_ratio` of all steps; constant: the peak. A fork may add its own
+    (bert/schedules.py)."""
     warmup_ratio: ClosedUnitInterval = 0.28
     """Share of all steps until the peak, rounded up to whole steps."""
     decay_ratio: ClosedUnitInterval = 0.1

@@ -5,10 +5,11 @@ import json
 from operator import attrgetter
 
 from bert.config import Config
+from bert.schedules import SCHEDULES
 from data.errors import InputError
 from ops.ipu import MATMULS
 
-__all__ = ["samples_per_row", "validate", "validate_for_ipu"]
+__all__ = ["validate", "validate_for_ipu"]
 
 
 def validate(config: Config, source: str = "config") -> None:
@@ -25,6 +26,7 @@ def validate(config: Config, source: str = "config") -> None:
         either = "above 0 where data.held_out_files says where the held-out shards go, 0 where it is empty"
         expect((data.held_out > 0) == bool(data.held_out_files), "data.held_out", either)
     expect(len(optimizer.betas) == 2, "optimizer.betas", "two numbers, each at least 0 and below 1")
+    expect(optimizer.schedule in SCHEDULES, "optimizer.schedule", f"one of {', '.join(SCHEDULES)}")
     if optimizer.schedule == "wsd":
         left = f"at most what optimizer.warmup_ratio, {optimizer.warmup_ratio}, leaves of 1"
         both = round(optimizer.warmup_ratio + optimizer.decay_ratio, 9)  # 0.7 + 0.2 + 0.1 is not 1 in floating point
@@ -77,12 +79,6 @@ def validate_for_ipu(config: Config, source: str = "config") -> None:
     for name in ("max_steps", "stop_at_step", "save_every", "log_every"):
         whole_calls = (getattr(training, name) or 0) % ipu.device_iterations == 0
         expect(whole_calls, f"training.{name}", f"a multiple of ipu.device_iterations, {ipu.device_iterations}")
-
-
-def samples_per_row(config: Config, device: str) -> int:
-    """How many samples a row may hold: packing `auto` means one on IPUs."""
-    packing = config.data.packing
-    return 1 if packing == "off" or (packing == "auto" and device == "ipu") else config.data.samples_per_row
 
 
 def _expect(config: Config, source: str, good: bool, key: str, expected: str) -> None:

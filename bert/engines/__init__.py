@@ -12,9 +12,9 @@ from bert.engines.ipu import IpuEngine
 from bert.engines.micro_batch import fit_micro_batch
 from bert.engines.torch_devices import Cpu, Cuda, TorchDevice
 from bert.engines.torch_engine import TorchEngine
+from bert.geometry import row_shape
 from bert.model.model import Model, initialize
 from bert.tasks import Task, make_model, make_task
-from bert.validation import row_shape
 
 __all__ = ["ENGINES", "Engine", "find_device", "has_static_shapes", "make_engine", "process_of"]
 

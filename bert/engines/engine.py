@@ -67,7 +67,7 @@ class Engine(Protocol):
         """Takes what `weights` gives; names that it lacks keep their values."""
 
     def optimizer_state(self) -> Dict[str, torch.Tensor]:
-        """"<parameter name>.<key>" -> tensor, on the CPU; empty before the first step."""
+        """ "<parameter name>.<key>" -> tensor, on the CPU; empty before the first step."""
 
     def load_optimizer_state(self, tensors: Mapping[str, torch.Tensor], skipped_updates: int) -> None:
         """Takes what `optimizer_state` and `skipped_updates` give. Raises InputError for another optimizer's."""

@@ -15,13 +15,13 @@ from torch import nn
 from bert.config import Config, IpuConfig
 from bert.engines.choosing import process_of
 from bert.engines.engine import Arrays, ignore_progress
+from bert.engines.torch_engine import add_empty_rows
+from bert.geometry import row_shape
 from bert.model.batch import Batch
 from bert.model.model import Model
 from bert.model.stages import Stage, make_stages, placement
 from bert.signals import cancellable
 from bert.tasks.task import Task
-from bert.engines.torch_engine import add_empty_rows
-from bert.validation import row_shape
 from data.errors import InputError
 from ops.ipu import lowering
 from ops.lamb import lamb_groups

@@ -6,7 +6,7 @@ from typing import Dict, List
 from bert.config import Config
 from bert.engines import find_device, make_engine
 from bert.engines.micro_batch import full_rows
-from bert.validation import row_shape
+from bert.geometry import row_shape
 
 __all__ = ["Measured", "measure"]
 

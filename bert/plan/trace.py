@@ -16,10 +16,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bert.config import Config
+from bert.geometry import row_shape
 from bert.model.batch import Batch
 from bert.model.stages import Stage, make_stages, placement
 from bert.tasks import make_model, make_task
-from bert.validation import row_shape
 from ops.ipu import MATMULS, lowering
 
 __all__ = ["Operation", "Trace", "Value", "trace"]

@@ -1,8 +1,8 @@
 """Checkpoints: a transformers model folder plus the training state. No pickle in what is written or read.
 
-    config.json, model.safetensors, vocab.txt, tokenizer*.json    what transformers loads
-    optimizer.safetensors                                         the optimizer's state, by parameter name
-    training_state.json                                           step, samples seen, the run's config
+config.json, model.safetensors, vocab.txt, tokenizer*.json    what transformers loads
+optimizer.safetensors                                         the optimizer's state, by parameter name
+training_state.json                                           step, samples seen, the run's config
 """
 
 import dataclasses

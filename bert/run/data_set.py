@@ -10,9 +10,9 @@ import numpy as np
 
 from bert.config import Config
 from bert.engines import has_static_shapes
+from bert.geometry import packing_of
 from bert.run.state import RunState
 from bert.tasks import Task
-from bert.validation import packing_of
 from data.errors import InputError
 from data.loading.loader import GlobalBatch, Loader, batches_in_order
 from data.loading.shard_files import open_shards

@@ -14,6 +14,7 @@ from bert.config import Config
 from bert.engines import Engine, find_device, make_engine, process_of
 from bert.errors import Diverged
 from bert.model.model import Model
+from bert.optimizers import check_name
 from bert.run.checkpoint import (
     list_checkpoints,
     load_optimizer_state,
@@ -82,6 +83,8 @@ def train(config: Config, make_model: Callable[[Config, Task], Model] = make_mod
     after saving a checkpoint.
     """
     with interruptible(), contextlib.ExitStack() as closing:
+        task = make_task(config)
+        check_name(config.optimizer)
         device, device_line = find_device(config)
         rank, _ = process_of(device)
         set_up_logging(rank)
@@ -94,7 +97,7 @@ def train(config: Config, make_model: Callable[[Config, Task], Model] = make_mod
         if rank:
             config = closing.enter_context(without_output(config))
         make_shards_from_text(config)
-        data_set = open_data(config, make_task(config))
+        data_set = open_data(config, task)
         state = read_state(checkpoint, data_set.identity(), config.data.on_bad_shard == "skip")
         state.skipped.update(data_set.skipped)
         last_step = min(config.training.max_steps, config.training.stop_at_step or config.training.max_steps)
@@ -244,7 +247,9 @@ def log_what_runs(
         f"{micro_batches} micro-batches"
     )
     shards = len(data_set.shards)
-    logger.info(f"data: {data_set.samples} samples in {shards} shards; {training.max_steps} steps are {epochs:.2f} epochs")
+    logger.info(
+        f"data: {data_set.samples} samples in {shards} shards; {training.max_steps} steps are {epochs:.2f} epochs"
+    )
     if checkpoint or training.start_from:
         logger.info("%s %s", "continues from" if checkpoint else "starts from", checkpoint or training.start_from)
 

@@ -8,7 +8,6 @@ import os
 import time
 from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional
 
-
 from bert.engines import Engine
 from bert.errors import Diverged
 from bert.signals import protected

@@ -1,8 +1,8 @@
 """A run's folder: whose run it holds, how far it is, and that only one process works in it.
 
-    run.json         the settings that decide where the run goes
-    state.json       whether it is finished
-    metrics.jsonl    one object a line        curve.png, held_out.json, tensorboard/        checkpoints/step_<step>
+run.json         the settings that decide where the run goes
+state.json       whether it is finished
+metrics.jsonl    one object a line        curve.png, held_out.json, tensorboard/        checkpoints/step_<step>
 """
 
 import contextlib
@@ -34,7 +34,9 @@ DECISIVE = {
 def decisive_settings(config: Config) -> Dict[str, Any]:
     values = dataclasses.asdict(config)
     return {
-        f"{section}.{key}": values[section][key] for section, keys in DECISIVE.items() for key in keys or values[section]
+        f"{section}.{key}": values[section][key]
+        for section, keys in DECISIVE.items()
+        for key in keys or values[section]
     }
 
 

@@ -70,7 +70,10 @@ def read_state(checkpoint: Optional[str], data_set: Dict, may_lack_shards: bool)
         state.position = (epoch + 1) * sum(count for _, count in now)
         logger.warning(
             "%d of the checkpoint's %d shards are there, and %d others: continues with their next epoch, the %d.",
-            len(before & now), len(before), len(now - before), epoch + 2,
+            len(before & now),
+            len(before),
+            len(now - before),
+            epoch + 2,
         )
         return state
     differs = "the vocabulary differs"

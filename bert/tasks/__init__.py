@@ -9,6 +9,7 @@ from bert.model.blocks import Embeddings, EncoderLayer
 from bert.model.model import Model, initialize
 from bert.tasks.pretraining import Pretraining
 from bert.tasks.task import Panel, Task
+from data.errors import InputError
 
 __all__ = ["TASKS", "Panel", "Task", "make_model", "make_task"]
 
@@ -16,7 +17,9 @@ TASKS: Dict[str, Callable[[Config], Task]] = {"pretraining": lambda config: Pret
 
 
 def make_task(config: Config) -> Task:
-    """The task that `config.task` names."""
+    """The task that `config.task` names. Raises InputError for a name that TASKS lacks."""
+    if config.task.name not in TASKS:
+        raise InputError(f'task.name is "{config.task.name}", expected one of {", ".join(TASKS)}')
     return TASKS[config.task.name](config)
 
 

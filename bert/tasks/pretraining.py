@@ -37,7 +37,12 @@ class Pretraining:
         self.panels = [Panel("mlm", "MLM loss", "mlm_loss", "mlm_accuracy")]
         self.architecture = "BertForPreTraining" if nsp else "BertForMaskedLM"
         if nsp:
-            self.metrics = {"mlm_loss": MLM.weights, "nsp_loss": NSP.weights, "mlm_accuracy": MLM.weights, "nsp_accuracy": NSP.weights}
+            self.metrics = {
+                "mlm_loss": MLM.weights,
+                "nsp_loss": NSP.weights,
+                "mlm_accuracy": MLM.weights,
+                "nsp_accuracy": NSP.weights,
+            }
             self.panels.append(Panel("nsp", "NSP loss", "nsp_loss", "nsp_accuracy"))
 
     def add_heads(self, model: Model, config: Config) -> None:

@@ -1,6 +1,6 @@
 """GeGLU feed-forward layers (arXiv 2002.05202) and rotary positions (arXiv 2104.09864).
 
-    python -m tests.forks.geglu_rotary --config quickstart.json
+python -m tests.forks.geglu_rotary --config quickstart.json
 """
 
 import functools
@@ -49,7 +49,9 @@ class DenseGeglu(nn.Module):
         self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
 
     def forward(self, hidden):
-        return linear_gelu(hidden, self.gate.weight, self.gate.bias) * linear(hidden, self.dense.weight, self.dense.bias)
+        return linear_gelu(hidden, self.gate.weight, self.gate.bias) * linear(
+            hidden, self.dense.weight, self.dense.bias
+        )
 
 
 class Layer(EncoderLayer):

@@ -1,6 +1,6 @@
 """An optimizer: Lion (arXiv 2302.06675, algorithm 2), which keeps one moment and goes by its sign.
 
-    python -m tests.forks.lion --config quickstart.json --optimizer.name lion --optimizer.learning_rate 3e-4
+python -m tests.forks.lion --config quickstart.json --optimizer.name lion --optimizer.learning_rate 3e-4
 """
 
 import sys

@@ -1,6 +1,6 @@
 """One layer in place of all, as in ALBERT (arXiv 1909.11942): twelve blocks run it, one set of weights is trained.
 
-    python -m tests.forks.shared_layers --config quickstart.json
+python -m tests.forks.shared_layers --config quickstart.json
 """
 
 import functools

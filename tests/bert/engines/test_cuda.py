@@ -7,7 +7,7 @@ import torch
 from bert.command_line import parse_command_line
 from bert.engines import make_engine
 from bert.engines.micro_batch import full_rows
-from bert.validation import row_shape
+from bert.geometry import row_shape
 from data.rows import packed_batch
 from ops.attention import CuSeqlens, SampleMask, attention, same_sample_mask
 from tests.cuda import on_cuda

@@ -12,10 +12,10 @@ import torch
 
 from bert.command_line import parse_command_line
 from bert.config import Config, IpuConfig
+from bert.engines import make_engine
 from bert.engines.ipu import make_options, read_moments, write_moments
 from bert.model.stages import make_stages
 from bert.run.checkpoint import list_checkpoints, read_safetensors
-from bert.engines import make_engine
 from data.errors import InputError
 from data.rows import unpacked_batch
 from run_pretraining import main
@@ -53,7 +53,9 @@ def shards(tmp_path):
 def engines(monkeypatch):
     """The engines of the runs, in order."""
     made = []
-    monkeypatch.setattr("bert.run.loop.make_engine", lambda *arguments: made.append(make_engine(*arguments)) or made[-1])
+    monkeypatch.setattr(
+        "bert.run.loop.make_engine", lambda *arguments: made.append(make_engine(*arguments)) or made[-1]
+    )
     return made
 
 

@@ -10,9 +10,9 @@ from torch.func import functional_call
 
 from bert.command_line import parse_command_line
 from bert.engines.ipu import IpuModel
+from bert.geometry import row_shape
 from bert.model.stages import make_stages, placement
 from bert.tasks import make_model, make_task
-from bert.validation import row_shape
 from tests.poptorch_contract import sdk
 from tests.poptorch_contract.operators import check
 

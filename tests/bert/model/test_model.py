@@ -8,8 +8,8 @@ from transformers import BertConfig, BertForMaskedLM, BertForPreTraining
 from bert.config import Config, IpuConfig, ModelConfig
 from bert.model.batch import Batch
 from bert.model.model import initialize
-from bert.tasks import make_model, make_task
 from bert.model.stages import make_stages
+from bert.tasks import make_model, make_task
 from data.rows import unpad
 from ops.attention import SampleIds
 from ops.ipu import lowering
@@ -59,9 +59,7 @@ def make_transformers_model(config, graph, kind=BertForPreTraining):
         "hidden_dropout_prob",
         "attention_probs_dropout_prob",
     )
-    model = kind(
-        BertConfig(**{name: getattr(config, name) for name in names}, attn_implementation="eager")
-    )
+    model = kind(BertConfig(**{name: getattr(config, name) for name in names}, attn_implementation="eager"))
     missing, unexpected = model.load_state_dict(graph.state_dict(), strict=False)
     assert not unexpected and set(missing) <= {"cls.predictions.decoder.weight", "cls.predictions.decoder.bias"}
     model.tie_weights()

@@ -8,6 +8,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from bert.run.training import duration
 
 from bert.command_line import CONFIG_FOLDER, parse_command_line
 from bert.model.stages import make_stages
@@ -25,9 +26,8 @@ from bert.plan.report import (
     speed_of,
 )
 from bert.plan.trace import trace
-from bert.tasks import make_model, make_task
 from bert.plan.warnings import warnings_of
-from bert.run.training import duration
+from bert.tasks import make_model, make_task
 from data.errors import InputError
 from data.rows import packed_batch
 from data.shards import read_samples, write_shard

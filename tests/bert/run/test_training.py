@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import save_file
 
 from bert.command_line import parse_command_line
+from bert.engines import make_engine
 from bert.engines.torch_devices import Cpu
 from bert.engines.torch_engine import TorchEngine
 from bert.run.checkpoint import list_checkpoints, read_safetensors, save_checkpoint
-from bert.engines import make_engine
 from bert.run.loop import train
 from bert.signals import interruptible, protected
 from data.loading.shard_files import open_shards
@@ -268,7 +268,9 @@ def test_in_bfloat16_the_graph_is_the_rounded_masters_and_small_updates_are_not_
     for step in range(1, 4):
         engine.step(batch, 1e-5, step)  # far below bfloat16's resolution
     for name, parameter in engine.model.named_parameters():
-        assert parameter.dtype == torch.bfloat16 and torch.equal(parameter, engine.master_weights[name].bfloat16()), name
+        assert parameter.dtype == torch.bfloat16 and torch.equal(parameter, engine.master_weights[name].bfloat16()), (
+            name
+        )
     moved = [name for name, weight in engine.weights().items() if not torch.equal(weight, before[name])]
     assert len(moved) > 0.9 * len(before)
     other = make_engine(parse_command_line(arguments(tmp_path, shards, training__precision="bfloat16")), "cpu")
