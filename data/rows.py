@@ -79,9 +79,11 @@ class Target(NamedTuple):
     labels: str
     positions: str
     weights: str
+    used: str = ""
+    """Of rows, whose slots are many: the field that names the slots whose weight is not 0, for no others to be computed"""
 
 
-MLM = Target("mlm_labels", "mlm_positions", "mlm_weights")
+MLM = Target("mlm_labels", "mlm_positions", "mlm_weights", used="mlm_used")
 NSP = Target("nsp_labels", "cls_positions", "nsp_weights")
 
 
