@@ -363,12 +363,15 @@ def test_a_finished_run_is_left_alone(tmp_path, shards):
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
 
 
-def test_a_run_that_was_stopped_before_its_picture_gets_it_when_it_goes_on(tmp_path, shards):
+def test_a_run_that_was_stopped_before_its_end_gets_its_picture_when_it_goes_on(tmp_path, shards):
     assert main(arguments(tmp_path, shards, training__max_steps=3)) == 0
-    (tmp_path / "run" / "curve.png").unlink()
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
-    assert main(arguments(tmp_path, shards, training__max_steps=3, resume="auto")) == 0
-    assert (tmp_path / "run" / "curve.png").exists() and (tmp_path / "run" / "metrics.jsonl").read_text() == before
+    for missing, drawn_again in ((["curve.png"], False), (["state.json"], True)):
+        for name in missing:
+            (tmp_path / "run" / name).unlink()
+        assert main(arguments(tmp_path, shards, training__max_steps=3, resume="auto")) == 0
+        assert (tmp_path / "run" / "curve.png").exists() == drawn_again
+        assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
 
 
 def test_a_signal_during_a_save_is_heeded_after_it_and_nothing_is_saved_twice(tmp_path, shards, monkeypatch):
