@@ -94,7 +94,7 @@ def open_data(config: Config, task: Task) -> DataSet:
     expected = (data.sequence_length, data.mask_tokens, config.model.vocab_size)
     skipped: Dict[str, str] = {}
     shards = open_shards(data.files, *expected, skipped=skipped if data.on_bad_shard == "skip" else None)
-    tokens, path = find_vocab(data.vocab, shards)
+    tokens, path = find_vocab(data.vocab, shards, "--data.vocab")
     if len(tokens) > config.model.vocab_size:
         raise InputError(
             f"{path}: has {len(tokens)} tokens, model.vocab_size is {config.model.vocab_size}. Set model.vocab_size to "
@@ -103,7 +103,7 @@ def open_data(config: Config, task: Task) -> DataSet:
     task.check_shards(shards)
     if data.held_out_files:
         held_out = open_shards(data.held_out_files, *expected)
-        find_vocab(path, held_out)
+        find_vocab(path, held_out, "--data.vocab")
         task.check_shards(held_out)
         both = {os.path.realpath(shard.path) for shard in shards} & {os.path.realpath(shard.path) for shard in held_out}
         if both:

@@ -18,7 +18,7 @@ from data.masking import CHOICES, Masking
 from data.preparing.cutting import Chunk, make_samples
 from data.samples import Samples
 from data.shards import read_samples, write_shard
-from data.tokenizer import SPECIAL_WORDS, TextEncoder, vocab_sha256
+from data.tokenizer import SPECIAL_TOKENS, TextEncoder, vocab_sha256
 
 __all__ = ["ChunkMaker", "Recipe", "read_part_counts"]
 
@@ -50,7 +50,7 @@ class ChunkMaker:
         self.encoder = TextEncoder(words)
         self.vocab_size, self.vocab_hash = len(words), vocab_sha256(words)
         ids = {word: number for number, word in enumerate(words)}
-        self.special_ids = [ids[word] for word in SPECIAL_WORDS]
+        self.special_ids = [ids[word] for word in SPECIAL_TOKENS]
         continues = None
         if recipe.whole_word_masking:
             continues = np.fromiter((word.startswith("##") for word in words), bool, len(words))

@@ -23,7 +23,7 @@ from data.preparing.chunks import ChunkMaker, Recipe
 from data.rows import unpacked_batch
 from data.samples import FIELDS, check_samples
 from data.shards import read_samples
-from data.tokenizer import SPECIAL_WORDS, read_vocab, vocab_sha256
+from data.tokenizer import SPECIAL_TOKENS, read_vocab, vocab_sha256
 from tests import ROOT
 
 SHARED = os.path.join(os.path.dirname(ROOT), "shared", "data")
@@ -47,7 +47,7 @@ def corpus(tmp_path_factory):
             ]
             texts.append("\n".join(lines))
         (folder / (f"{file}.txt")).write_text("\n\n".join(texts) + "\n", encoding="utf-8")
-    words = list(SPECIAL_WORDS) + [word for number in range(40) for word in document_words(number)]
+    words = list(SPECIAL_TOKENS) + [word for number in range(40) for word in document_words(number)]
     (folder / "vocab").write_text("\n".join(words) + "\n", encoding="utf-8")
     return folder
 
@@ -235,7 +235,7 @@ def test_chunks_hold_no_line_and_no_document_without_a_token():
     counts = dict.fromkeys(("documents", "lines", "empty_lines", "tokens", "unknown_tokens"), 0)
     counts.update(first=None, last=None)
     texts = [module.Document(0, ["a a", "\x07", "a"]), module.Document(1, ["\x07"]), module.Document(2, ["\x07", "a"])]
-    chunk = ChunkMaker(list(SPECIAL_WORDS) + ["a"], recipe()).encode(texts, counts)
+    chunk = ChunkMaker(list(SPECIAL_TOKENS) + ["a"], recipe()).encode(texts, counts)
     assert chunk.unit_starts.tolist() == [0, 2, 3] and chunk.document_starts.tolist() == [0, 3, 4]
     assert chunk.tokens.tolist() == [5] * 4
     assert (counts["documents"], counts["first"], counts["last"], counts["empty_lines"]) == (2, 0, 2, 3)
@@ -514,7 +514,7 @@ def test_dynamic_masking_leaves_the_text_whole_and_tells_the_loader_what_it_need
 
 
 def test_whole_words_are_masked_together(tmp_path):
-    words = list(SPECIAL_WORDS) + ["play", "##ing", "##s", "the"]
+    words = list(SPECIAL_TOKENS) + ["play", "##ing", "##s", "the"]
     (tmp_path / "vocab").write_text("\n".join(words))
     (tmp_path / "text").write_text("\n".join(["playing the plays playings the"] * 50 + ["", "the playing"]))
     prepare(

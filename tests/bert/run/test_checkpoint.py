@@ -11,10 +11,10 @@ from bert.config import ModelConfig
 from bert.model.batch import Batch
 from bert.run.checkpoint import list_checkpoints, load_weights, save_checkpoint, transformers_config
 from data.errors import InputError
-from data.tokenizer import SPECIAL_WORDS
+from data.tokenizer import SPECIAL_TOKENS
 from tests.bert.model.test_model import make_perturbed_model, random_batch, small_config
 
-WORDS = list(SPECIAL_WORDS) + ["hello", "world", "##s", "!"] + [f"word{i}" for i in range(202)]
+WORDS = list(SPECIAL_TOKENS) + ["hello", "world", "##s", "!"] + [f"word{i}" for i in range(202)]
 
 
 def save(folder, graph, config, step=1, keep=3):
