@@ -27,6 +27,7 @@ from bert.run.checkpoint import list_checkpoints, load_moments, load_weights, re
 from bert.run.curve import draw_curve, read_metrics
 from bert.run.run_folder import claim, find_checkpoint
 from bert.signals import interruptible, protected
+from bert.text import duration
 from data.errors import InputError, LoaderDied
 from data.loading.loader import GlobalBatch, Loader, batches_in_order
 from data.loading.shard_files import open_shards
@@ -534,16 +535,6 @@ def console_line(line: Dict, last: int, seconds_left: float) -> str:
         "  %d updates skipped" % line["skipped_updates"] if line["skipped_updates"] else "",
         duration(seconds_left),
     )
-
-
-def duration(seconds: float) -> str:
-    minutes = math.ceil(seconds / 60)
-    if seconds < 120:
-        return f"{math.ceil(seconds)} s"
-    if minutes < 48 * 60:
-        return f"{minutes} min" if minutes < 120 else "%d h %d min" % divmod(minutes, 60)
-    days, hours = divmod(math.ceil(seconds / 3600), 24)
-    return f"{days:,} days {hours} h"
 
 
 def diverged(config: Config, step: int, what: str) -> Diverged:
