@@ -15,7 +15,7 @@ def main(arguments=None) -> int:
         config = parse_command_line(sys.argv[1:] if arguments is None else arguments)
         # After the config: torch takes seconds to import, an error should not.
         if config.plan:
-            from bert.plan.report import plan
+            from bert.plan import plan
 
             plan(config)
         else:
