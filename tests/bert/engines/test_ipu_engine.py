@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from bert.config import IpuConfig, parse_command_line
-from bert.engines.ipu import make_options, read_moments, write_moments
+from bert.engines.ipu import make_options
+from bert.engines.ipu_optimizer import read_moments, write_moments
 from bert.model.stages import make_stages
 from bert.run.checkpoint import list_checkpoints, read_safetensors
 from bert.run.training import make_engine
