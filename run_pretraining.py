@@ -3,7 +3,7 @@
 import signal
 import sys
 
-from bert.config import parse_command_line
+from bert.command_line import parse_command_line
 from bert.errors import Diverged
 from data.errors import InputError, LoaderDied, PrepareStopped
 

@@ -182,7 +182,12 @@ def make_optimizer(
     config: OptimizerConfig,
     compute_weights: Mapping[torch.Tensor, torch.Tensor] = {},
 ) -> NamedOptimizer:
-    """The optimizer that `config` names, for all parameters. Raises InputError for a name that OPTIMIZERS lacks."""
+    """The optimizer that `config` names, for all parameters."""
+    check_name(config)
+    return NamedOptimizer(list(named_parameters), config, compute_weights)
+
+
+def check_name(config: OptimizerConfig) -> None:
+    """Raises InputError for a name that OPTIMIZERS lacks."""
     if config.name not in OPTIMIZERS:
         raise InputError(f'optimizer.name is "{config.name}", expected one of {", ".join(OPTIMIZERS)}')
-    return NamedOptimizer(list(named_parameters), config, compute_weights)

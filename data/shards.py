@@ -14,6 +14,7 @@ from typing import Dict, List, Optional, Sequence
 import h5py
 
 from data.errors import InputError
+from data.files import replacing
 from data.hdf5_file import new_hdf5
 from data.samples import FIELDS, Samples, layout
 
@@ -56,27 +57,19 @@ def write_shard(
     `masking`: the attributes of how its samples are masked, or are to be (MASKING); without it the file does not say.
     Raises OSError that names the file when the disk is full.
     """
-    temporary = f"{path}.tmp-{os.getpid()}"
-    try:
-        with new_hdf5(temporary) as file:
-            file.attrs.update(
-                {
-                    "format": FORMAT,
-                    "schema_version": SCHEMA_VERSION,
-                    "vocab_size": vocab_size,
-                    "vocab_sha256": vocab_hash,
-                    "made_by": json.dumps(made_by),
-                }
-            )
-            file.attrs.update(masking or {})
-            for name in FIELDS:
-                file.create_dataset(name, data=getattr(samples, name))
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+    with replacing(path) as temporary, new_hdf5(temporary) as file:
+        file.attrs.update(
+            {
+                "format": FORMAT,
+                "schema_version": SCHEMA_VERSION,
+                "vocab_size": vocab_size,
+                "vocab_sha256": vocab_hash,
+                "made_by": json.dumps(made_by),
+            }
+        )
+        file.attrs.update(masking or {})
+        for name in FIELDS:
+            file.create_dataset(name, data=getattr(samples, name))
 
 
 def expand(patterns: Sequence[str]) -> List[str]:

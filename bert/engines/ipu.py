@@ -4,145 +4,107 @@ Shape letters: R rows, L tokens of a row, M mask slots of a row, S samples of a 
 """
 
 import importlib
-import importlib.util
-from typing import Callable, Dict, Sequence, Tuple
+import time
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
 
 import numpy as np
 import torch
 from torch import nn
 
-from bert.config import IpuConfig
+from bert.config import Config, IpuConfig
+from bert.engines.choosing import process_of
+from bert.engines.engine import Arrays, ignore_progress
 from bert.engines.ipu_optimizer import make_optimizer, read_moments, write_moments
-from bert.model.stages import Stage
+from bert.engines.torch_engine import add_empty_rows
+from bert.geometry import row_shape
+from bert.model.batch import Batch
+from bert.model.model import Model
+from bert.model.stages import Stage, make_stages, placement
 from bert.signals import cancellable
+from bert.tasks.task import Task
 from data.errors import InputError
 from ops.ipu import lowering
 
-__all__ = ["IpuEngine", "IpuModel", "METRICS", "make_options", "process"]
-
-INPUTS = (
-    "input_ids",
-    "token_type_ids",
-    "position_ids",
-    "sample_ids",
-    "mlm_positions",
-    "mlm_labels",
-    "mlm_weights",
-    "cls_positions",
-    "nsp_labels",
-    "nsp_weights",
-)
-# Each metric of the graph, and the weights that it is a sum over.
-METRICS = {
-    "mlm_loss": "mlm_weights",
-    "nsp_loss": "nsp_weights",
-    "mlm_accuracy": "mlm_weights",
-    "nsp_accuracy": "nsp_weights",
-}
-
-
-def process() -> Tuple[int, int]:
-    """(index, number) of this process among those that poprun started; (0, 1) without it."""
-    if importlib.util.find_spec("popdist") is None:
-        return 0, 1
-    popdist = importlib.import_module("popdist")
-    return (popdist.getInstanceIndex(), popdist.getNumInstances()) if popdist.isPopdistEnvSet() else (0, 1)
+__all__ = ["IpuEngine", "IpuModel", "make_options"]
 
 
 class IpuModel(nn.Module):
-    """What PopTorch compiles: the tensors of a micro-batch of rows (data/rows.py) -> the loss and the graph's metrics,
-    scalars.
+    """What PopTorch compiles: the tensors `inputs` of a micro-batch of rows -> the loss and the task's metrics, scalars.
 
-    In training the loss that is differentiated is `micro_batches` times the graph's: PopTorch takes the mean over so
+    In training the loss that is differentiated is `micro_batches` times the model's: PopTorch takes the mean over so
     many micro-batches, whose weights sum to 1 over all of them. So each has a loss of the usual size, which float16
     needs.
     """
 
-    def __init__(self, graph: nn.Module, poptorch, micro_batches: int, proportions: Dict[str, float]):
+    def __init__(self, config: Config, task: Task, model: Model, stages: Sequence[Stage], poptorch):
         super().__init__()
-        self.graph, self.poptorch, self.micro_batches, self.proportions = graph, poptorch, micro_batches, proportions
-
-    def forward(
-        self,
-        input_ids,
-        token_type_ids,
-        position_ids,
-        sample_ids,
-        mlm_positions,
-        mlm_labels,
-        mlm_weights,
-        cls_positions,
-        nsp_labels,
-        nsp_weights,
-    ):
-        batch = dict(
-            input_ids=input_ids,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            sample_ids=sample_ids,
-            mlm_positions=mlm_positions,
-            mlm_labels=mlm_labels,
-            mlm_weights=mlm_weights,
-            cls_positions=cls_positions,
-            nsp_labels=nsp_labels,
-            nsp_weights=nsp_weights,
+        self.model, self.task, self.inputs = model, task, inputs_of(task)
+        ipu = config.ipu
+        self.lowering = lambda: lowering(
+            poptorch,
+            placement(stages),
+            ipu.recompute_checkpoint_every_layer,
+            ipu.gradient_accumulation_steps * ipu.replication_factor,
+            ipu.operation_proportions,
         )
-        with lowering(self.poptorch, self.micro_batches, self.proportions):
-            loss, metrics = self.graph(batch)
-        return (loss,) + tuple(metrics[name] for name in METRICS)
+
+    def forward(self, *tensors):
+        with self.lowering():
+            loss, metrics = self.model(Batch.of_rows(dict(zip(self.inputs, tensors))))
+        return (loss,) + tuple(metrics[name] for name in self.task.metrics)
+
+
+def inputs_of(task: Task) -> List[str]:
+    """The fields of rows that the model takes, in order."""
+    fields = ["input_ids", "token_type_ids", "position_ids", "sample_ids"]
+    return fields + [name for target in task.targets for name in (target.positions, target.labels, target.weights)]
 
 
 class IpuEngine:
-    """Trains `graph` (batch of rows -> weighted loss, metrics) with LAMB on a pipeline of IPUs, in
-    `ipu.replication_factor` replicas.
+    """Trains `model` on a pipeline of IPUs, in `ipu.replication_factor` replicas; `bert.engines.engine.Engine` says what
+    its methods do.
 
-    `layout` gives the shape and type of each array of a global batch, all processes together (data/rows.py:
-    batch_layout); `precision` is "auto" for float16 or "float32". Under poprun each process feeds its share of the
-    rows, and its metrics are those of its share: `index` says which it is. A call does `steps_per_call` optimizer
-    steps, on as many global batches one after the other.
+    Under poprun each process feeds its share of the rows, and its metrics are those of its share: `rank` says which it
+    is. A call does `steps_per_call` optimizer steps, on as many global batches one after the other.
     """
 
     asynchronous = False
 
-    def __init__(
-        self,
-        graph: nn.Module,
-        stages: Sequence[Stage],
-        ipu: IpuConfig,
-        layout: Dict[str, tuple],
-        weight_decay: float,
-        betas,
-        eps: float,
-        seed: int,
-        precision: str = "auto",
-        compile_only: bool = False,
-        ipu_model: bool = False,
-    ):
+    def __init__(self, config: Config, task: Task, model: Model):
         self.poptorch = importlib.import_module("poptorch")
-        self.graph, self.ipu, self.layout, self.stages, self.seed = graph, ipu, layout, stages, seed
-        self.micro_batch_size, self.steps_per_call, self.steps_done = ipu.micro_batch_size, ipu.device_iterations, 0
-        self.index, self.processes = process()
-        if self.processes > 1:
-            self.check_poprun(compile_only)
-        self.half = precision != "float32"
+        self.config, self.ipu, self.task, self.model = config, config.ipu, task, model
+        self.stages = make_stages(config.ipu.layers_per_ipu, config.ipu.matmul_proportion)
+        self.micro_batch_size, self.steps_per_call = config.ipu.micro_batch_size, config.ipu.device_iterations
+        self.steps_done = 0
+        self.rank, self.world_size = process_of("ipu")
+        if self.world_size > 1:
+            self.check_poprun()
+        self.half = config.training.precision != "float32"
         if self.half:
-            graph.half()
-        self.model = IpuModel(
-            graph, self.poptorch, ipu.gradient_accumulation_steps * ipu.replication_factor, ipu.operation_proportions
-        )
+            model.half()
+        self.compiled_model = IpuModel(config, task, model, self.stages, self.poptorch)
+        self.inputs = self.compiled_model.inputs
+        recipe = config.optimizer
         self.optimizer = make_optimizer(
-            self.poptorch, graph.named_parameters(), ipu, self.half, weight_decay, betas, eps
+            self.poptorch,
+            model.named_parameters(),
+            config.ipu,
+            self.half,
+            recipe.weight_decay,
+            recipe.betas,
+            recipe.eps,
         )
-        self.compile_only, self.ipu_model = compile_only, ipu_model
-        self.training, self.inference, self.moments = None, None, None
+        self.training: Any = None
+        self.inference: Any = None
+        self.moments: Optional[Dict[str, torch.Tensor]] = None
 
-    def check_poprun(self, compile_only: bool) -> None:
+    def check_poprun(self) -> None:
         """Starts PopDist. Raises InputError where poprun was told something else than the config."""
         popdist = importlib.import_module("popdist")
         popdist.init()
-        if compile_only:
+        if self.config.compile_only:
             raise InputError(
-                f"--compile-only compiles for one process, and poprun started {self.processes}: leave it out; "
+                f"--compile-only compiles for one process, and poprun started {self.world_size}: leave it out; "
                 "the first run under poprun compiles"
             )
         if popdist.getNumTotalReplicas() != self.ipu.replication_factor:
@@ -154,36 +116,30 @@ class IpuEngine:
 
     def options(self, training: bool):
         # Another seed where a run goes on: it would draw the dropout of its first steps again.
-        return make_options(
-            self.poptorch,
-            self.stages,
-            self.ipu,
-            self.half,
-            self.seed + self.steps_done,
-            training,
-            self.compile_only,
-            self.ipu_model,
-        )
+        seed = self.config.training.seed + self.steps_done
+        return make_options(self.poptorch, self.stages, self.config, self.half, seed, training)
 
     def describe(self) -> str:
-        """One line for people: precision, replicas, micro-batches."""
-        return "%s, %d replicas of %d IPUs, micro-batches of %d rows, %d of them in each replica's step%s" % (
-            "float16" if self.half else "float32",
-            self.ipu.replication_factor,
-            len({stage.ipu for stage in self.stages}),
-            self.micro_batch_size,
-            self.ipu.gradient_accumulation_steps,
-            ", process %d of %d" % (self.index, self.processes) if self.processes > 1 else "",
-        )
+        precision = "float16" if self.half else "float32"
+        replicas = f"{self.ipu.replication_factor} replicas of {len({stage.ipu for stage in self.stages})} IPUs"
+        accumulation = f"{self.ipu.gradient_accumulation_steps} of them in each replica's step"
+        process_of_all = f", process {self.rank} of {self.world_size}" if self.world_size > 1 else ""
+        return f"{precision}, {replicas}, micro-batches of {self.micro_batch_size} rows, {accumulation}{process_of_all}"
 
     def compile(self) -> None:
         """Compiles the training executable, into ipu.executable_cache_dir. Takes minutes; may be interrupted."""
         self.training = self.poptorch.trainingModel(
-            self.model.train(), options=self.options(True), optimizer=self.optimizer
+            self.compiled_model.train(), options=self.options(True), optimizer=self.optimizer
         )
-        rows = self.steps_per_call * self.layout["input_ids"][0][0] // self.processes
-        empty = {name: np.zeros((rows,) + shape[1:], dtype) for name, (shape, dtype) in self.layout.items()}
-        self.training.compile(*(torch.from_numpy(empty[name]) for name in INPUTS))
+        rows = self.steps_per_call * self.config.training.global_batch_size // self.world_size
+        layout = row_shape(self.config, static=True).layout(rows)
+        self.training.compile(*self.tensors({name: np.zeros(*layout[name]) for name in self.inputs}))
+
+    def tensors(self, rows: Arrays) -> List[torch.Tensor]:
+        return [torch.from_numpy(rows[name]) for name in self.inputs]
+
+    def expect_rows(self, rows: int) -> None:
+        """Nothing: shapes are static."""
 
     def prepare(self) -> None:
         """Has the training executable on the IPUs, with the state that was loaded."""
@@ -197,104 +153,96 @@ class IpuEngine:
             if is_attached(self.training):
                 self.training.detachFromDevice()
             state = self.optimizer.state_dict()
-            state["ipu_state"] = write_moments(state["ipu_state"], self.moments, dict(self.graph.named_parameters()))
+            state["ipu_state"] = write_moments(state["ipu_state"], self.moments, dict(self.model.named_parameters()))
             self.optimizer.load_state_dict(state)
             self.moments = None
         if not is_attached(self.training):
             self.training.attachToDevice()
 
     def step(
-        self,
-        batch: Dict[str, np.ndarray],
-        learning_rate: float,
-        step: int,
-        progress: Callable[[int], None] = lambda rows: None,
+        self, batch: Arrays, learning_rate: float, step: int, progress: Callable[[int], None] = ignore_progress
     ) -> Dict[str, torch.Tensor]:
-        """`steps_per_call` optimizer steps, the last of which is `step`, on as many global batches of rows; then calls
-        `progress(rows)`.
-
-        Returns mlm_loss, nsp_loss, mlm_accuracy and nsp_accuracy, means over the rows of this process, and
-        skipped_updates, which is 0: PopART skips none. Not to be interrupted but while it compiles.
-        """
+        """Metrics are means over the rows of this process; PopART skips no update. It is not to be interrupted but while
+        it compiles."""
         with cancellable():
             self.prepare()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.training.setOptimizer(self.optimizer)
         share = self.share(batch)
-        sums = self.training(*(torch.from_numpy(share[name]) for name in INPUTS))[1:]
+        sums = self.training(*self.tensors(share))[1:]
         self.steps_done = step
         progress(len(batch["input_ids"]))
         metrics = {
             name: total.float().sum() / float(share[weights].sum(dtype=np.float64))
-            for (name, weights), total in zip(METRICS.items(), sums)
+            for (name, weights), total in zip(self.task.metrics.items(), sums)
         }
         metrics["skipped_updates"] = torch.tensor(0)
         return metrics
 
-    def share(self, batch: Dict[str, np.ndarray]) -> Dict[str, np.ndarray]:
+    def share(self, batch: Arrays) -> Arrays:
         # Of each of the call's global batches the same part, without a copy where there is one batch.
-        if self.processes == 1:
+        if self.world_size == 1:
             return batch
         parts = {}
         for name, array in batch.items():
-            mine = array.reshape((self.steps_per_call, self.processes, -1) + array.shape[1:])[:, self.index]
+            mine = array.reshape((self.steps_per_call, self.world_size, -1) + array.shape[1:])[:, self.rank]
             parts[name] = mine.reshape((-1,) + array.shape[1:])
         return parts
 
-    def evaluate(self, batch: Dict[str, np.ndarray]) -> Dict[str, torch.Tensor]:
-        """The metrics of `step` on these rows, without dropout and without an update. The IPUs go to another executable
-        for it."""
+    def evaluate(self, batch: Arrays) -> Dict[str, torch.Tensor]:
+        """The IPUs go to another executable for it."""
         if is_attached(self.training):
             self.training.detachFromDevice()
-        self.model.eval()
+        self.compiled_model.eval()
         if self.inference is None:
-            self.inference = self.poptorch.inferenceModel(self.model, options=self.options(False))
+            self.inference = self.poptorch.inferenceModel(self.compiled_model, options=self.options(False))
         elif not is_attached(self.inference):
             self.inference.attachToDevice()
         # As many micro-batches as the pipeline has stages; the last are filled up with rows of weight 0.
-        rows = self.micro_batch_size * len(self.stages) * self.ipu.replication_factor // self.processes
-        totals = dict.fromkeys(METRICS, torch.zeros(()))
-        for first in range(0, len(batch["input_ids"]), rows):
-            part = {name: array[first : first + rows] for name, array in batch.items()}
-            missing = rows - len(part["input_ids"])
-            part = {
-                name: np.concatenate([array, np.zeros((missing, array.shape[1]), array.dtype)])
-                for name, array in part.items()
-            }
-            for name, total in zip(METRICS, self.inference(*(torch.from_numpy(part[name]) for name in INPUTS))[1:]):
+        count = self.micro_batch_size * len(self.stages) * self.ipu.replication_factor // self.world_size
+        totals = dict.fromkeys(self.task.metrics, torch.zeros(()))
+        for first in range(0, len(batch["input_ids"]), count):
+            rows = {name: array[first : first + count] for name, array in batch.items()}
+            rows = add_empty_rows(rows, count - len(rows["input_ids"]))
+            for name, total in zip(self.task.metrics, self.inference(*self.tensors(rows))[1:]):
                 totals[name] = totals[name] + total.float().sum()
-        self.model.train()
+        self.compiled_model.train()
         return totals
+
+    def measure(self, batch: Arrays) -> Dict[str, float]:
+        """Of the whole step, with a learning rate of 0: the executable has no parts that can be timed alone."""
+        with cancellable():
+            self.prepare()
+        before = time.perf_counter()
+        self.step(batch, 0.0, self.steps_done)
+        return {"step": time.perf_counter() - before}
 
     def wait_for(self, step: int) -> None:
         """Nothing: a step is done when the call returns."""
 
     def weights(self) -> Dict[str, torch.Tensor]:
-        """Parameter name -> tensor, on the CPU, float32."""
         if is_attached(self.training):
             self.training.copyWeightsToHostIfNeeded()
-        return {name: parameter.detach().float().clone() for name, parameter in self.graph.named_parameters()}
+        return {name: parameter.detach().float().clone() for name, parameter in self.model.named_parameters()}
 
-    def load_weights(self, tensors: Dict[str, torch.Tensor]) -> None:
-        """Takes what `weights` gives; the names must be the graph's."""
+    def load_weights(self, tensors: Mapping[str, torch.Tensor]) -> None:
         with torch.no_grad():
-            for name, parameter in self.graph.named_parameters():
+            for name, parameter in self.model.named_parameters():
                 if name in tensors:
                     parameter.copy_(tensors[name])
         if is_attached(self.training):
             self.training.copyWeightsToDevice()
 
     def optimizer_state(self) -> Dict[str, torch.Tensor]:
-        """ "<parameter name>.exp_avg" and ".exp_avg_sq" -> tensor, on the CPU, float32; empty before the first step."""
         if self.moments is not None:
             return self.moments
         if self.training is None or not self.training.isCompiled():
             return {}
-        return read_moments(self.optimizer.state_dict()["ipu_state"], dict(self.graph.named_parameters()))
+        return read_moments(self.optimizer.state_dict()["ipu_state"], dict(self.model.named_parameters()))
 
-    def load_optimizer_state(self, tensors: Dict[str, torch.Tensor], skipped_updates: int = 0) -> None:
-        """Takes what `optimizer_state` gives; none of the updates counted so far concerns the IPU."""
+    def load_optimizer_state(self, tensors: Mapping[str, torch.Tensor], skipped_updates: int) -> None:
+        """None of the updates that were skipped so far concerns the IPU."""
         self.moments = dict(tensors)
 
     def skipped_updates(self) -> int:
@@ -306,20 +254,10 @@ def is_attached(executor) -> bool:
     return executor is not None and executor.isAttachedToDevice()
 
 
-def make_options(
-    poptorch,
-    stages: Sequence[Stage],
-    ipu: IpuConfig,
-    half: bool,
-    seed: int,
-    training: bool,
-    compile_only: bool,
-    ipu_model: bool,
-):
+def make_options(poptorch, stages: Sequence[Stage], config: Config, half: bool, seed: int, training: bool):
     """poptorch.Options for the training executable, or for one that evaluates."""
-    popart = importlib.import_module("popart")
-    index, processes = process()
-    if processes > 1:  # poprun says how many replicas there are
+    ipu = config.ipu
+    if process_of("ipu")[1] > 1:  # poprun says how many replicas there are
         options = importlib.import_module("popdist.poptorch").Options(
             ipus_per_replica=1 + max(stage.ipu for stage in stages)
         )
@@ -334,11 +272,11 @@ def make_options(
     )
     options.setAvailableMemoryProportion({f"IPU{stage.ipu}": stage.matmul_proportion for stage in stages})
     options.Precision.setPartialsType(torch.float16 if half and ipu.enable_half_partials else torch.float32)
-    if ipu_model:  # it has no cache
+    if config.ipu_model:  # it has no cache
         options.useIpuModel(True)
     else:
         options.enableExecutableCaching(ipu.executable_cache_dir)
-    if compile_only:  # for IPUs like those that are here, else for Mk2
+    if config.compile_only:  # for IPUs like those that are here, else for Mk2
         version = poptorch.ipuHardwareVersion() if poptorch.ipuHardwareIsAvailable() else 2
         options.useOfflineIpuTarget(version if version > 0 else 2)
     if ipu.synthetic_data:
@@ -349,9 +287,15 @@ def make_options(
             {"autoReport.all": "true", "autoReport.directory": ipu.profile_folder, "debug.allowOutOfMemory": "true"}
         )
     options._Popart.setEngineOptions(engine_options)
-    if not training:
+    if training:
+        set_training_options(options, poptorch, ipu, half)
+    else:
         options.deviceIterations(len(stages))  # enough to fill the pipeline
-        return options
+    return options
+
+
+def set_training_options(options, poptorch, ipu: IpuConfig, half: bool) -> None:
+    popart = importlib.import_module("popart")
     options.deviceIterations(ipu.device_iterations)
     options.Training.gradientAccumulation(ipu.gradient_accumulation_steps)
     options.Training.accumulationAndReplicationReductionType(poptorch.ReductionType.Mean)
@@ -376,4 +320,3 @@ def make_options(
     options._Popart.setPatterns(
         {"TiedGather": True, "TiedGatherAccumulate": True, "UpdateInplacePrioritiesForIpu": True}
     )
-    return options

@@ -12,10 +12,12 @@ import textwrap
 from dataclasses import dataclass
 from typing import List, Optional, Sequence, Tuple
 
-from bert.config import CONFIG_FOLDER, Config, IpuConfig, parse_command_line, samples_per_row, validate_for_ipu
+from bert.command_line import CONFIG_FOLDER, parse_command_line
+from bert.config import Config, IpuConfig
 from bert.plan.ipu_plan import IPU_BYTES, IpuPlan, make_ipu_plan
 from bert.plan.warnings import warnings_of
 from bert.run.training import duration
+from bert.validation import samples_per_row, validate_for_ipu
 from data.errors import InputError
 from data.loading.shard_files import open_shards
 from data.packing import mask_slots_of_row, pack
@@ -143,7 +145,7 @@ class Speed:
 def calibrate() -> Tuple[Config, IpuPlan, Speed]:
     """The published run: its config and plan, and the speed that it had, whose efficiency is what other plans are
     estimated with."""
-    config = parse_command_line(["--config", os.path.join(CONFIG_FOLDER, PUBLISHED[0] + ".json")])
+    config = parse_command_line(["--config", os.path.join(CONFIG_FOLDER, "ipu", PUBLISHED[0] + ".json")])
     found = make_ipu_plan(config)
     cycle = config.training.global_batch_size / PUBLISHED[1] / found.cycles
     return config, found, speed_of(found, found.work_of(found.slowest) / cycle / found.peak)

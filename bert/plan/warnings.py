@@ -5,8 +5,9 @@ import copy
 import json
 from typing import Any, Dict, Iterator, List
 
-from bert.config import Config, samples_per_row
+from bert.config import Config
 from bert.plan.ipu_plan import IPU_BYTES, IpuPlan, make_ipu_plan
+from bert.validation import samples_per_row
 from data.packing import mask_slots_of_row
 
 __all__ = ["warnings_of"]

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from bert.config import IpuConfig, parse_command_line
+from bert.command_line import parse_command_line
+from bert.config import Config, IpuConfig
+from bert.engines import make_engine
 from bert.engines.ipu import make_options
 from bert.engines.ipu_optimizer import read_moments, write_moments
 from bert.model.stages import make_stages
 from bert.run.checkpoint import list_checkpoints, read_safetensors
-from bert.run.training import make_engine
 from data.errors import InputError
 from data.rows import unpacked_batch
 from run_pretraining import main
@@ -54,7 +55,7 @@ def engines(monkeypatch):
     """The engines of the runs, in order."""
     made = []
     monkeypatch.setattr(
-        "bert.run.training.make_engine", lambda *arguments: made.append(make_engine(*arguments)) or made[-1]
+        "bert.run.loop.make_engine", lambda *arguments: made.append(make_engine(*arguments)) or made[-1]
     )
     return made
 
@@ -351,7 +352,8 @@ def test_poprun_has_to_start_the_configs_replicas(tmp_path, shards):
 
 def options_of(poptorch, ipu, training=True, compile_only=False, ipu_model=False):
     stages = make_stages(ipu.layers_per_ipu, ipu.matmul_proportion)
-    return dict(make_options(poptorch, stages, ipu, True, 42, training, compile_only, ipu_model).called)
+    config = Config(ipu=ipu, compile_only=compile_only, ipu_model=ipu_model)
+    return dict(make_options(poptorch, stages, config, True, 42, training).called)
 
 
 def test_the_recipes_options_reach_poptorch(poptorch):
@@ -440,7 +442,7 @@ def test_a_run_on_made_up_data_is_a_run(tmp_path, shards, poptorch):
 
 def test_the_optimizers_groups_are_the_recipes(tmp_path, shards, poptorch):
     engine = engine_for(tmp_path, shards, training__precision="auto")
-    lamb, names = engine.optimizer, {id(parameter): name for name, parameter in engine.graph.named_parameters()}
+    lamb, names = engine.optimizer, {id(parameter): name for name, parameter in engine.model.named_parameters()}
     assert (
         lamb.bias_correction,
         lamb.loss_scaling,
