@@ -14,7 +14,7 @@ from bert.geometry import packing_of
 from bert.run.state import RunState
 from bert.tasks import Task
 from data.errors import InputError
-from data.loading.loader import GlobalBatch, Loader, batches_in_order
+from data.loading.loader import GlobalBatch, Loader, LoaderSettings, batches_in_order
 from data.loading.shard_files import open_shards
 from data.prepare import prepare
 from data.shards import ShardInfo
@@ -119,17 +119,15 @@ def open_data(config: Config, task: Task) -> DataSet:
 def open_loader(config: Config, data_set: DataSet, state: RunState, device: str) -> Loader:
     """Global batches from where `state` is."""
     data, training = config.data, config.training
-    return Loader(
-        data_set.shards,
-        training.global_batch_size,
-        training.seed,
+    settings = LoaderSettings(
+        batch_size=training.global_batch_size,
+        seed=training.seed,
         packing=packing_of(data, has_static_shapes(device)),
         samples_per_row=data.samples_per_row,
-        position=state.position,
         skip_bad=data.on_bad_shard == "skip",
-        skipped=state.skipped,
         workers=min(data.workers, os.cpu_count() or 1),
     )
+    return Loader(data_set.shards, settings, state.position, state.skipped)
 
 
 def next_batch(loader: Loader, count: int) -> GlobalBatch:

@@ -6,7 +6,7 @@ from torch import nn
 
 from bert.config import Config
 from bert.model.blocks import Embeddings, EncoderLayer
-from bert.model.model import Model, initialize
+from bert.model.model import Model
 from bert.tasks.pretraining import Pretraining
 from bert.tasks.task import Panel, Task
 from data.errors import InputError

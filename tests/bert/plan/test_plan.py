@@ -8,7 +8,6 @@ import os
 import numpy as np
 import pytest
 import torch
-from bert.run.training import duration
 
 from bert.command_line import CONFIG_FOLDER, parse_command_line
 from bert.model.stages import make_stages
@@ -28,6 +27,7 @@ from bert.plan.report import (
 from bert.plan.trace import trace
 from bert.plan.warnings import warnings_of
 from bert.tasks import make_model, make_task
+from bert.text import duration
 from data.errors import InputError
 from data.rows import packed_batch
 from data.shards import read_samples, write_shard
