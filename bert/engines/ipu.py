@@ -14,7 +14,7 @@ from torch import nn
 from bert.config import Config, IpuConfig
 from bert.engines.choosing import process_of
 from bert.engines.engine import Arrays, ignore_progress
-from bert.engines.ipu_optimizer import make_optimizer, read_moments, write_moments
+from bert.engines.ipu_optimizer import check_ipu_state, make_ipu_optimizer, read_state, write_state
 from bert.engines.torch_engine import add_empty_rows
 from bert.geometry import row_shape
 from bert.model.batch import Batch
@@ -84,19 +84,10 @@ class IpuEngine:
             model.half()
         self.compiled_model = IpuModel(config, task, model, self.stages, self.poptorch)
         self.inputs = self.compiled_model.inputs
-        recipe = config.optimizer
-        self.optimizer = make_optimizer(
-            self.poptorch,
-            model.named_parameters(),
-            config.ipu,
-            self.half,
-            recipe.weight_decay,
-            recipe.betas,
-            recipe.eps,
-        )
+        self.optimizer = make_ipu_optimizer(self.poptorch, model.named_parameters(), config, self.half)
         self.training: Any = None
         self.inference: Any = None
-        self.moments: Optional[Dict[str, torch.Tensor]] = None
+        self.loaded: Optional[Dict[str, torch.Tensor]] = None
 
     def check_poprun(self) -> None:
         """Starts PopDist. Raises InputError where poprun was told something else than the config."""
@@ -147,15 +138,16 @@ class IpuEngine:
             self.inference.detachFromDevice()
         if self.training is None or not self.training.isCompiled():
             self.compile()
-        if self.moments is not None:
-            # Only now are the state's names known: a serialized weight has its moments in parts. PopTorch sends them up
+        if self.loaded is not None:
+            # Only now are the state's names known: a serialized weight has its state in parts. PopTorch sends them up
             # when it attaches.
             if is_attached(self.training):
                 self.training.detachFromDevice()
             state = self.optimizer.state_dict()
-            state["ipu_state"] = write_moments(state["ipu_state"], self.moments, dict(self.model.named_parameters()))
+            parameters = dict(self.model.named_parameters())
+            state["ipu_state"] = write_state(self.config.optimizer.name, state["ipu_state"], self.loaded, parameters)
             self.optimizer.load_state_dict(state)
-            self.moments = None
+            self.loaded = None
         if not is_attached(self.training):
             self.training.attachToDevice()
 
@@ -235,15 +227,17 @@ class IpuEngine:
             self.training.copyWeightsToDevice()
 
     def optimizer_state(self) -> Dict[str, torch.Tensor]:
-        if self.moments is not None:
-            return self.moments
+        if self.loaded is not None:
+            return self.loaded
         if self.training is None or not self.training.isCompiled():
             return {}
-        return read_moments(self.optimizer.state_dict()["ipu_state"], dict(self.model.named_parameters()))
+        state, parameters = self.optimizer.state_dict()["ipu_state"], dict(self.model.named_parameters())
+        return read_state(self.config.optimizer.name, state, parameters)
 
     def load_optimizer_state(self, tensors: Mapping[str, torch.Tensor], skipped_updates: int) -> None:
         """None of the updates that were skipped so far concerns the IPU."""
-        self.moments = dict(tensors)
+        check_ipu_state(self.config.optimizer.name, tensors, dict(self.model.named_parameters()))
+        self.loaded = dict(tensors)
 
     def skipped_updates(self) -> int:
         """0: PopART skips no update."""
