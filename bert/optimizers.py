@@ -15,7 +15,7 @@ from bert.config import OptimizerConfig
 from data.errors import InputError
 from ops.lamb import Lamb, lamb_groups
 
-__all__ = ["NamedOptimizer", "OPTIMIZERS", "make_optimizer"]
+__all__ = ["NamedOptimizer", "OPTIMIZERS", "check_state", "make_optimizer"]
 
 NamedParameters = List[Tuple[str, Parameter]]
 
@@ -123,20 +123,8 @@ class NamedOptimizer:
         A parameter that has no state in `tensors` never had a gradient, and starts afresh. Raises InputError for keys
         or shapes that are not this optimizer's.
         """
-        layout, begun, problems = self.state_layout(), {name.rpartition(".")[0] for name in tensors}, []
-        for name, like in layout.items():
-            shape = torch.as_tensor(like).shape
-            if name not in tensors and name.rpartition(".")[0] in begun:
-                problems.append(f"{name} is missing")
-            elif name in tensors and tensors[name].shape != shape:
-                problems.append(f"{name} has the shape {list(tensors[name].shape)}, expected {list(shape)}")
-        problems += [f"{name} is unexpected" for name in tensors if name not in layout]
-        if problems:
-            few = ", ".join(problems[:3]) + (f", and {len(problems) - 3:,} more" if len(problems) > 3 else "")
-            raise InputError(
-                f'the optimizer\'s state is not one of optimizer.name "{self.config.name}": {few}. Resume with the '
-                "optimizer and the model that it was saved with"
-            )
+        layout = self.state_layout()
+        check_state(self.config.name, tensors, {name: torch.as_tensor(like).shape for name, like in layout.items()})
         self.skipped.fill_(skipped)
         owners = {name: (optimizer, parameter) for optimizer, name, parameter in named_in_groups(self.optimizers)}
         for optimizer in self.optimizers:
@@ -175,6 +163,24 @@ def named_in_groups(optimizers: List[Optimizer]) -> Iterator[Tuple[Optimizer, st
         for group in optimizer.param_groups:
             for name, parameter in zip(group["names"], group["params"]):
                 yield optimizer, name, parameter
+
+
+def check_state(optimizer: str, tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, torch.Size]) -> None:
+    """Raises InputError where `tensors` have other keys or shapes than the state of the optimizer of this name; all
+    that belongs to a parameter may be missing."""
+    begun, problems = {name.rpartition(".")[0] for name in tensors}, []
+    for name, shape in shapes.items():
+        if name not in tensors and name.rpartition(".")[0] in begun:
+            problems.append(f"{name} is missing")
+        elif name in tensors and tensors[name].shape != shape:
+            problems.append(f"{name} has the shape {list(tensors[name].shape)}, expected {list(shape)}")
+    problems += [f"{name} is unexpected" for name in tensors if name not in shapes]
+    if problems:
+        few = ", ".join(problems[:3]) + (f", and {len(problems) - 3:,} more" if len(problems) > 3 else "")
+        raise InputError(
+            f'the optimizer\'s state is not one of optimizer.name "{optimizer}": {few}. Resume with the optimizer and '
+            "the model that it was saved with"
+        )
 
 
 def make_optimizer(

@@ -4,9 +4,8 @@ Shape letters: R rows, L tokens of a row, M mask slots of a row, S samples of a 
 """
 
 import importlib
-import re
 import time
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from torch import nn
 from bert.config import Config, IpuConfig
 from bert.engines.choosing import process_of
 from bert.engines.engine import Arrays, ignore_progress
+from bert.engines.ipu_optimizer import check_ipu_state, make_ipu_optimizer, read_state, write_state
 from bert.engines.torch_engine import add_empty_rows
 from bert.geometry import row_shape
 from bert.model.batch import Batch
@@ -24,11 +24,8 @@ from bert.signals import cancellable
 from bert.tasks.task import Task
 from data.errors import InputError
 from ops.ipu import lowering
-from ops.lamb import lamb_groups
 
 __all__ = ["IpuEngine", "IpuModel", "make_options"]
-
-MOMENTS = {"exp_avg": "Accl1___", "exp_avg_sq": "Accl2___"}  # PopART's prefixes of the optimizer's state
 
 
 class IpuModel(nn.Module):
@@ -87,10 +84,10 @@ class IpuEngine:
             model.half()
         self.compiled_model = IpuModel(config, task, model, self.stages, self.poptorch)
         self.inputs = self.compiled_model.inputs
-        self.optimizer = self.make_optimizer(config.optimizer)
+        self.optimizer = make_ipu_optimizer(self.poptorch, model.named_parameters(), config, self.half)
         self.training: Any = None
         self.inference: Any = None
-        self.moments: Optional[Dict[str, torch.Tensor]] = None
+        self.loaded: Optional[Dict[str, torch.Tensor]] = None
 
     def check_poprun(self) -> None:
         """Starts PopDist. Raises InputError where poprun was told something else than the config."""
@@ -112,29 +109,6 @@ class IpuEngine:
         # Another seed where a run goes on: it would draw the dropout of its first steps again.
         seed = self.config.training.seed + self.steps_done
         return make_options(self.poptorch, self.stages, self.config, self.half, seed, training)
-
-    def make_optimizer(self, weight_decay: float, betas, eps: float):
-        groups = []
-        for group in lamb_groups(self.model.named_parameters(), weight_decay):
-            groups.append({"params": group["params"], "weight_decay": group["weight_decay"]})
-            if not group["trust_ratio"]:
-                groups[-1]["max_weight_norm"] = 0.0  # PopART's ratio is then 1
-        half = torch.float16 if self.half else torch.float32
-        optimizer = self.poptorch.optim.LAMB(
-            groups,
-            lr=0.0,
-            betas=tuple(betas),
-            eps=eps,
-            weight_decay=weight_decay,
-            bias_correction=False,
-            loss_scaling=self.ipu.loss_scaling if self.half else 1.0,
-            accum_type=half,
-            first_order_momentum_accum_type=half if self.ipu.enable_half_first_order_momentum else torch.float32,
-            second_order_momentum_accum_type=torch.float32,
-        )
-        for name in ("weight_decay", "max_weight_norm"):
-            optimizer.variable_attrs.markAsConstant(name)
-        return optimizer
 
     def describe(self) -> str:
         precision = "float16" if self.half else "float32"
@@ -164,15 +138,16 @@ class IpuEngine:
             self.inference.detachFromDevice()
         if self.training is None or not self.training.isCompiled():
             self.compile()
-        if self.moments is not None:
-            # Only now are the state's names known: a serialized weight has its moments in parts. PopTorch sends them up
+        if self.loaded is not None:
+            # Only now are the state's names known: a serialized weight has its state in parts. PopTorch sends them up
             # when it attaches.
             if is_attached(self.training):
                 self.training.detachFromDevice()
             state = self.optimizer.state_dict()
-            state["ipu_state"] = write_moments(state["ipu_state"], self.moments, dict(self.model.named_parameters()))
+            parameters = dict(self.model.named_parameters())
+            state["ipu_state"] = write_state(self.config.optimizer.name, state["ipu_state"], self.loaded, parameters)
             self.optimizer.load_state_dict(state)
-            self.moments = None
+            self.loaded = None
         if not is_attached(self.training):
             self.training.attachToDevice()
 
@@ -252,15 +227,17 @@ class IpuEngine:
             self.training.copyWeightsToDevice()
 
     def optimizer_state(self) -> Dict[str, torch.Tensor]:
-        if self.moments is not None:
-            return self.moments
+        if self.loaded is not None:
+            return self.loaded
         if self.training is None or not self.training.isCompiled():
             return {}
-        return read_moments(self.optimizer.state_dict()["ipu_state"], dict(self.model.named_parameters()))
+        state, parameters = self.optimizer.state_dict()["ipu_state"], dict(self.model.named_parameters())
+        return read_state(self.config.optimizer.name, state, parameters)
 
     def load_optimizer_state(self, tensors: Mapping[str, torch.Tensor], skipped_updates: int) -> None:
         """None of the updates that were skipped so far concerns the IPU."""
-        self.moments = dict(tensors)
+        check_ipu_state(self.config.optimizer.name, tensors, dict(self.model.named_parameters()))
+        self.loaded = dict(tensors)
 
     def skipped_updates(self) -> int:
         """0: PopART skips no update."""
@@ -337,74 +314,3 @@ def set_training_options(options, poptorch, ipu: IpuConfig, half: bool) -> None:
     options._Popart.setPatterns(
         {"TiedGather": True, "TiedGatherAccumulate": True, "UpdateInplacePrioritiesForIpu": True}
     )
-
-
-def read_moments(state: Dict[str, torch.Tensor], parameters: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
-    """PopART's optimizer state -> {"<parameter name>.exp_avg", ".exp_avg_sq": float32 tensor of the parameter's
-    shape}."""
-    moments = {}
-    for key, prefix in MOMENTS.items():
-        for name, (keys, transposed) in parts_of(state, prefix, parameters).items():
-            parts = [state[one].float().t() if transposed else state[one].float() for one in keys]
-            moments[f"{name}.{key}"] = torch.cat(parts) if len(parts) > 1 else parts[0].clone()
-    return moments
-
-
-def write_moments(
-    state: Dict[str, torch.Tensor], moments: Dict[str, torch.Tensor], parameters: Dict[str, torch.Tensor]
-) -> Dict:
-    """`state` with the values of `moments`, each in the shape and type that PopART has: it reads them by their
-    address."""
-    written = dict(state)
-    for key, prefix in MOMENTS.items():
-        for name, (keys, transposed) in parts_of(state, prefix, parameters).items():
-            moment = moments[f"{name}.{key}"]
-            for one, part in zip(keys, moment.chunk(len(keys)) if len(keys) > 1 else [moment]):
-                written[one] = (part.t() if transposed else part).to(state[one].dtype).contiguous()
-    return written
-
-
-def parts_of(
-    state: Dict[str, torch.Tensor], prefix: str, parameters: Dict[str, torch.Tensor]
-) -> Dict[str, Tuple[List[str], bool]]:
-    """Parameter name -> (the state's names of its moment, whether those tensors are transposed).
-
-    The one weight whose product is serialized has its moment in parts, "<product>", "<product>/1", "<product>/2" and so
-    on, which are rows of it or, as the product takes them, columns. Raises InputError for anything else, rather than
-    guess.
-    """
-    there = [key for key in state if key.startswith(prefix)]
-    found = {name: [key for key in there if key.endswith("." + name)] for name in parameters}
-    known = {key for keys in found.values() for key in keys}
-    parts, missing = [key for key in there if key not in known], [name for name, keys in found.items() if not keys]
-    if len(missing) == 1:
-        products = {re.sub(r"/\d+$", "", key) for key in parts}
-        found[missing[0]] = [product + (f"/{i}" if i else "") for product in products for i in range(len(parts))]
-    placed = {
-        name: (keys, orientation([state.get(key) for key in keys], parameters[name].shape))
-        for name, keys in found.items()
-    }
-    if len(missing) > 1 or (parts and not missing) or any(transposed is None for _, transposed in placed.values()):
-        wrong = missing or [name for name, (_, transposed) in placed.items() if transposed is None] or ["no parameter"]
-        raise InputError(
-            "the optimizer's state on the IPU has %s for %s, expected one tensor for each parameter, or equal parts of one "
-            "serialized weight. Please report it with the versions of PopTorch and of the Poplar SDK; "
-            "ipu.embedding_serialization_factor 1 avoids it"
-            % (
-                ", ".join("%s %s" % (key, list(state[key].shape)) for key in parts or found[wrong[0]]) or "nothing",
-                ", ".join(wrong),
-            )
-        )
-    return placed
-
-
-def orientation(parts: List[Optional[torch.Tensor]], shape: torch.Size) -> Optional[bool]:
-    """Whether these tensors, row after row, are transposed to make one of `shape`; None where they make none, or it is
-    open."""
-    if not parts or any(part is None or part.shape != parts[0].shape for part in parts):
-        return None
-    if len(parts) == 1:
-        return False if parts[0].shape == shape else None
-    rows, columns = shape[0] / len(parts), shape[1]
-    fits = [parts[0].shape == (rows, columns), parts[0].shape == (columns, rows)]
-    return fits[1] if sum(fits) == 1 else None

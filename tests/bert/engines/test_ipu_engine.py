@@ -13,7 +13,8 @@ import torch
 from bert.command_line import parse_command_line
 from bert.config import Config, IpuConfig
 from bert.engines import make_engine
-from bert.engines.ipu import make_options, read_moments, write_moments
+from bert.engines.ipu import make_options
+from bert.engines.ipu_optimizer import read_state, write_state
 from bert.model.stages import make_stages
 from bert.run.checkpoint import list_checkpoints, read_safetensors
 from data.errors import InputError
@@ -471,14 +472,14 @@ def test_moments_of_a_serialized_weight_are_found_by_their_parts(transposed):
             state[prefix + "model.graph." + name] = torch.zeros(parameters[name].shape, dtype=dtype)
         for name in ("/2", "", "/1"):  # in no order
             state[prefix + "heads/MatMul:0_Slice:0" + name] = torch.zeros((4, 2) if transposed else (2, 4), dtype=dtype)
-    written = write_moments(state, moments, parameters)
+    written = write_state("lamb", state, moments, parameters)
     assert all(
         written[name].dtype == tensor.dtype and written[name].shape == tensor.shape and written[name].is_contiguous()
         for name, tensor in state.items()
     )
     part = written["Accl2___heads/MatMul:0_Slice:0/1"]
     assert torch.equal(part.t() if transposed else part, moments["word.weight.exp_avg_sq"][2:4])
-    for name, tensor in read_moments(written, parameters).items():
+    for name, tensor in read_state("lamb", written, parameters).items():
         assert torch.equal(tensor, moments[name].half().float() if name.endswith("exp_avg") else moments[name]), name
 
 
@@ -497,19 +498,19 @@ def test_moments_that_cannot_be_told_apart_are_an_error(names, shapes):
         prefix + name: torch.zeros(shape) for prefix in ("Accl1___", "Accl2___") for name, shape in zip(names, shapes)
     }
     with pytest.raises(InputError, match="for word.weight, expected one tensor for each parameter"):
-        read_moments(state, {"word.weight": torch.zeros(6, 4)})
+        read_state("lamb", state, {"word.weight": torch.zeros(6, 4)})
 
 
 def test_square_parts_of_a_serialized_weight_are_not_guessed():
     state = {prefix + name: torch.zeros(4, 4) for prefix in ("Accl1___", "Accl2___") for name in ("MatMul", "MatMul/1")}
     with pytest.raises(InputError, match="ipu.embedding_serialization_factor 1 avoids it"):
-        read_moments(state, {"word.weight": torch.zeros(8, 4)})
+        read_state("lamb", state, {"word.weight": torch.zeros(8, 4)})
 
 
 def test_a_moment_of_another_shape_than_its_parameter_is_an_error():
     state = {prefix + "model.graph.word.weight": torch.zeros(4, 6) for prefix in ("Accl1___", "Accl2___")}
     with pytest.raises(InputError, match="for word.weight"):
-        read_moments(state, {"word.weight": torch.zeros(6, 4)})
+        read_state("lamb", state, {"word.weight": torch.zeros(6, 4)})
 
 
 def test_a_resumed_run_draws_other_dropout_than_its_first_steps(tmp_path, shards, poptorch, engines):
