@@ -32,7 +32,9 @@ def make_ways(groups):
     def lamb(implementation, with_copies=False):
         optimizer = Lamb([dict(group) for group in groups], lr=1e-4, implementation=implementation)
         if with_copies:
-            optimizer.copies.update((p, p.detach().to(torch.bfloat16)) for group in groups for p in group["params"])
+            optimizer.compute_weights.update(
+                (p, p.detach().to(torch.bfloat16)) for group in groups for p in group["params"]
+            )
         return optimizer
 
     options = ("params", "weight_decay")

@@ -56,7 +56,7 @@ class TorchEngine:
             graph.to(torch.bfloat16)
             copies = {self.masters[name]: parameter.detach() for name, parameter in graph.named_parameters()}
         self.optimizer = Lamb(lamb_groups(self.masters.items(), weight_decay), lr=0.0, betas=betas, eps=eps)
-        self.optimizer.copies = copies
+        self.optimizer.compute_weights = copies
         self.steps_done, self.finished = 0, {}
         self.compiled, self.compile_line = wants_compile(compile, device)
         # Traced code knows no kernels of ours on the CPU.

@@ -60,7 +60,9 @@ class SelfAttention(nn.Module):
 
     def forward(self, hidden, segments: Segments):
         layers = self.query, self.key, self.value
-        query, key, value = linears(hidden, [layer.weight for layer in layers], [layer.bias for layer in layers])
+        query, key, value = linears(
+            hidden, [layer.weight for layer in layers], [layer.bias for layer in layers], "query_key_value"
+        )
         return attention(query, key, value, segments, self.heads, self.dropout if self.training else 0.0)
 
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from bert.config import ModelConfig
 from bert.model.graph import BertForPretraining, initialize
 from bert.model.stages import make_stages
+from ops.attention import SampleMask
 from ops.float8 import float8, float8_linear, float8_linear_plain, is_float8
 from ops.linear import linear_dropout_add_norm_plain, linear_gelu_plain, linears_plain
 from tests.cuda import on_cuda
@@ -163,15 +164,16 @@ def test_a_compiled_layer_is_float8_where_it_is_open():
     graph, _ = graph_and_batch(float8=True)
     one = graph.bert.encoder["layer"][0]
     compiled = torch.compile(one, backend="aot_eager", dynamic=False, fullgraph=True)
-    x, within, direction = torch.randn(4, 32, 64, requires_grad=True), torch.zeros(4, 1, 32, 32), torch.randn(4, 32, 64)
+    x, direction = torch.randn(4, 32, 64, requires_grad=True), torch.randn(4, 32, 64)
+    segments = SampleMask(torch.ones(4, 1, 32, 32, dtype=torch.bool))
     results = []
     for way in (one, compiled):
         with float8():
-            output = way(x, within)
+            output = way(x, segments)
         results.append((output, *torch.autograd.grad(output, (x, *one.parameters()), direction)))
     for (name, _), found, expected in zip(
         [("output", None), ("x", None), *one.named_parameters()], results[1], results[0]
     ):
         if not name.endswith("attention.self.key.bias"):
             assert relative_error(found, expected) < 1e-3, name
-    assert 1e-4 < relative_error(compiled(x, within), results[1][0]) < 6e-2  # closed again, it is not
+    assert 1e-4 < relative_error(compiled(x, segments), results[1][0]) < 6e-2  # closed again, it is not

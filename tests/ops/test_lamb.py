@@ -98,7 +98,7 @@ def trained(implementation, shapes, seed=0, steps=10, dtype=torch.float32, spoil
     half = len(parameters) // 2
     groups = [{"params": parameters[:half], "lr": 0.01}, {"params": parameters[half:], "lr": 0.03, "weight_decay": 0.0}]
     optimizer = Lamb([group for group in groups if group["params"]], lr=1.0, implementation=implementation)
-    optimizer.copies.update((p, p.detach().to(torch.bfloat16)) for p in parameters[::2])
+    optimizer.compute_weights.update((p, p.detach().to(torch.bfloat16)) for p in parameters[::2])
     for step in range(steps):
         for parameter in parameters:
             parameter.grad = draw(parameter.shape, 10.0 ** (step % 4 - 2))
@@ -115,7 +115,7 @@ def everything(parameters, optimizer):
         for tensors in (
             parameters,
             (state for p in parameters for state in optimizer.state[p].values()),
-            optimizer.copies.values(),
+            optimizer.compute_weights.values(),
         )
         for tensor in tensors
     ]
@@ -139,8 +139,8 @@ def test_fused_forms_equal_the_plain_one_in_any_shapes(implementation):
     def check(shapes, seed):
         parameters, optimizer = trained(implementation, shapes, seed)
         assert_as_plain(parameters, shapes, seed)
-        for parameter, copy in optimizer.copies.items():
-            assert parameter.numel() == 0 or torch.equal(copy, parameter.to(torch.bfloat16))
+        for parameter, rounded in optimizer.compute_weights.items():
+            assert parameter.numel() == 0 or torch.equal(rounded, parameter.to(torch.bfloat16))
 
     check()
 
@@ -164,7 +164,7 @@ def test_huge_and_denormal_values_stay_finite(implementation):
 
 
 @pytest.mark.parametrize("implementation", FUSED)
-def test_copies_are_rounded_as_pytorch_rounds(implementation):
+def test_compute_weights_are_rounded_as_pytorch_rounds(implementation):
     # Ties between two bfloat16 neighbours, of an even and an odd one; the largest float32; denormals; zero gradients
     # leave them.
     bits = torch.tensor(
@@ -175,9 +175,11 @@ def test_copies_are_rounded_as_pytorch_rounds(implementation):
     parameter = torch.nn.Parameter(weights.clone())
     parameter.grad = torch.zeros_like(parameter)
     optimizer = Lamb([parameter], lr=0.1, weight_decay=0.0, implementation=implementation)
-    optimizer.copies[parameter] = torch.empty_like(parameter, dtype=torch.bfloat16)
+    optimizer.compute_weights[parameter] = torch.empty_like(parameter, dtype=torch.bfloat16)
     optimizer.step()
-    assert torch.equal(parameter, weights) and torch.equal(optimizer.copies[parameter], weights.to(torch.bfloat16))
+    assert torch.equal(parameter, weights) and torch.equal(
+        optimizer.compute_weights[parameter], weights.to(torch.bfloat16)
+    )
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -269,12 +271,12 @@ def test_autograd_notices_that_weights_changed(implementation):
 def test_tensors_that_the_kernels_cannot_take_are_named(implementation):
     device = device_of(implementation)
 
-    def message(weight, gradient=None, copy=None):
+    def message(weight, gradient=None, compute_weight=None):
         parameter = torch.nn.Parameter(weight.to(device))
         parameter.grad = torch.ones_like(parameter) if gradient is None else gradient.to(device)
         optimizer = Lamb([{"params": [parameter], "names": ["layer.weight"]}], lr=0.1, implementation=implementation)
-        if copy is not None:
-            optimizer.copies[parameter] = copy.to(device)
+        if compute_weight is not None:
+            optimizer.compute_weights[parameter] = compute_weight.to(device)
         with pytest.raises(ValueError, match="layer.weight") as raised:
             optimizer.step()
         return str(raised.value)
@@ -282,7 +284,7 @@ def test_tensors_that_the_kernels_cannot_take_are_named(implementation):
     assert "torch.float64" in message(torch.ones(2, 3, dtype=torch.float64))
     assert "strides (1, 3)" in message(torch.ones(2, 3).t())
     assert "strides (0, 0)" in message(torch.ones(2, 3), gradient=torch.ones(()).expand(2, 3))
-    assert "bfloat16" in message(torch.ones(2, 3), copy=torch.ones(2, 3))
+    assert "bfloat16" in message(torch.ones(2, 3), compute_weight=torch.ones(2, 3))
 
 
 def test_the_form_is_chosen_by_the_device_and_wrong_ones_are_refused():
@@ -355,8 +357,8 @@ def test_triton_kernels_compile_for_hopper_and_load_16_bytes_a_thread(aligned, t
         "parameters": "*i64",
         "groups": "*fp32",
         "numbers": "*i32",
-        "weight_squares": "*fp64",
-        "update_squares": "*fp64",
+        "w_squares": "*fp64",
+        "u_squares": "*fp64",
         "infinite": "*i32",
         "steps": "*fp32",
         "skip": "*i32",
