@@ -15,8 +15,7 @@ __all__ = ["embed", "gather_tokens", "gather_tokens_one_hot"]
 
 
 def gather_tokens(hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """hidden [R, L, H] at positions [R, K] (integers in 0..L-1) -> [R, K, H]; hidden [T, H] at positions [K] -> [K,
-    H]."""
+    """hidden [R, L, H] at positions [R, K] (integers in 0..L-1) -> [R, K, H]; [T, H] at positions [K] -> [K, H]."""
     if is_lowering():
         return gather_tokens_one_hot(hidden, positions)
     if hidden.dim() == 2:

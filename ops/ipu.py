@@ -13,10 +13,10 @@ __all__ = [
     "MATMULS",
     "block",
     "is_lowering",
-    "no_outline",
     "lowering",
-    "matmul_memory",
     "mark_loss",
+    "matmul_memory",
+    "no_outline",
     "recompute_from",
     "serialized_matmul",
 ]

@@ -80,9 +80,8 @@ def test_ten_steps_equal_the_paper(implementation, eps, decay, trust_ratio, zero
             )
             way[i] += np.linalg.norm(weights[i] - before)
         optimizer.step()
-    for w, p, length in zip(
-        weights, parameters, way
-    ):  # relative to the way a weight went: where it ends near 0, its rounding does not
+    # Relative to the way that a weight went: where it ends near 0, its rounding does not.
+    for w, p, length in zip(weights, parameters, way):
         assert np.linalg.norm(p.detach().cpu().double().numpy() - w) <= 1e-6 * length
 
 
@@ -124,8 +123,8 @@ def everything(parameters, optimizer):
 def assert_as_plain(parameters, *arguments, **options):
     """The plain form computes in float64 here: in float32 its norms over many values are no better than 1e-6
     themselves."""
-    for found, expected in zip(parameters, trained("plain", *arguments, dtype=torch.float64, **options)[0]):
-        difference = (found.detach().cpu().double() - expected.detach()).norm().item()
+    for parameter, expected in zip(parameters, trained("plain", *arguments, dtype=torch.float64, **options)[0]):
+        difference = (parameter.detach().cpu().double() - expected.detach()).norm().item()
         assert difference <= 1e-6 * expected.detach().norm().item()
 
 
@@ -225,11 +224,8 @@ def test_query_key_and_value_have_ratios_of_their_own(implementation):
     for parameter in (query, key, value):
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    for parameter, scale in (
-        (query, 1.0),
-        (key, 2.0),
-        (value, 4.0),
-    ):  # a step of lr times its own norm, whatever the others' norms are
+    # A step of lr times its own norm, whatever the others' norms are.
+    for parameter, scale in ((query, 1.0), (key, 2.0), (value, 4.0)):
         assert torch.allclose(parameter, torch.full_like(parameter, 0.9 * scale))
 
 
@@ -300,7 +296,8 @@ def test_the_form_is_chosen_by_the_device_and_wrong_ones_are_refused():
 def test_without_a_compiler_it_warns_once_and_works(tmp_path, compiler, reason):
     code = (
         "import torch, warnings\nfrom ops.lamb import Lamb\nwarnings.simplefilter('always')\n"
-        "for _ in range(2):\n    p = torch.nn.Parameter(torch.ones(3)); p.grad = torch.ones(3)\n    optimizer = Lamb([p], lr=0.1)\n"
+        "for _ in range(2):\n    p = torch.nn.Parameter(torch.ones(3)); p.grad = torch.ones(3)\n"
+        "    optimizer = Lamb([p], lr=0.1)\n"
         "    optimizer.step(); print(optimizer.implementation, bool((p < 1).all()))"
     )
     done = subprocess.run(
@@ -387,16 +384,16 @@ def test_triton_kernels_compile_for_hopper_and_load_16_bytes_a_thread(aligned, t
 def test_groups_are_the_recipes():
     config = ModelConfig(vocab_size=50, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     graph = BertForPretraining(config)
-    found = {
+    options = {
         name: (group["weight_decay"], group["trust_ratio"])
         for group in lamb_groups(graph.named_parameters(), 0.01)
         for name in group["names"]
     }
-    assert set(found) == set(dict(graph.named_parameters()))
+    assert set(options) == set(dict(graph.named_parameters()))
     layer = "bert.encoder.layer.0."
     for part in ("query", "key", "value"):  # three parameters, each with a trust ratio of its own
-        assert found[layer + f"attention.self.{part}.weight"] == (0.01, True)
-        assert found[layer + f"attention.self.{part}.bias"] == (0.0, False)
-    assert found["bert.embeddings.word_embeddings.weight"] == found["cls.seq_relationship.weight"] == (0.01, True)
-    assert found["bert.embeddings.LayerNorm.weight"] == found[layer + "output.LayerNorm.weight"] == (0.0, True)
-    assert found["bert.embeddings.LayerNorm.bias"] == found["cls.predictions.bias"] == (0.0, False)
+        assert options[layer + f"attention.self.{part}.weight"] == (0.01, True)
+        assert options[layer + f"attention.self.{part}.bias"] == (0.0, False)
+    assert options["bert.embeddings.word_embeddings.weight"] == options["cls.seq_relationship.weight"] == (0.01, True)
+    assert options["bert.embeddings.LayerNorm.weight"] == options[layer + "output.LayerNorm.weight"] == (0.0, True)
+    assert options["bert.embeddings.LayerNorm.bias"] == options["cls.predictions.bias"] == (0.0, False)
