@@ -1,12 +1,11 @@
 """How long a plan for IPUs takes: an estimate from one published speed."""
 
-import copy
 import os
 from dataclasses import dataclass
 from typing import List, Tuple
 
 from bert.config import CONFIG_FOLDER, Config, parse_command_line
-from bert.plan.ipu_plan import IpuPlan, make_ipu_plan
+from bert.plan.ipu_plan import IpuPlan, make_ipu_plan, with_settings
 from bert.plan.step import DataFacts, epochs_of, samples_of_step
 from bert.plan.tables import gflop
 from bert.text import duration, percent
@@ -109,8 +108,7 @@ def other_pods(config: Config, plan: IpuPlan, speed: Speed) -> List[Tuple[int, f
             and rest == 0
             and accumulation > plan.filling
         ):
-            changed = copy.deepcopy(config)
-            changed.ipu.replication_factor, changed.ipu.gradient_accumulation_steps = pod // ipus, accumulation
-            other = make_ipu_plan(changed, plan.trace)
+            settings = {"ipu.replication_factor": pod // ipus, "ipu.gradient_accumulation_steps": accumulation}
+            other = make_ipu_plan(with_settings(config, settings), plan.trace)
             pods.append((pod, speed.cycle * other.cycles, other.fullest <= 1))
     return pods
