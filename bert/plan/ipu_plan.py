@@ -7,15 +7,16 @@ a step of N micro-batches takes N + 2 S - 2 cycles. Each stage is recomputed bef
 has just been computed.
 """
 
+import copy
 from dataclasses import dataclass
-from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Set, Tuple
 
 from bert.config import Config, IpuConfig
 from bert.model.stages import Stage
 from bert.plan.optimizer import state_bytes
 from bert.plan.trace import Operation, Trace, trace
 
-__all__ = ["IPU_BYTES", "MIB", "IpuMemory", "IpuPlan", "Peak", "StagePlan", "make_ipu_plan"]
+__all__ = ["IPU_BYTES", "MIB", "IpuPlan", "Memory", "StagePlan", "make_ipu_plan", "with_settings"]
 
 MIB = 2**20
 TILES = 1472
@@ -23,16 +24,20 @@ IPU_BYTES = TILES * 624 * 1024  # of a Mk2 IPU
 PEAK_FLOPS = {2: 250e12, 4: 62.5e12}  # of a Mk2 IPU, by the bytes of a number
 
 
-class Peak(NamedTuple):
-    """The moment of a backward pass that needs the most memory besides weights, state and stashes."""
+@dataclass(frozen=True)
+class Memory:
+    """What memory holds at the fullest moment of a backward pass. Program code and exchange buffers are not counted."""
 
-    total: int
-    activations: int
-    """Bytes of what is recomputed from a checkpoint, and of gradients."""
-    temporaries: int
-    """Bytes that the matrix product of that moment takes."""
+    parts: Dict[str, int]
+    """Bytes of activations (recomputed ones, and gradients of all) and of a matrix product's temporaries. For a whole
+    IPU also of weights, gradients (of the weights), optimizer (its state) and stashes (what micro-batches under way
+    are recomputed from)."""
     operation: str
-    """The operation whose gradient is computed, and its block."""
+    """The operation whose gradient is computed at that moment, and its block."""
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,8 @@ class StagePlan:
     """Bytes that it keeps of each micro-batch until its backward pass: its inputs and checkpoints."""
     stashed: int
     """Micro-batches that it keeps them of."""
-    peak: Peak
+    peak: Memory
+    """Activations and temporaries."""
 
     @property
     def work(self) -> int:
@@ -57,25 +63,11 @@ class StagePlan:
 
 
 @dataclass(frozen=True)
-class IpuMemory:
-    """What fills one IPU at its fullest moment. Program code and exchange buffers are not counted."""
-
-    parts: Dict[str, int]
-    """Bytes of weights, gradients (added up over the step), optimizer (its state), stashes (inputs and checkpoints of
-    the micro-batches under way), activations and temporaries (see Peak)."""
-    operation: str
-
-    @property
-    def total(self) -> int:
-        return sum(self.parts.values())
-
-
-@dataclass(frozen=True)
 class IpuPlan:
     """A replica's stages and IPUs, and the cycles of a step."""
 
     stages: List[StagePlan]
-    memory: List[IpuMemory]
+    memory: List[Memory]
     """Of IPU 0, 1, ..."""
     cycles: int
     """In a step."""
@@ -89,7 +81,7 @@ class IpuPlan:
     @property
     def fullest(self) -> float:
         """The share of its memory that the fullest IPU needs."""
-        return max(memory.total for memory in self.memory) / IPU_BYTES
+        return fullest(self.memory).total / IPU_BYTES
 
     def work_of(self, ipu: int) -> int:
         """FLOPs of an IPU in a cycle."""
@@ -121,13 +113,21 @@ def make_ipu_plan(config: Config, traced: Optional[Trace] = None) -> IpuPlan:
             "gradients": parameters * number_bytes,
             "optimizer": state_bytes(config, parameters),
             "stashes": sum(stage.stash * stage.stashed for stage in own),
-            "activations": peak.activations,
-            "temporaries": peak.temporaries,
+            **peak.parts,
         }
-        memory.append(IpuMemory(parts, peak.operation))
+        memory.append(Memory(parts, peak.operation))
     filling = 2 * (len(stages) - 1)
     cycles = config.ipu.gradient_accumulation_steps + filling
     return IpuPlan(stages, memory, cycles, filling, PEAK_FLOPS[number_bytes], traced)
+
+
+def with_settings(config: Config, settings: Dict[str, Any]) -> Config:
+    """A copy of `config` with other settings, which are named `section.key`."""
+    changed = copy.deepcopy(config)
+    for name, value in settings.items():
+        section, key = name.split(".")
+        setattr(getattr(changed, section), key, value)
+    return changed
 
 
 def plan_stages(config: Config, traced: Trace) -> List[StagePlan]:
@@ -174,7 +174,7 @@ def inputs_of(traced: Trace, part: Sequence[int]) -> List[int]:
     return [i for i in used if traced.values[i].parameter is None and traced.values[i].made_by not in inside]
 
 
-def peak_of(traced: Trace, part: Sequence[int], stage: Stage, ipu: IpuConfig) -> Peak:
+def peak_of(traced: Trace, part: Sequence[int], stage: Stage, ipu: IpuConfig) -> Memory:
     """The fullest moment of a part's backward pass.
 
     At the gradient of operation k these exist, about: what the gradients of k and of the operations before it need, the
@@ -184,7 +184,7 @@ def peak_of(traced: Trace, part: Sequence[int], stage: Stage, ipu: IpuConfig) ->
     values, inside = traced.values, set(part)
     saved = [(value.saved_by, value.bytes) for value in values if value.made_by in inside and value.saved_by in inside]
     own_inputs = {i for i in inputs_of(traced, part) if values[i].differentiable}
-    peaks = []
+    moments = []
     for k in part:
         operation = traced.operations[k]
         activations = sum(size for saved_by, size in saved if saved_by <= k)
@@ -193,13 +193,13 @@ def peak_of(traced: Trace, part: Sequence[int], stage: Stage, ipu: IpuConfig) ->
             activations += values[i].bytes // (operation.parts if values[i].parameter else 1)
         proportion = ipu.operation_proportions.get(operation.name, stage.matmul_proportion)
         needed = temporaries(traced, operation, ipu.enable_half_partials)
-        taken = min(needed, int(proportion * IPU_BYTES))
-        peaks.append(Peak(activations + taken, activations, taken, f"{operation.name} of {operation.block}"))
-    return fullest(peaks)
+        parts = {"activations": activations, "temporaries": min(needed, int(proportion * IPU_BYTES))}
+        moments.append(Memory(parts, f"{operation.name} of {operation.block}"))
+    return fullest(moments)
 
 
-def fullest(peaks: Iterable[Peak]) -> Peak:
-    return max(peaks, key=lambda peak: peak.total)
+def fullest(memories: Iterable[Memory]) -> Memory:
+    return max(memories, key=lambda memory: memory.total)
 
 
 def temporaries(traced: Trace, operation: Operation, half_partials: bool) -> int:

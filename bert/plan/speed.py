@@ -1,6 +1,5 @@
 """How long a plan for IPUs takes: an estimate from one published speed."""
 
-import copy
 import os
 from dataclasses import dataclass
 from typing import List, Tuple
@@ -110,8 +109,7 @@ def other_pods(config: Config, plan: IpuPlan, speed: Speed) -> List[Tuple[int, f
             and rest == 0
             and accumulation > plan.filling
         ):
-            changed = copy.deepcopy(config)
-            changed.ipu.replication_factor, changed.ipu.gradient_accumulation_steps = pod // ipus, accumulation
-            other = make_ipu_plan(changed, plan.trace)
+            settings = {"ipu.replication_factor": pod // ipus, "ipu.gradient_accumulation_steps": accumulation}
+            other = make_ipu_plan(with_settings(config, settings), plan.trace)
             pods.append((pod, speed.cycle * other.cycles, other.fullest <= 1))
     return pods

@@ -1,12 +1,11 @@
 """What a plan for IPUs warns of, and the settings that would help. A setting is named only after a plan with it has
 shown that it does."""
 
-import copy
 import json
 from typing import Any, Dict, Iterator, List
 
 from bert.config import Config
-from bert.plan.ipu_plan import IPU_BYTES, MIB, IpuPlan, make_ipu_plan
+from bert.plan.ipu_plan import IPU_BYTES, MIB, IpuPlan, make_ipu_plan, with_settings
 from bert.text import percent
 
 __all__ = ["warnings_of"]
@@ -15,70 +14,57 @@ TIGHT, UNBALANCED, BUBBLE, LARGE_LOGITS = 0.9, 1.1, 0.05, 0.02
 LOW_PROPORTION = 0.1  # below it, products are cut so small that they get slow
 WORTH_NAMING = 0.02  # less work for the slowest IPU
 
-Settings = Dict[str, Any]
-
 
 def warnings_of(config: Config, plan: IpuPlan) -> List[str]:
     """In lines, worst first; none if all is well. Indented lines belong to the one before them."""
-    checks = (check_memory, check_balance, check_bubble, check_partial_sums, check_logits)
-    return [line for check in checks for line in check(config, plan)]
+    return [*memory_warnings(config, plan), *pipeline_warnings(config, plan), *product_warnings(config, plan)]
 
 
-def check_memory(config: Config, plan: IpuPlan) -> Iterator[str]:
+def memory_warnings(config: Config, plan: IpuPlan) -> Iterator[str]:
     full = {ipu: memory.total / IPU_BYTES for ipu, memory in enumerate(plan.memory)}
     over = [f"IPU {ipu} needs {plan.memory[ipu].total / MIB:.0f}" for ipu, share in full.items() if share > 1]
     tight = [f"IPU {ipu} is {percent(share)}" for ipu, share in full.items() if TIGHT < share <= 1]
     if over:
         needs = f"{', '.join(over)} of {IPU_BYTES / MIB:.0f} MiB"
         yield f"does not fit: {needs}. Settings that help, and what the fullest IPU then needs:"
-        for line in what_helps(config, plan):
-            yield f"  {line}"
+        yield from (f"  {line}" for line in what_helps(config, plan))
     if tight:
         yield f"tight: {', '.join(tight)} full, and program code and exchange buffers come on top"
 
 
-def check_balance(config: Config, plan: IpuPlan) -> Iterator[str]:
+def pipeline_warnings(config: Config, plan: IpuPlan) -> Iterator[str]:
     works = [plan.work_of(ipu) for ipu, layers in enumerate(config.ipu.layers_per_ipu) if layers]
-    above = plan.slowest_work * len(works) / sum(works)
+    above, bubble = plan.slowest_work * len(works) / sum(works), plan.filling / plan.cycles
     if above > UNBALANCED:
         excess = f"whose work is {percent(above - 1)} above the mean of the IPUs with layers"
         yield f"unbalanced: all wait for IPU {plan.slowest}, {excess}{better_balance(config, plan)}"
-
-
-def check_bubble(config: Config, plan: IpuPlan) -> Iterator[str]:
-    share = plan.filling / plan.cycles
-    if share > BUBBLE:
+    if bubble > BUBBLE:
         yield (
-            f"bubble: filling and draining the pipeline is {percent(share, 1)} of a step. More micro-batches make it "
+            f"bubble: filling and draining the pipeline is {percent(bubble, 1)} of a step. More micro-batches make it "
             "less: a higher ipu.gradient_accumulation_steps, with a lower ipu.micro_batch_size or fewer replicas for "
             "the same global batch"
         )
 
 
-def check_partial_sums(config: Config, plan: IpuPlan) -> Iterator[str]:
+def product_warnings(config: Config, plan: IpuPlan) -> Iterator[str]:
     if not config.ipu.enable_half_partials and config.training.precision != "float32":
         yield "partial sums: the estimate is for float16 ones, and ipu.enable_half_partials is false: it will be slower"
-
-
-def check_logits(config: Config, plan: IpuPlan) -> Iterator[str]:
-    """Whether the last product with the vocabulary, the decoder, is too large for one part."""
     traced, key = plan.trace, "ipu.embedding_serialization_factor"
+    # The decoder is the last product with the vocabulary.
     decoders = [operation for operation in traced.operations if operation.product[-1] == config.model.vocab_size]
-    if config.ipu.embedding_serialization_factor is None and decoders:
-        logits = sum(traced.values[i].bytes for i in decoders[-1].outputs)
-        factor = next_factor(config)
-        remedy = f"Set {key}, for example to {factor}"
-        if not factor:
-            remedy = f"No number up to 100 divides model.vocab_size for {key}: pad the vocabulary"
-        if logits > LARGE_LOGITS * IPU_BYTES:
-            yield f"factor missing: the decoder runs in one part, with logits of {logits / MIB:.0f} MiB. {remedy}"
+    logits = sum(traced.values[i].bytes for decoder in decoders[-1:] for i in decoder.outputs)
+    if config.ipu.embedding_serialization_factor is None and logits > LARGE_LOGITS * IPU_BYTES:
+        remedy = f"No number up to 100 divides model.vocab_size for {key}: pad the vocabulary"
+        if next_factor(config):
+            remedy = f"Set {key}, for example to {next_factor(config)}"
+        yield f"factor missing: the decoder runs in one part, with logits of {logits / MIB:.0f} MiB. {remedy}"
 
 
 def better_balance(config: Config, plan: IpuPlan) -> str:
     """What evenly spread layers would gain; empty if that is next to nothing."""
     ipus, layers = len(config.ipu.layers_per_ipu), config.model.num_hidden_layers
     even = [layers // ipus + (ipu >= ipus - layers % ipus) for ipu in range(ipus)]
-    other = make_ipu_plan(changed(config, {"ipu.layers_per_ipu": even}))
+    other = make_ipu_plan(with_settings(config, {"ipu.layers_per_ipu": even}))
     gain = 1 - other.slowest_work / plan.slowest_work
     if gain < WORTH_NAMING:
         return ""
@@ -89,11 +75,11 @@ def better_balance(config: Config, plan: IpuPlan) -> str:
 def what_helps(config: Config, plan: IpuPlan) -> Iterator[str]:
     """Single settings that make the fullest IPU less full, those that cost little speed first. If none is enough, all
     together."""
-    together: Settings = {}
+    together: Dict[str, Any] = {}
     enough = False
     for settings in remedies(config):
         together.update(settings)
-        share = make_ipu_plan(changed(config, settings)).fullest
+        share = make_ipu_plan(with_settings(config, settings)).fullest
         if share < plan.fullest - 0.005:
             names = ", ".join(f"{name} {json.dumps(value)}" for name, value in settings.items())
             yield f"{names}: {share * IPU_BYTES / MIB:.0f} MiB{'' if share <= 1 else ', still too much'}"
@@ -101,21 +87,12 @@ def what_helps(config: Config, plan: IpuPlan) -> Iterator[str]:
             if share <= 1 and "ipu.micro_batch_size" in settings:
                 break  # the next are smaller still
     if not enough:
-        share = make_ipu_plan(changed(config, together)).fullest
+        share = make_ipu_plan(with_settings(config, together)).fullest
         more = ", still too much. More IPUs with fewer layers each: ipu.layers_per_ipu" if share > 1 else ""
         yield f"all of these together: {share * IPU_BYTES / MIB:.0f} MiB{more}"
 
 
-def changed(config: Config, settings: Settings) -> Config:
-    """A copy of `config` with other settings, which are named `section.key`."""
-    copied = copy.deepcopy(config)
-    for name, value in settings.items():
-        section, key = name.split(".")
-        setattr(getattr(copied, section), key, value)
-    return copied
-
-
-def remedies(config: Config) -> Iterator[Settings]:
+def remedies(config: Config) -> Iterator[Dict[str, Any]]:
     """Settings that need less memory, with others that go with them."""
     ipu, factor, precision = config.ipu, next_factor(config), config.training.precision
     if precision == "float32":
