@@ -6,7 +6,7 @@ from typing import List, Tuple
 
 from bert.command_line import CONFIG_FOLDER, parse_command_line
 from bert.config import Config
-from bert.plan.ipu_plan import IpuPlan, make_ipu_plan
+from bert.plan.ipu_plan import IpuPlan, make_ipu_plan, with_settings
 from bert.plan.step import DataFacts, epochs_of, samples_of_step
 from bert.plan.tables import gflop
 from bert.text import duration, percent

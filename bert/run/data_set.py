@@ -16,7 +16,7 @@ from bert.tasks import Task
 from data.errors import InputError
 from data.loading.loader import GlobalBatch, Loader, LoaderSettings, batches_in_order
 from data.loading.shard_files import open_shards
-from data.prepare import prepare
+from data.prepare import PrepareOptions, prepare
 from data.shards import ShardInfo
 from data.tokenizer import find_vocab, vocab_sha256
 
@@ -70,17 +70,19 @@ def make_shards_from_text(config: Config) -> None:
         )
     try:
         summary = prepare(
-            input=data.text,
-            output=folder,
-            format=data.text_format,
-            vocab=data.vocab,
-            vocab_size=config.model.vocab_size,
-            sequence_length=data.sequence_length,
-            mask_tokens=data.mask_tokens,
-            duplicates=data.duplicates,
-            held_out=data.held_out,
-            nsp=config.task.nsp,
-            seed=config.training.seed,
+            PrepareOptions(
+                input=data.text,
+                output=folder,
+                format=data.text_format,
+                vocab=data.vocab,
+                vocab_size=config.model.vocab_size,
+                sequence_length=data.sequence_length,
+                mask_tokens=data.mask_tokens,
+                nsp=config.task.nsp,
+                duplicates=data.duplicates,
+                held_out=data.held_out,
+                seed=config.training.seed,
+            )
         )
     except InputError as error:
         raise InputError(f"data.text: {error}")
