@@ -17,6 +17,8 @@ from data.rows import batch_layout
 from tests.poptorch_contract import sdk
 from tests.poptorch_contract.operators import check
 
+pytestmark = pytest.mark.ipu
+
 
 def trace(poptorch, name, training=True):
     config = parse_command_line(["--config", name, "--device", "ipu"])
