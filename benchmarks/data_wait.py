@@ -17,7 +17,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 from benchmarks.report import median, print_table, write_json
 from benchmarks.synthetic import length_distribution, write_data_set
-from bert.config import parse_command_line
+from bert.command_line import parse_command_line
 from data.errors import InputError
 
 

@@ -20,10 +20,10 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from benchmarks.pretraining import timed
 from benchmarks.report import median, print_table, write_json
 from benchmarks.timing import cuda_or_cpu
-from bert.config import parse_command_line
-from bert.run.training import make_engine
+from bert.command_line import parse_command_line
+from bert.engines import make_engine
 from data.errors import InputError
-from ops.lamb import Lamb
+from ops.lamb import Lamb, lamb_groups
 
 
 def make_ways(groups):
@@ -51,7 +51,7 @@ def run(own, config):
     device = cuda_or_cpu(config)
     groups = [
         {name: group[name] for name in ("params", "weight_decay", "trust_ratio")}
-        for group in make_engine(config, device).optimizer.param_groups
+        for group in lamb_groups(make_engine(config, device).master_weights.items(), config.optimizer.weight_decay)
     ]
     parameters = [p for group in groups for p in group["params"]]
     for p in parameters:

@@ -24,7 +24,7 @@ from benchmarks.plot import draw_bars
 from benchmarks.report import median, print_table, write_json
 from benchmarks.synthetic import draw_lengths
 from benchmarks.timing import gemm_rate, timed
-from ops.attention import CuSeqlens, attention, attention_plain, has_varlen_kernel, same_sample_mask
+from ops.attention import CuSeqlens, SampleMask, attention, attention_plain, has_varlen_kernel, same_sample_mask
 from ops.linear import (
     linear_dropout_add_norm,
     linear_dropout_add_norm_plain,
@@ -64,9 +64,8 @@ def attention_case(rows, length, random):
         return attention_plain(*in_heads, mask, DROPOUT).transpose(1, 2).flatten(2).flatten(0, 1)
 
     def in_rows():
-        return attention(
-            *(tensor.view(rows, length, -1) for tensor in (query, key, value)), mask, HEADS, DROPOUT
-        ).flatten(0, 1)
+        in_rows = [tensor.view(rows, length, -1) for tensor in (query, key, value)]
+        return attention(*in_rows, SampleMask(mask), HEADS, DROPOUT).flatten(0, 1)
 
     ways = {"plain": plain, "rows with a mask": in_rows}
     if has_varlen_kernel(query.device.type, query.dtype, HIDDEN // HEADS):

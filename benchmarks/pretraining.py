@@ -30,8 +30,8 @@ from benchmarks.processes import Worker
 from benchmarks.report import median, print_table, write_json
 from benchmarks.synthetic import length_distribution, random_samples
 from benchmarks.timing import Stopwatch, cuda_or_cpu, gemm_rate, timed
-from bert.config import parse_command_line
-from bert.run.training import make_engine
+from bert.command_line import parse_command_line
+from bert.engines import make_engine
 from data.errors import InputError
 from data.loading.shard_files import open_shards, read_checked
 from data.rows import packed_batch, unpacked_batch
@@ -82,19 +82,16 @@ class Ours:
 
     def __init__(self, device, config, samples):
         self.device, self.engine, self.batch = device, make_engine(config, device), make_batch(config, samples)
-        if device == "cuda" and not config.training.micro_batch_size:
-            self.engine.cut_evenly(len(self.batch["input_ids"]))
-        self.parts = {
-            "data": (self.engine, "micro_batches"),
-            "forward": (self.engine, "forward"),
-            "optimizer": (self.engine, "update"),
-        }
+        self.engine.expect_rows(len(self.batch["input_ids"]))
 
     def describe(self):
         return f"{self.engine.describe()}; {len(self.batch['input_ids'])} rows"
 
     def step(self):
         self.engine.step(self.batch, 1e-4, self.engine.steps_done + 1)
+
+    def measure(self):
+        return self.engine.measure(self.batch)
 
 
 class Transformers:
@@ -134,11 +131,6 @@ class Transformers:
             "labels": labels,
             "next_sentence_label": batch["nsp_labels"][:, 0].astype(np.int64),
         }
-        self.parts = {
-            "data": (self, "micro_batches"),
-            "forward": (self, "forward"),
-            "optimizer": (self.optimizer, "step"),
-        }
 
     def describe(self):
         return (
@@ -150,6 +142,19 @@ class Transformers:
         self.passes(len(self.batch["labels"]))
         self.optimizer.step()
         self.model.zero_grad()
+
+    def measure(self):
+        """Seconds of the parts of a step; the device is waited for after each."""
+        watch, count = Stopwatch(self.device), len(self.batch["labels"])
+        for part in watch.around_each("data", self.micro_batches)(count):
+            with watch.part("forward"):
+                loss = self.forward(part) * (len(part["labels"]) / count)
+            with watch.part("backward"):
+                loss.backward()
+        with watch.part("optimizer"):
+            self.optimizer.step()
+        self.model.zero_grad()
+        return watch.seconds
 
     def passes(self, count):
         for part in self.micro_batches(count):
@@ -198,16 +203,8 @@ def timed_step(way):
 
 
 def timed_parts(way):
-    """Seconds of each part of a step; what is in no other part is the backward pass."""
-    stopwatch = Stopwatch(way.device)
     with turn(way):
-        for name, (owner, method) in way.parts.items():
-            around = stopwatch.around_each if name == "data" else stopwatch.around
-            setattr(owner, method, around(name, getattr(owner, method)))
-        total = timed(way.device, way.step)
-        for owner, method in way.parts.values():
-            delattr(owner, method)
-    return {**stopwatch.seconds, "backward": total - sum(stopwatch.seconds.values())}
+        return way.measure()
 
 
 def first_step(way):

@@ -18,7 +18,8 @@ from data.errors import InputError
 from data.foreign.bert_layout import first_fault
 from data.foreign.nvidia import is_nvidia, open_nvidia, read_nvidia
 from data.loading.shard_files import open_shards
-from data.packing import SAMPLES_PER_ROW, mask_slots_of_row, pack
+from data.packing import SAMPLES_PER_ROW, pack
+from data.rows import RowShape
 from data.samples import Samples, find_bad_sample
 from data.shards import ShardInfo, expand, read_samples
 from data.tokenizer import read_vocab, vocab_sha256
@@ -275,8 +276,8 @@ def find_fault(samples: Samples, ids: Dict[str, int]) -> Optional[Tuple[int, str
 
 
 def padding_when_packed(lengths: np.ndarray, mask_counts: np.ndarray, shard: ShardInfo) -> float:
-    slots = mask_slots_of_row(shard.mask_tokens, SAMPLES_PER_ROW)
-    rows = pack(lengths, mask_counts, shard.sequence_length, slots, SAMPLES_PER_ROW).rows
+    shape = RowShape.of(shard.sequence_length, shard.mask_tokens, SAMPLES_PER_ROW)
+    rows = pack(lengths, mask_counts, *shape).rows
     return 1 - int(lengths.sum(dtype=np.int64)) / (rows * shard.sequence_length)
 
 

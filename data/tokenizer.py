@@ -14,6 +14,7 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from data.errors import InputError
+from data.files import replacing
 from data.samples import token_dtype
 
 __all__ = [
@@ -114,10 +115,9 @@ def write_tokenizer_files(folder: str, words: Sequence[str], longest: int = 512)
         "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
     }
     for name, text in contents.items():
-        temporary = os.path.join(folder, f"{name}.tmp-{os.getpid()}")
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+        path = os.path.join(folder, name)
+        with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
             file.write(text)
-        os.replace(temporary, os.path.join(folder, name))
 
 
 def train_vocab(read_texts: Callable[[], Iterable[List[str]]], vocab_size: int) -> List[str]:

@@ -14,16 +14,54 @@ from torch.autograd.function import once_differentiable
 from ops.ipu import is_lowering, matmul_memory
 from ops.native import call, draw_seed, is_native
 
-__all__ = ["CuSeqlens", "attention", "attention_plain", "has_varlen_kernel", "same_sample_mask"]
+__all__ = [
+    "CuSeqlens",
+    "SampleIds",
+    "SampleMask",
+    "Segments",
+    "attention",
+    "attention_plain",
+    "for_layers",
+    "has_varlen_kernel",
+    "same_sample_mask",
+]
+
+
+class SampleIds(NamedTuple):
+    """Which sample of its row each token belongs to."""
+
+    ids: torch.Tensor
+    """[R, L], of any type; 0 is padding"""
+
+
+class SampleMask(NamedTuple):
+    """Which tokens of a row see each other."""
+
+    mask: torch.Tensor
+    """bool, broadcastable to [R, A, L, L], True where one token sees another"""
 
 
 class CuSeqlens(NamedTuple):
-    """Where the samples are among tokens laid end to end: sample n has those from cu_seqlens[n] up to cu_seqlens[n + 1]."""
+    """Where the samples are among tokens laid end to end: sample n has tokens cu_seqlens[n] to cu_seqlens[n + 1] - 1."""
 
     cu_seqlens: torch.Tensor
     """[N + 1] int32, from 0 to T"""
     max_seqlen: int
     """no sample has more tokens"""
+
+
+Segments = Union[SampleIds, SampleMask, CuSeqlens]
+
+
+def for_layers(segments: Segments, dtype: torch.dtype) -> Segments:
+    """What the encoder's layers take, made once a forward pass: sample ids become a mask, which the layers share.
+
+    On the IPU they stay ids, in the type of the hidden state: an input may go to one IPU only, and ids are small enough
+    to be sent on to the others, where each layer makes its mask.
+    """
+    if isinstance(segments, SampleIds):
+        return SampleIds(segments.ids.to(dtype)) if is_lowering() else SampleMask(same_sample_mask(segments.ids))
+    return segments
 
 
 def same_sample_mask(sample_ids: torch.Tensor) -> torch.Tensor:
@@ -35,8 +73,8 @@ def same_sample_mask(sample_ids: torch.Tensor) -> torch.Tensor:
 
 
 def has_varlen_kernel(device: str, dtype: torch.dtype, head_size: int) -> bool:
-    """Whether `attention` takes `CuSeqlens` on this device in this type: the C++ kernel, or CUDA's flash attention in half
-    precision."""
+    """Whether `attention` takes `CuSeqlens` on this device in this type: a C++ kernel on the CPU, flash attention in half
+    precision on CUDA."""
     if device == "cpu":
         return is_native(torch.empty(0, dtype=dtype))
     return (
@@ -47,30 +85,29 @@ def has_varlen_kernel(device: str, dtype: torch.dtype, head_size: int) -> bool:
     )
 
 
-def attention(query, key, value, within: Union[torch.Tensor, CuSeqlens], heads: int, dropout: float) -> torch.Tensor:
+def attention(query, key, value, segments: Segments, heads: int, dropout: float) -> torch.Tensor:
     """softmax(Q K^T / sqrt(D)) V within samples (arXiv 1706.03762, eq. 1).
 
-    Of rows, [R, L, A * D] where `within` is a mask (bool, broadcastable to [R, A, L, L], True where one token sees
-    another); of tokens laid end to end, [T, A * D] where it is `CuSeqlens`. For the IPU it is the rows' sample ids [R, L],
-    of any type: each layer makes the mask where it needs it, so that none is sent from IPU to IPU or kept. `dropout` is
-    the probability that an attention weight is dropped: 0 where the model is not in training.
+    The type of `segments` says what the others are, and how it is computed: of rows, [R, L, A * D], where it is
+    `SampleMask` (PyTorch's fused form) or `SampleIds` (the form that PopTorch lowers: no mask is kept or sent from IPU
+    to IPU); of tokens laid end to end, [T, A * D], where it is `CuSeqlens`. `dropout` is the probability that an
+    attention weight is dropped: 0 where the model is not in training.
     """
-    if isinstance(within, CuSeqlens):
-        if query.device.type == "cpu":
-            if not is_native(query, key, value) or within.cu_seqlens.dtype != torch.int32:
-                raise ValueError(
-                    "attention of spans on the CPU takes float32 and int32 cu_seqlens, with a C++ compiler; not "
-                    f"{query.dtype} and {within.cu_seqlens.dtype}"
-                )
-            return _VarlenAttention.apply(
-                query.contiguous(), key.contiguous(), value.contiguous(), within.cu_seqlens, heads, dropout
+    if isinstance(segments, CuSeqlens):
+        if query.device.type != "cpu":
+            return _flash_attention(query, key, value, segments, heads, dropout)
+        if not is_native(query, key, value) or segments.cu_seqlens.dtype != torch.int32:
+            raise ValueError(
+                "attention within cu_seqlens on the CPU takes float32, int32 cu_seqlens and a C++ compiler, not "
+                f"{query.dtype} and {segments.cu_seqlens.dtype}"
             )
-        return _flash_attention(query, key, value, within, heads, dropout)
+        tensors = query.contiguous(), key.contiguous(), value.contiguous()
+        return _VarlenAttention.apply(*tensors, segments.cu_seqlens, heads, dropout)
     query, key, value = [tensor.unflatten(-1, (heads, -1)).transpose(1, 2) for tensor in (query, key, value)]
-    if is_lowering():
-        context = attention_plain(query, key, value, same_sample_mask(within), dropout)
+    if isinstance(segments, SampleIds):
+        context = attention_plain(query, key, value, same_sample_mask(segments.ids), dropout)
     else:
-        context = F.scaled_dot_product_attention(query, key, value, attn_mask=within, dropout_p=dropout)
+        context = F.scaled_dot_product_attention(query, key, value, attn_mask=segments.mask, dropout_p=dropout)
     return context.transpose(1, 2).flatten(2)
 
 
@@ -83,11 +120,12 @@ def attention_plain(query, key, value, mask, dropout: float) -> torch.Tensor:
     return matmul_memory((F.dropout(weights, dropout) if dropout else weights) @ value, "attention_context")
 
 
-def _flash_attention(query, key, value, spans, heads, dropout):
+def _flash_attention(query, key, value, segments, heads, dropout):
     # PyTorch's own flash attention: torch.nn.attention.varlen wraps the same kernel, but without dropout.
     query, key, value = [tensor.unflatten(-1, (heads, -1)) for tensor in (query, key, value)]
+    starts, longest = segments
     return torch.ops.aten._flash_attention_forward(
-        query, key, value, spans.cu_seqlens, spans.cu_seqlens, spans.max_seqlen, spans.max_seqlen, dropout, False, False
+        query, key, value, starts, starts, longest, longest, dropout, False, False
     )[0].flatten(1)
 
 
@@ -105,16 +143,6 @@ class _VarlenAttention(torch.autograd.Function):
     def backward(ctx, gradient):
         query, key, value, cu_seqlens, context, normalizers = ctx.saved_tensors
         gradients = [torch.empty_like(query) for _ in range(3)]
-        call(
-            "attention_backward",
-            gradient.contiguous(),
-            query,
-            key,
-            value,
-            cu_seqlens,
-            context,
-            normalizers,
-            *gradients,
-            *ctx.sizes,
-        )
+        saved = query, key, value, cu_seqlens, context, normalizers
+        call("attention_backward", gradient.contiguous(), *saved, *gradients, *ctx.sizes)
         return (*gradients, None, None, None)

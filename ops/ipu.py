@@ -1,8 +1,8 @@
-"""Annotations of the graph for the IPU: under PopTorch real, elsewhere free.
+"""Annotations of the model for the IPU: under PopTorch real, elsewhere free.
 
-The graph is written once. Inside `lowering(...)` every operation takes the form that PopTorch lowers, and the functions
+The model is written once. Inside `lowering(...)` every operation takes the form that PopTorch lowers, and the functions
 below pass their annotations on to the module that is given: `poptorch` where the IPU engine compiles, a recorder with
-the same few names where the planner (bert/plan/report.py) reads the graph, nothing where only the numerics of these
+the same few names where the planner (bert/plan/report.py) reads the model, nothing where only the numerics of these
 forms are wanted.
 """
 
@@ -32,11 +32,13 @@ MATMULS = (
     "mlm_transform",
     "mlm_decoder",
 )
-"""Names of the graph's matrix products, for a memory proportion of their own."""
+"""Names of the model's matrix products, for a memory proportion of their own."""
 
 
 class _Lowering(NamedTuple):
     poptorch: Any
+    placement: Mapping[str, int]
+    recompute: bool
     loss_factor: float
     proportions: Mapping[str, float]
 
@@ -45,15 +47,22 @@ _lowering: Optional[_Lowering] = None
 
 
 @contextlib.contextmanager
-def lowering(poptorch=None, loss_factor: float = 1.0, proportions: Mapping[str, float] = {}):
+def lowering(
+    poptorch=None,
+    placement: Mapping[str, int] = {},
+    recompute: bool = True,
+    loss_factor: float = 1.0,
+    proportions: Mapping[str, float] = {},
+):
     """While open, the operations of `ops/` take the forms that PopTorch lowers, annotated through the module
     `poptorch`, if any.
 
-    The marked loss is multiplied by `loss_factor`. `proportions` maps names of `MATMULS` to the share of an IPU's
-    memory that these products may take for temporaries.
+    `placement` maps the name of each block to its IPU. Without `recompute`, `recompute_from` marks nothing. The marked
+    loss is multiplied by `loss_factor`. `proportions` maps names of `MATMULS` to the share of an IPU's memory that
+    these products may take for temporaries.
     """
     global _lowering
-    before, _lowering = _lowering, _Lowering(poptorch, loss_factor, proportions)
+    before, _lowering = _lowering, _Lowering(poptorch, placement, recompute, loss_factor, proportions)
     try:
         yield
     finally:
@@ -69,17 +78,26 @@ def _poptorch():
     return _lowering.poptorch if _lowering else None
 
 
-def block(name: str, ipu: int):
-    """A context around one block of the graph: `poptorch.Block(name, ipu_id=ipu)`."""
+def block(name: str):
+    """A context around one block of the model: `poptorch.Block(name, ipu_id=...)`, on the IPU that `placement` says.
+
+    Raises ValueError for a block that has no place.
+    """
     poptorch = _poptorch()
-    return poptorch.Block(name, ipu_id=ipu) if poptorch else contextlib.nullcontext()
+    if not poptorch:
+        return contextlib.nullcontext()
+    if name not in _lowering.placement:
+        raise ValueError(
+            f"block {name} is in no stage; the stages have {', '.join(_lowering.placement) or 'no blocks'}"
+        )
+    return poptorch.Block(name, ipu_id=_lowering.placement[name])
 
 
 def recompute_from(hidden):
     """Marks a tensor that the backward pass recomputes from, instead of storing what follows it
     (poptorch.recomputationCheckpoint)."""
     poptorch = _poptorch()
-    return poptorch.recomputationCheckpoint(hidden) if poptorch else hidden
+    return poptorch.recomputationCheckpoint(hidden) if poptorch and _lowering.recompute else hidden
 
 
 def no_outline(name: str):
@@ -89,9 +107,13 @@ def no_outline(name: str):
     return poptorch.Attribute(__outline={"layer": name}) if poptorch else contextlib.nullcontext()
 
 
-def matmul_memory(product, name: str):
-    """Gives the matrix product `name` (one of MATMULS) its own memory proportion, where there is one
-    (poptorch.set_available_memory)."""
+def matmul_memory(product, name: Optional[str]):
+    """Gives the matrix product `name` its own memory proportion, where there is one (poptorch.set_available_memory).
+
+    `name` is one of MATMULS, or None for a product that has no name; anything else raises ValueError.
+    """
+    if name and name not in MATMULS:
+        raise ValueError(f"a matrix product is named {name!r}, expected None or one of {', '.join(MATMULS)}")
     poptorch = _poptorch()
     if poptorch and name in _lowering.proportions:
         return poptorch.set_available_memory(product, _lowering.proportions[name])

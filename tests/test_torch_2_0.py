@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from bert.engines.torch_engine import choose_precision, wants_compile
+from bert.engines.torch_devices import Cpu, choose_precision, wants_compile
 from data.errors import InputError
 from tests.test_project import ROOT, sources
 
@@ -155,10 +155,10 @@ def test_what_torch_2_0_lacks_is_a_clear_error(monkeypatch):
     monkeypatch.delattr(torch, "float8_e4m3fn", raising=False)
     monkeypatch.delattr(nn.Module, "compile", raising=False)
     with pytest.raises(InputError, match="training.precision.*no float8.*requirements.txt"):
-        choose_precision("cpu", "float8")
+        choose_precision(Cpu(), "float8")
     with pytest.raises(InputError, match="training.compile.*Module.compile.*requirements.txt"):
-        wants_compile("on", "cpu")
-    assert wants_compile("auto", "cpu") == (False, "not compiled")
+        wants_compile(Cpu(), "on")
+    assert wants_compile(Cpu(), "auto") == (False, "not compiled")
 
 
 @pytest.fixture

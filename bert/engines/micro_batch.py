@@ -6,16 +6,37 @@ from typing import Callable, Dict
 import numpy as np
 import torch
 
-from data.rows import batch_layout
+from bert.engines.engine import Arrays
+from bert.engines.torch_engine import TorchEngine
+from data.errors import InputError
+from data.rows import RowShape
 
-__all__ = ["full_rows", "largest_that_fits", "peak_memory"]
+__all__ = ["fit_micro_batch", "full_rows", "largest_that_fits"]
+
+
+def fit_micro_batch(engine: TorchEngine, shape: RowShape, most: int) -> None:
+    """Gives `engine` the largest micro-batch of up to `most` rows that fits its device beside the optimizer's state.
+
+    Raises InputError where not even one row does.
+    """
+    free = engine.device.available_bytes()
+    if free is None:
+        return
+    free -= engine.optimizer.state_bytes()
+    rows = largest_that_fits(lambda rows: peak_memory(engine, full_rows(rows, shape)), free, most)
+    if not rows:
+        raise InputError(
+            f"not even a micro-batch of one row of {shape.tokens} tokens fits into the {free / 1e9:.1f} GB that are free "
+            f"on {torch.cuda.get_device_name()}. Use a card with more memory, or a smaller model"
+        )
+    engine.micro_batch_size = rows
 
 
 def largest_that_fits(peak_of: Callable[[int], int], available: int, most: int) -> int:
     """The largest number of rows, up to `most`, with peak_of(rows) <= available bytes; 0 where not even one fits.
 
     `peak_of` may raise torch.OutOfMemoryError. Memory grows in a straight line with the rows, so two small tries
-    foretell the largest; it is tried too, and cut by an eighth until it fits.
+    predict the largest. That is tried too, and cut by an eighth until it fits.
     """
 
     def peak(rows: int) -> float:
@@ -34,33 +55,30 @@ def largest_that_fits(peak_of: Callable[[int], int], available: int, most: int) 
     return rows
 
 
-def full_rows(rows: int, length: int, mask_slots: int, samples_per_row: int) -> Dict[str, np.ndarray]:
+def full_rows(rows: int, shape: RowShape) -> Dict[str, np.ndarray]:
     """A batch in which every slot is used, so that none needs more memory: samples of one length, as many as a row may
     hold."""
-    batch = {
-        name: np.zeros(shape, dtype)
-        for name, (shape, dtype) in batch_layout(rows, length, mask_slots, samples_per_row).items()
-    }
-    sample = np.arange(length) * samples_per_row // length
+    batch = {name: np.zeros(size, dtype) for name, (size, dtype) in shape.layout(rows).items()}
+    sample = np.arange(shape.tokens) * shape.samples // shape.tokens
     batch["sample_ids"][:] = 1 + sample
-    batch["mlm_positions"][:] = np.arange(mask_slots) * length // mask_slots
-    batch["cls_positions"][:] = np.searchsorted(sample, np.arange(samples_per_row))
+    batch["mlm_positions"][:] = np.arange(shape.mask_slots) * shape.tokens // shape.mask_slots
+    batch["cls_positions"][:] = np.searchsorted(sample, np.arange(shape.samples))
     batch["mlm_weights"][:] = batch["nsp_weights"][:] = 1.0
     return batch
 
 
-def peak_memory(engine, batch: Dict[str, np.ndarray]) -> int:
+def peak_memory(engine: TorchEngine, batch: Arrays) -> int:
     """Bytes of CUDA memory that micro-batches of all rows of `batch` take at most, what is there already included; not
     compiled, which takes no less."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     engine.micro_batch_size = len(batch["input_ids"])
-    engine.graph.train()
+    engine.model.train()
     try:
-        with torch.random.fork_rng(devices=[engine.device]), torch.compiler.set_stance("force_eager"):
+        with torch.random.fork_rng(devices=engine.device.random_devices), torch.compiler.set_stance("force_eager"):
             for _ in range(2):  # the second has the gradients of the first beside its own
-                for _, part in engine.micro_batches(batch):
-                    engine.backward(engine.forward(part, {}))
+                for _, micro_batch in engine.micro_batches(batch):
+                    engine.backward(engine.forward(micro_batch, {}))
         return torch.cuda.max_memory_allocated()
     finally:
         engine.clear_gradients()

@@ -1,15 +1,12 @@
 """`--plan` for CUDA and CPU: measures a micro-batch on this machine, and from it how long the run takes."""
 
-import time
 from dataclasses import dataclass
-from typing import List
+from typing import Dict, List
 
-import torch
-
-from bert.config import Config, validate_for_ipu
-from bert.engines import choose_device
+from bert.config import Config
+from bert.engines import find_device, make_engine
 from bert.engines.micro_batch import full_rows
-from bert.run.training import make_engine
+from bert.geometry import row_shape
 
 __all__ = ["Measured", "measure"]
 
@@ -27,44 +24,24 @@ class Measured:
     micro_batch: float
     """Seconds of its forward and backward pass."""
     update: float
-    """Seconds of LAMB's update."""
+    """Seconds of the optimizer's update."""
 
 
 def measure(config: Config, rows_of_a_step: int) -> Measured:
-    """Runs micro-batches of full rows, one sample each, on the device of `config`, with initial weights that stay as
-    they are.
+    """Runs steps of one micro-batch of full rows, one sample each, on the device of `config`, from initial weights.
 
     Raises InputError where the device is not there, where not even one row fits it, and where `auto` finds IPUs that
     cannot run `config`.
     """
-    device, line = choose_device(config.device)
-    if device == "ipu":
-        validate_for_ipu(config)  # raises: else the plan were for IPUs
+    device, line = find_device(config)
     engine = make_engine(config, device)
-    if device == "cuda" and not config.training.micro_batch_size:
-        engine.cut_evenly(rows_of_a_step)
+    engine.expect_rows(rows_of_a_step)
     rows = engine.micro_batch_size = min(engine.micro_batch_size, rows_of_a_step)
-    batch = full_rows(rows, config.data.sequence_length, config.data.mask_tokens, 1)
-    engine.graph.train()
-
-    def pass_once() -> None:
-        for _, part in engine.micro_batches(batch):
-            engine.backward(engine.forward(part, {}))
-
-    def seconds_of(function, *arguments) -> float:
-        function(*arguments)  # the first compiles, and takes memory
-        times: List[float] = []
-        while sum(times) < ENOUGH_SECONDS and len(times) < ENOUGH_TIMES:
-            before = now(device)
-            function(*arguments)
-            times.append(now(device) - before)
-        return sum(times) / len(times)
-
-    micro_batch = seconds_of(pass_once)
-    return Measured(f"{line}, {engine.describe()}", rows, micro_batch, seconds_of(engine.update, 0.0))
-
-
-def now(device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+    batch = full_rows(rows, row_shape(config, static=False)._replace(mask_slots=config.data.mask_tokens, samples=1))
+    engine.measure(batch)  # the first compiles, and takes memory
+    times: List[Dict[str, float]] = []
+    while sum(sum(parts.values()) for parts in times) < ENOUGH_SECONDS and len(times) < ENOUGH_TIMES:
+        times.append(engine.measure(batch))
+    seconds = {part: sum(parts[part] for parts in times) / len(times) for part in times[0]}
+    update = seconds.pop("optimizer", 0.0)
+    return Measured(f"{line}, {engine.describe()}", rows, sum(seconds.values()), update)

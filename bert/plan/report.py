@@ -12,13 +12,17 @@ import textwrap
 from dataclasses import dataclass
 from typing import List, Optional, Sequence, Tuple
 
-from bert.config import CONFIG_FOLDER, Config, IpuConfig, parse_command_line, samples_per_row, validate_for_ipu
+from bert.command_line import CONFIG_FOLDER, parse_command_line
+from bert.config import Config, IpuConfig
+from bert.geometry import row_shape
 from bert.plan.ipu_plan import IPU_BYTES, IpuPlan, make_ipu_plan
 from bert.plan.warnings import warnings_of
-from bert.run.training import duration
+from bert.text import duration
+from bert.validation import validate_for_ipu
 from data.errors import InputError
 from data.loading.shard_files import open_shards
-from data.packing import mask_slots_of_row, pack
+from data.packing import pack
+from data.rows import RowShape
 from data.shards import read_samples
 
 __all__ = ["Speed", "calibrate", "ipu_report", "measured_report", "picture_path", "plan", "speed_of"]
@@ -117,17 +121,12 @@ def look_at_data(config: Config) -> DataFacts:
     skipped = {} if data.on_bad_shard == "skip" else None
     shards = open_shards(data.files, data.sequence_length, data.mask_tokens, config.model.vocab_size, skipped)
     samples = sum(shard.num_samples for shard in shards)
-    own = [shard for shard in shards if shard.offsets and shard.num_samples]
+    own = [shard for shard in shards if not shard.is_nvidia and shard.num_samples]
     if not own:  # NVIDIA's files do not say how long samples are before all of them is read
         return DataFacts(samples, None, None)
     first = read_samples(own[0].path, 0, min(SAMPLES_READ, own[0].num_samples))
-    packing = pack(
-        first.lengths,
-        first.mlm_counts,
-        data.sequence_length,
-        mask_slots_of_row(data.mask_tokens, data.samples_per_row),
-        data.samples_per_row,
-    )
+    shape = RowShape.of(data.sequence_length, data.mask_tokens, data.samples_per_row)
+    packing = pack(first.lengths, first.mlm_counts, *shape)
     return DataFacts(samples, float(first.lengths.mean()) / data.sequence_length, len(first) / packing.rows)
 
 
@@ -143,7 +142,7 @@ class Speed:
 def calibrate() -> Tuple[Config, IpuPlan, Speed]:
     """The published run: its config and plan, and the speed that it had, whose efficiency is what other plans are
     estimated with."""
-    config = parse_command_line(["--config", os.path.join(CONFIG_FOLDER, PUBLISHED[0] + ".json")])
+    config = parse_command_line(["--config", os.path.join(CONFIG_FOLDER, "ipu", PUBLISHED[0] + ".json")])
     found = make_ipu_plan(config)
     cycle = config.training.global_batch_size / PUBLISHED[1] / found.cycles
     return config, found, speed_of(found, found.work_of(found.slowest) / cycle / found.peak)
@@ -187,7 +186,7 @@ def step_lines(config: Config, facts: DataFacts) -> List[str]:
             f"{thousands(rows * data.sequence_length)} token slots"
         ),
     ]
-    if samples_per_row(config, "ipu") == 1:
+    if row_shape(config, static=True).samples == 1:
         lines.append(f'  {thousands(samples)} samples, one a row (data.packing is "{data.packing}")')
     elif samples:
         lines.append(
@@ -213,7 +212,7 @@ def step_lines(config: Config, facts: DataFacts) -> List[str]:
 def samples_of_a_step(config: Config, facts: DataFacts) -> Optional[int]:
     """None where samples share rows and nothing says how many do."""
     rows = config.training.global_batch_size
-    if samples_per_row(config, "ipu") == 1:
+    if row_shape(config, static=True).samples == 1:
         return rows
     return int(rows * facts.per_row) if facts.per_row else None
 

@@ -15,11 +15,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bert.config import Config, samples_per_row
-from bert.model.graph import BertForPretraining
-from bert.model.stages import Stage, make_stages
-from data.packing import mask_slots_of_row
-from data.rows import batch_layout
+from bert.config import Config
+from bert.geometry import row_shape
+from bert.model.batch import Batch
+from bert.model.stages import Stage, make_stages, placement
+from bert.tasks import make_model, make_task
 from ops.ipu import MATMULS, lowering
 
 __all__ = ["Operation", "Trace", "Value", "trace"]
@@ -86,32 +86,27 @@ class Trace:
 
 
 def trace(config: Config) -> Trace:
-    """Runs the graph of `config`, as it is on IPUs, with one micro-batch that has shapes and types only."""
-    data, ipu = config.data, config.ipu
+    """Runs the model of `config`, as it is on IPUs, with one micro-batch that has shapes and types only."""
+    ipu = config.ipu
     stages = make_stages(ipu.layers_per_ipu, ipu.matmul_proportion)
-    per_row = samples_per_row(config, "ipu")
-    layout = batch_layout(
-        ipu.micro_batch_size, data.sequence_length, mask_slots_of_row(data.mask_tokens, per_row), per_row
-    )
+    layout = row_shape(config, static=True).layout(ipu.micro_batch_size)
     with torch.device("meta"):
-        graph = BertForPretraining(
-            config.model, stages, ipu.embedding_serialization_factor, ipu.recompute_checkpoint_every_layer
-        )
+        model = make_model(config, make_task(config))
         if config.training.precision != "float32":
-            graph.half()
-        batch = {
-            name: torch.empty(shape, dtype=getattr(torch, dtype.__name__)) for name, (shape, dtype) in layout.items()
-        }
+            model.half()
+        rows = {name: torch.empty(size, dtype=getattr(torch, dtype.__name__)) for name, (size, dtype) in layout.items()}
     tracer = Tracer(stages)
-    for name, parameter in graph.named_parameters():
+    for name, parameter in model.named_parameters():
         tracer.value(parameter).parameter = name
-    proportions = {
-        name: name for name in MATMULS
-    }  # so that each product tells its name, where PopTorch is told a proportion
-    with lowering(Recorder(tracer), proportions=proportions), WholeOperations(), tracer, saved_tensors_hooks(
-        tracer.save, tracer.save
-    ):
-        graph(batch)
+    lowered = lowering(
+        Recorder(tracer),
+        placement(stages),
+        ipu.recompute_checkpoint_every_layer,
+        # So that each product tells its name, where PopTorch is told a proportion.
+        proportions={name: name for name in MATMULS},
+    )
+    with lowered, WholeOperations(), tracer, saved_tensors_hooks(tracer.save, tracer.save):
+        model(Batch.of_rows(rows))
     return tracer.trace
 
 

@@ -3,6 +3,8 @@
 import json
 from typing import Dict, List
 
+from bert.tasks import Task
+
 __all__ = ["draw_curve", "read_metrics"]
 
 
@@ -13,23 +15,19 @@ def read_metrics(path: str) -> List[Dict]:
     return [json.loads(line) for line in lines[:-1] if line]
 
 
-def draw_curve(metrics: List[Dict], path: str, title: str) -> None:
-    """Draws MLM loss, NSP loss and learning rate over the steps into a PNG."""
+def draw_curve(metrics: List[Dict], task: Task, path: str, title: str) -> None:
+    """Draws the parts of the task's loss and the learning rate over the steps into a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    steps = [one["step"] for one in metrics]
-    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
-    left.plot(steps, [one["mlm_loss"] for one in metrics], color="tab:blue")
-    left.set(title="MLM loss", ylabel="nats")
-    middle.plot(steps, [one["nsp_loss"] for one in metrics], color="tab:orange")
-    middle.set(title="NSP loss", ylabel="nats")
-    right.plot(steps, [one["learning_rate"] for one in metrics], color="tab:green")
-    right.set(title="learning rate")
-    for axes in (left, middle, right):
-        axes.set_xlabel("step")
+    pictures = [(panel.title, panel.loss, "nats") for panel in task.panels] + [("learning rate", "learning_rate", "")]
+    figure, row = pyplot.subplots(1, len(pictures), figsize=(11 / 3 * len(pictures), 3.2), layout="constrained")
+    steps = [line["step"] for line in metrics]
+    for axes, colour, (name, key, unit) in zip(row, ("tab:blue", "tab:orange", "tab:green"), pictures):
+        axes.plot(steps, [line[key] for line in metrics], color=colour)
+        axes.set(title=name, ylabel=unit, xlabel="step")
         axes.grid(alpha=0.3)
     figure.suptitle(title)
     figure.savefig(path, dpi=110)

@@ -1,6 +1,7 @@
-"""A run's folder: whose run it holds, where it is to continue, and that only one process works in it.
+"""A run's folder: whose run it holds, how far it is, and that only one process works in it.
 
 run.json         the settings that decide where the run goes
+state.json       whether it is finished
 metrics.jsonl    one object a line        curve.png, held_out.json, tensorboard/        checkpoints/step_<step>
 """
 
@@ -9,68 +10,98 @@ import dataclasses
 import fcntl
 import json
 import os
-from typing import Dict, Iterator, Optional
+from typing import Any, Dict, Iterator, Optional
 
 from bert.config import Config
-from bert.run.checkpoint import list_checkpoints, read_json, write_json
+from bert.run.checkpoint import list_checkpoints
 from bert.run.curve import read_metrics
 from data.errors import InputError
+from data.files import read_json, replacing, write_json
 
-__all__ = ["claim", "find_checkpoint"]
+__all__ = ["checkpoints_of", "claim", "find_checkpoint", "is_finished", "mark_finished"]
 
 OWN_FILES = ("metrics.jsonl", "curve.png", "held_out.json", "tensorboard", "checkpoints")
+# The settings that decide where a run goes. The others (device, micro-batch, logging ...) may change when it is resumed.
+DECISIVE = {
+    "model": None,
+    "task": None,
+    "optimizer": None,
+    "training": ("global_batch_size", "max_steps", "seed", "start_from"),
+    "data": ("sequence_length", "mask_tokens", "packing", "samples_per_row"),
+}
 
 
-def course(config: Config) -> Dict:
-    """The settings that decide where a run goes; the others (device, micro-batch, logging ...) may change when it
-    continues."""
+def decisive_settings(config: Config) -> Dict[str, Any]:
     values = dataclasses.asdict(config)
-    keys = [("model", key) for key in values["model"]] + [("optimizer", key) for key in values["optimizer"]]
-    keys += [("training", key) for key in ("global_batch_size", "max_steps", "seed", "start_from")]
-    keys += [("data", key) for key in ("sequence_length", "mask_tokens", "packing", "samples_per_row")]
-    return {f"{section}.{key}": values[section][key] for section, key in keys}
+    return {
+        f"{section}.{key}": values[section][key]
+        for section, keys in DECISIVE.items()
+        for key in keys or values[section]
+    }
 
 
-def find_checkpoint(config: Config, index: int = 0) -> Optional[str]:
-    """The checkpoint to continue from, None to begin. Raises InputError where the output folder holds another run: in
-    the process of `index` 0, which works in it, while others look for its checkpoint only."""
-    if index:
-        checkpoints = (
-            list_checkpoints(os.path.join(config.training.output, "checkpoints")) if config.resume == "auto" else []
-        )
-        return checkpoints[-1] if checkpoints else None
+def checkpoints_of(config: Config) -> str:
+    """The folder of the run's checkpoints."""
+    return os.path.join(config.training.output, "checkpoints")
+
+
+def find_checkpoint(config: Config, rank: int = 0) -> Optional[str]:
+    """The checkpoint to resume from, None to begin.
+
+    Raises InputError where the output folder holds another run: in the process of `rank` 0, which works in it, while
+    others look for its checkpoint only.
+    """
     folder = config.training.output
     path = os.path.join(folder, "run.json")
+    if rank == 0 and not can_resume(config, folder, path):
+        return None
+    checkpoints = list_checkpoints(checkpoints_of(config)) if config.resume == "auto" else []
+    return checkpoints[-1] if checkpoints else None
+
+
+def can_resume(config: Config, folder: str, path: str) -> bool:
+    """Whether this run is in the folder; False where the folder is free."""
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise InputError(f"training.output: {folder} is a file, expected a folder or a new name")
     if not os.path.exists(path):
         taken = [name for name in OWN_FILES if os.path.exists(os.path.join(folder, name))]
         if taken:
             raise InputError(
-                f"{folder}: has {', '.join(taken)} but no run.json, so it is no run of this project and "
-                "nothing is overwritten. Choose another folder with --training.output"
+                f"{folder}: has {', '.join(taken)} but no run.json, so it is no run of this project and nothing is "
+                "overwritten. Choose another folder with --training.output"
             )
-        return None
+        return False
     if config.resume == "never":
         raise InputError(
             f"{folder}: holds a run already. Continue it with --resume auto, or choose another folder with "
             "--training.output"
         )
-    there, own = read_json(path), course(config)
-    for key in own:
-        if there.get(key) != own[key]:
+    # A run of an older version lacks the keys that are new: it went by what is now their default.
+    there = {**decisive_settings(Config()), **read_json(path)}
+    for key, value in decisive_settings(config).items():
+        if there[key] != value:
             raise InputError(
-                f"{path}: is another config's run: {key} is {json.dumps(there.get(key))} there, expected "
-                f"{json.dumps(own[key])}. Choose another folder with --training.output"
+                f"{path}: is another config's run: {key} is {json.dumps(there[key])} there, expected "
+                f"{json.dumps(value)}. Choose another folder with --training.output"
             )
-    checkpoints = list_checkpoints(os.path.join(folder, "checkpoints"))
-    return checkpoints[-1] if checkpoints else None
+    return True
+
+
+def is_finished(config: Config) -> bool:
+    """Whether the run did all of its steps, its evaluation and its picture."""
+    path = os.path.join(config.training.output, "state.json")
+    return os.path.exists(path) and bool(read_json(path).get("finished"))
+
+
+def mark_finished(config: Config) -> None:
+    """Notes that nothing is left to do."""
+    write_json(os.path.join(config.training.output, "state.json"), {"finished": True})
 
 
 @contextlib.contextmanager
 def claim(config: Config, step: int) -> Iterator[None]:
-    """Makes the folder this process's own while open, and cuts metrics.jsonl back to `step`: what came after will come
-    again.
+    """Makes the folder this process's own while open, and cuts metrics.jsonl back to `step`: the resumed run writes later
+    lines again.
 
     Raises InputError when another process has it.
     """
@@ -78,7 +109,7 @@ def claim(config: Config, step: int) -> Iterator[None]:
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, "run.json")
     if not os.path.exists(path):
-        write_json(path, course(config))
+        write_json(path, decisive_settings(config))
     with open(path) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -89,8 +120,7 @@ def claim(config: Config, step: int) -> Iterator[None]:
             )
         metrics = os.path.join(folder, "metrics.jsonl")
         if os.path.exists(metrics):
-            kept = [one for one in read_metrics(metrics) if one["step"] <= step]
-            with open(metrics + ".new", "w", encoding="utf-8") as file:
-                file.writelines(json.dumps(one) + "\n" for one in kept)
-            os.replace(metrics + ".new", metrics)
+            kept = [line for line in read_metrics(metrics) if line["step"] <= step]
+            with replacing(metrics) as temporary, open(temporary, "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(line) + "\n" for line in kept)
         yield

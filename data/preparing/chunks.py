@@ -14,7 +14,7 @@ from typing import Dict, Iterator, List, Sequence, Tuple
 import h5py
 import numpy as np
 
-from data.masking import MaskWords
+from data.masking import CHOICES, Masking
 from data.preparing.cutting import Chunk, make_samples
 from data.samples import Samples
 from data.shards import read_samples, write_shard
@@ -54,10 +54,12 @@ class ChunkMaker:
         continues = None
         if recipe.whole_word_masking:
             continues = np.fromiter((word.startswith("##") for word in words), bool, len(words))
-        self.mask_words = MaskWords.of(len(words), self.special_ids, continues)
+        units = "words" if recipe.whole_word_masking else "tokens"
+        self.how = Masking.of(CHOICES[units], recipe.mask_share, len(words), self.special_ids, continues)
         self.masking = {
             "masking": recipe.masking,
             "mask_share": recipe.mask_share,
+            "masked_units": units,
             "special_ids": self.special_ids,
             "continuations": "" if continues is None else np.packbits(continues).tobytes().hex(),
         }
@@ -90,10 +92,9 @@ class ChunkMaker:
                 blocks, dropped = make_samples(
                     chunk,
                     self.special_ids,
-                    self.mask_words if recipe.masking == "static" else None,
+                    self.how if recipe.masking == "static" else None,
                     recipe.sequence_length,
                     recipe.mask_tokens,
-                    recipe.mask_share,
                     recipe.short_share,
                     np.random.default_rng([recipe.seed, number, duplicate]),
                 )

@@ -185,7 +185,7 @@ def test_gpu_sh_says_what_is_missing():
 
 
 def test_every_option_in_gpu_sh_is_one_that_its_program_has():
-    from bert.config import parse_command_line
+    from bert.command_line import parse_command_line
 
     with open(os.path.join(ROOT, "benchmarks", "gpu.sh"), encoding="utf-8") as file:
         text = file.read().replace("\\\n", " ")
@@ -219,7 +219,7 @@ def test_the_lamb_benchmark_measures_every_form_beside_a_copy(tmp_path):
 
 def test_useful_work_is_the_recipes():
     from benchmarks.pretraining import make_samples, useful_flops
-    from bert.config import parse_command_line
+    from bert.command_line import parse_command_line
 
     for name, expected in (("pod16_phase1", 70e9), ("pod16_phase2", 301e9)):
         config = parse_command_line(["--config", name])

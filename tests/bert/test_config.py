@@ -1,16 +1,27 @@
 """Configs: the recipes number for number, overrides, and every error's words."""
 
 import dataclasses
+import glob
 import json
+import os
+import subprocess
+import sys
 
+import jsonschema
 import numpy as np
 import pytest
 
 from benchmarks.synthetic import draw_lengths
-from bert.config import OptimizerConfig, flatten, learning_rate_at, parse_command_line
+from bert.command_line import CONFIG_FOLDER, parse_command_line
+from bert.config import OptimizerConfig
+from bert.schedules import learning_rate_at
 from data.errors import InputError
-from data.packing import largest_prefix, mask_slots_of_row
+from data.packing import largest_prefix
+from data.rows import RowShape
 from run_pretraining import main
+from tests import ROOT
+
+SCHEMA_PATH = os.path.join(CONFIG_FOLDER, "schema.json")
 
 
 def write_config(folder, **values):
@@ -30,8 +41,11 @@ def pod_config(pod, phase, large=False, packed=False):
 
 def differing(one, other):
     """The keys in which two configs differ, but for the name of the run's folder."""
-    one, other = [flatten(dataclasses.asdict(config)) for config in (one, other)]
-    return {key for key in one if one[key] != other[key]} - {"training.output"}
+    one, other = dataclasses.asdict(one), dataclasses.asdict(other)
+    differing = {key for key in one if not isinstance(one[key], dict) and one[key] != other[key]}
+    for section in (key for key in one if isinstance(one[key], dict)):
+        differing |= {f"{section}.{key}" for key in one[section] if one[section][key] != other[section][key]}
+    return differing - {"training.output"}
 
 
 @pytest.mark.parametrize("pod", PODS)
@@ -143,9 +157,8 @@ def test_packed_configs_differ_in_their_rows_which_hold_the_recipes_samples(larg
     lengths = draw_lengths("wikipedia", samples, length, np.random.default_rng(0))
     counts = np.clip(np.round(0.15 * lengths), 1, mask_tokens).astype(np.int64)
     per_row = packed.data.samples_per_row
-    fitting = largest_prefix(
-        lengths, counts, packed.training.global_batch_size, length, mask_slots_of_row(mask_tokens, per_row), per_row
-    )
+    shape = RowShape.of(length, mask_tokens, per_row)
+    fitting = largest_prefix(lengths, counts, packed.training.global_batch_size, *shape)
     assert len(fitting.row) == pytest.approx(plain.training.global_batch_size, rel=0.03)
 
 
@@ -178,6 +191,108 @@ def test_command_line_overrides_the_file(tmp_path):
     )
     assert (config.training.max_steps, config.training.log_every, config.device) == (20, 3, "cpu")
     assert parse_command_line(["--data.files", '["a.h5", "b.h5"]']).data.files == ["a.h5", "b.h5"]
+
+
+def test_options_override_the_file_wherever_config_stands():
+    config = parse_command_line(["--training.max_steps=7", "--config", "pod64_phase1.json", "--ipu.loss_scaling", "2"])
+    assert (config.training.max_steps, config.ipu.loss_scaling, config.ipu.replication_factor) == (7, 2.0, 16)
+
+
+def test_a_config_holds_plain_numbers(tmp_path):
+    """Not the parser's types: they would reach compiled graphs and other processes."""
+    path = write_config(tmp_path, optimizer={"weight_decay": "0.5"}, ipu={"operation_proportions": {"output": 0.5}})
+    config = parse_command_line(["--config", path, "--model.hidden_size", "1200", "--optimizer.betas", "[0.8, 0.9]"])
+    assert type(config.model.hidden_size) is int and config.model.hidden_size == 1200
+    assert type(config.optimizer.weight_decay) is float and config.optimizer.weight_decay == 0.5
+    assert {type(value) for value in (*config.optimizer.betas, *config.ipu.operation_proportions.values())} == {float}
+
+
+@pytest.mark.parametrize("flag", ["--plan", "--compile-only", "--compile_only", "--ipu-model", "--ipu_model"])
+def test_a_flag_needs_no_value_and_takes_one(flag, tmp_path):
+    name = flag[2:].replace("-", "_")
+    assert getattr(parse_command_line([flag, "--device", "ipu"]), name) is True
+    assert getattr(parse_command_line(["--device", "ipu", f"{flag}=false"]), name) is False
+    assert getattr(parse_command_line(["--config", write_config(tmp_path, **{name: True})]), name) is True
+
+
+def test_a_config_replaces_the_lines_of_its_base(tmp_path):
+    (tmp_path / "base.json").write_text(
+        json.dumps({"optimizer": {"learning_rate": 0.5, "betas": [0.1, 0.2]}, "training": {"seed": 1}})
+    )
+    (tmp_path / "below").mkdir()
+    path = write_config(tmp_path / "below", base="../base.json", optimizer={"learning_rate": 0.25})
+    config = parse_command_line(["--config", path, "--training.seed", "3"])
+    assert (config.optimizer.learning_rate, config.optimizer.betas, config.training.seed) == (0.25, [0.1, 0.2], 3)
+    assert config.training.output == "runs/own"
+
+
+def test_an_error_in_a_base_names_the_base(tmp_path):
+    (tmp_path / "base.json").write_text('{"model": {"hidden_size": 0}}')
+    with pytest.raises(InputError, match="base.json: model.hidden_size is 0, expected an integer above 0"):
+        parse_command_line(["--config", write_config(tmp_path, base="base.json")])
+
+
+def test_bases_in_a_circle_are_an_error(tmp_path):
+    (tmp_path / "other.json").write_text('{"base": "own.json"}')
+    with pytest.raises(InputError, match='other.json: base is "own.json", expected none, as .*own.json is based on'):
+        parse_command_line(["--config", write_config(tmp_path, base="other.json")])
+
+
+CONFIGS = sorted(set(glob.glob(os.path.join(CONFIG_FOLDER, "**", "*.json"), recursive=True)) - {SCHEMA_PATH})
+
+
+@pytest.fixture(scope="module")
+def schema():
+    with open(SCHEMA_PATH, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def test_the_schema_is_what_its_command_prints():
+    command = [sys.executable, "-m", "bert.command_line", "--schema"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    with open(SCHEMA_PATH, encoding="utf-8") as file:
+        assert file.read() == printed, "python -m bert.command_line --schema > configs/schema.json"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=os.path.basename)
+def test_every_config_is_valid_against_the_schema_that_it_names(path, schema):
+    with open(path, encoding="utf-8") as file:
+        config = json.load(file)
+    assert os.path.normpath(os.path.join(os.path.dirname(path), config["$schema"])) == SCHEMA_PATH
+    jsonschema.validate(config, schema)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"modle": {}},
+        {"model": {"hiden_size": 8}},
+        {"model": {"hidden_size": 0}},
+        {"model": {"hidden_size": None}},
+        {"model": {"hidden_dropout_prob": 1}},
+        {"device": "tpu"},
+        {"training": {"micro_batch_size": 0}},
+        {"ipu": {"matmul_proportion": [0.1, 2]}},
+        {"ipu": {"operation_proportions": {"mlm_decoder": 0}}},
+        {"base": 3},
+    ],
+)
+def test_a_wrong_key_and_a_wrong_value_are_not_valid(config, schema):
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(config, schema)
+
+
+def test_the_schema_describes_every_key(schema):
+    jsonschema.Draft7Validator.check_schema(schema)
+    sections = [value for value in schema["properties"].values() if value.get("type") == "object"]
+    keys = [key for section in [schema, *sections] for key in section["properties"].values()]
+    assert len(sections) == 6 and all(key["description"] for key in keys)
+    assert schema["properties"]["training"]["properties"]["max_steps"] == {
+        "description": "Optimizer steps of the whole schedule.",
+        "type": "integer",
+        "exclusiveMinimum": 0,
+        "default": 10500,
+    }
 
 
 def test_help_explains_every_option(capsys):
@@ -259,6 +374,26 @@ BAD = [
         {"training": {"precision": "float8"}, "model": {"intermediate_size": 3000}},
         ["model.intermediate_size is 3000", "multiple of 16"],
     ),
+    ({"model": {"hidden_size": None}}, ["own.json", "model.hidden_size is null", "an integer above 0"]),
+    ({"model": {"type_vocab_size": 1}}, ["own.json", "model.type_vocab_size is 1", "at least 2"]),
+    ({"training": {"seed": 2**63}}, ["own.json", "training.seed is", "at least 0 and below"]),
+    ({"optimizer": {"learning_rate": float("inf")}}, ["own.json", "optimizer.learning_rate is Infinity"]),
+    ({"optimizer": {"betas": [0.9, 1.0]}}, ["own.json", "optimizer.betas is [0.9, 1.0]", "below 1"]),
+    ({"ipu": {"operation_proportions": {"mlm_decoder": 2}}}, ["own.json", "ipu.operation_proportions", "at most 1"]),
+    ({"task": {"name": "finetuning"}}, ["own.json", 'task.name is "finetuning"', "pretraining"]),
+    ({"optimizer": {"decay_ratio": 1.1}}, ["own.json", "optimizer.decay_ratio is 1.1", "at most 1"]),
+    (
+        {"optimizer": {"schedule": "wsd", "warmup_ratio": 0.5, "decay_ratio": 0.6}},
+        ["own.json", "optimizer.decay_ratio is 0.6", "optimizer.warmup_ratio, 0.5"],
+    ),
+    (
+        {"device": "ipu", "optimizer": {"name": "muon"}},
+        ["own.json", 'optimizer.name is "muon"', '"lamb" or "adamw"', "--device cuda"],
+    ),
+    ({"base": 3}, ["own.json", "base is 3", "path or name"]),
+    ({"base": "nowhere.json"}, ["own.json", 'base is "nowhere.json"', "no such config", "pod16_phase1.json"]),
+    ({"base": "own.json"}, ["own.json", 'base is "own.json"', "expected none, as ", "is based on this file"]),
+    ({"base": "pod64_phase1"}, ["pod64_phase1.json", 'base is "pod16_phase1.json"', "own.json is based on this file"]),
 ]
 
 
@@ -285,8 +420,13 @@ def test_accumulation_is_derived_from_the_global_batch_on_cpu_and_cuda():
     "arguments, words",
     [
         (["--config", "nowhere.json"], ["nowhere.json", "no such config", "pod16_phase1.json"]),
-        (["--training.max_stps", "3"], ["command line", "max_stps"]),
-        (["--training.max_steps", "three"], ["command line", "training.max_steps", "three"]),
+        (["--training.max_stps", "3"], ["command line", "max_stps", "did you mean training.max_steps"]),
+        (["--training.max_steps", "three"], ["command line", "training.max_steps", "three", "an integer above 0"]),
+        (["--training.max_steps=0"], ["command line", "training.max_steps is 0", "an integer above 0"]),
+        (["--device", "tpu"], ["command line", "device is tpu", "auto, ipu, cuda, cpu"]),
+        (["--data.files", "a.h5", "b.h5"], ["command line", "b.h5", "Quote a pattern"]),
+        (["--plan=perhaps"], ["command line", "plan", "perhaps"]),
+        (["--config", "a.json", "--config=b.json"], ["command line", "--config is given twice: a.json, b.json"]),
     ],
 )
 def test_bad_command_lines_are_named(arguments, words):

@@ -11,7 +11,8 @@ from data import inspect as inspect_module
 from data.errors import InputError
 from data.foreign.nvidia import write_nvidia
 from data.inspect import inspect, main, readable
-from data.packing import SAMPLES_PER_ROW, mask_slots_of_row, pack
+from data.packing import SAMPLES_PER_ROW, pack
+from data.rows import RowShape
 from data.samples import Samples
 from data.shards import write_shard
 from data.tokenizer import vocab_sha256
@@ -82,7 +83,7 @@ def test_as_many_samples_are_packed_as_are_said_whatever_the_sizes_of_shards(tmp
     for number in range(3):
         write(tmp_path, samples.take(slice(100 * number, 100 * number + 100)), f"train-{number}.h5")
     lengths, counts = samples.lengths[:250], samples.mlm_counts[:250]
-    rows = pack(lengths, counts, 32, mask_slots_of_row(6, SAMPLES_PER_ROW), SAMPLES_PER_ROW).rows
+    rows = pack(lengths, counts, *RowShape.of(32, 6, SAMPLES_PER_ROW)).rows
     assert look(tmp_path / "*.h5").padding_packed == pytest.approx(1 - lengths.sum() / (32 * rows))
 
 

@@ -15,7 +15,7 @@ import pytest
 from data import prepare as module
 from data.errors import InputError, PrepareStopped
 from data.loading.shard_files import open_shards
-from data.masking import mask_dynamic, mask_words_of
+from data.masking import choose_words, mask_dynamic, masking_of
 from data.prepare import main, prepare
 from data.preparing import chunks as chunks_module
 from data.preparing import staging, workers
@@ -503,9 +503,10 @@ def test_dynamic_masking_leaves_the_text_whole_and_tells_the_loader_what_it_need
     (clean,) = all_samples(tmp_path / "dynamic")
     assert not clean.mlm_counts.any() and not (clean.input_ids == 4).any()
     check_samples(clean, shard.vocab_size, shard.path)
-    words = mask_words_of(shard)
-    assert words.mask_id == 4 and words.random_ids.tolist() == list(range(5, 805)) and not words.continues.any()
-    masked = mask_dynamic(clean, np.arange(len(clean)), 1, 0, words, shard.mask_share)
+    masking = masking_of(shard)
+    assert masking.mask_id == 4 and masking.random_ids.tolist() == list(range(5, 805))
+    assert masking.choose is choose_words and not masking.continuations.any()
+    masked = mask_dynamic(clean, np.arange(len(clean)), 1, 0, masking)
     check_samples(masked, shard.vocab_size, shard.path)
     assert masked.mlm_counts.all() and (restored(masked) == clean.input_ids).all()
     with pytest.raises(InputError, match="its masking is static .* dynamic"):

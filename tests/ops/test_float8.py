@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bert.config import ModelConfig
-from bert.model.graph import BertForPretraining, initialize
-from bert.model.stages import make_stages
+from bert.config import Config, ModelConfig
+from bert.model.batch import Batch
+from bert.model.model import initialize
+from bert.tasks import make_model, make_task
 from ops.float8 import float8, float8_linear, float8_linear_plain, is_float8
 from ops.linear import linear_dropout_add_norm_plain, linear_gelu_plain, linears_plain
 from tests.cuda import on_cuda
@@ -110,7 +111,7 @@ def test_linear_layers_are_float8_while_it_is_open():
 
 
 def graph_and_batch(float8, hidden=64, layers=2, rows=8, length=32, vocab=100, seed=0):
-    config = ModelConfig(
+    sizes = ModelConfig(
         vocab_size=vocab,
         hidden_size=hidden,
         num_hidden_layers=layers,
@@ -121,11 +122,13 @@ def graph_and_batch(float8, hidden=64, layers=2, rows=8, length=32, vocab=100, s
         attention_probs_dropout_prob=0.0,
         initializer_range=0.05,
     )
-    graph = BertForPretraining(config, make_stages([0, layers], 0.25), float8=float8)
-    initialize(graph, config.initializer_range, seed)
+    config = Config(model=sizes)
+    graph = make_model(config, make_task(config))
+    graph.float8 = float8
+    initialize(graph, sizes.initializer_range, seed)
     g = torch.Generator().manual_seed(seed)
     positions = torch.rand(rows, length, generator=g).argsort(1)[:, :5]
-    return graph, {
+    rows_of_batch = {
         "input_ids": torch.randint(5, vocab, (rows, length), generator=g),
         "token_type_ids": torch.zeros(rows, length, dtype=torch.int),
         "position_ids": torch.arange(length).expand(rows, -1),
@@ -137,6 +140,7 @@ def graph_and_batch(float8, hidden=64, layers=2, rows=8, length=32, vocab=100, s
         "nsp_labels": torch.randint(0, 2, (rows, 1), generator=g),
         "nsp_weights": torch.full((rows, 1), 1 / rows),
     }
+    return graph, Batch.of_rows(rows_of_batch)
 
 
 def test_the_graphs_encoder_is_float8_and_its_heads_are_not(monkeypatch):

@@ -13,9 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bert.config import ModelConfig
-from bert.model.graph import BertForPretraining
-from bert.model.stages import make_stages
+from bert.config import Config, ModelConfig
+from bert.tasks import make_model, make_task
 from ops.lamb import Lamb, lamb_groups
 from ops.native import native
 from tests import ROOT
@@ -384,8 +383,9 @@ def test_triton_kernels_compile_for_hopper_and_load_16_bytes_a_thread(aligned, t
 
 
 def test_groups_are_the_recipes():
-    config = ModelConfig(vocab_size=50, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
-    graph = BertForPretraining(config, make_stages([0, 1], 0.25))
+    sizes = dict(vocab_size=50, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    config = Config(model=ModelConfig(**sizes))
+    graph = make_model(config, make_task(config))
     found = {
         name: (group["weight_decay"], group["trust_ratio"])
         for group in lamb_groups(graph.named_parameters(), 0.01)

@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import torch
 
-from ops.attention import attention, attention_plain, same_sample_mask
+from ops.attention import CuSeqlens, SampleIds, SampleMask, attention, attention_plain, for_layers, same_sample_mask
 from ops.gather import gather_tokens, gather_tokens_one_hot
 from ops.ipu import (
     block,
@@ -43,7 +43,7 @@ def test_attention_forms_agree_on_rows(rows, heads, length, size):
     plain = attention_plain(*[to_heads(tensor, heads) for tensor in inputs], mask, 0.0).transpose(1, 2).flatten(2)
     direction = torch.randn_like(plain)
     expected = gradients(plain, inputs, direction)
-    fused = attention(*inputs, mask, heads, 0.0)
+    fused = attention(*inputs, SampleMask(mask), heads, 0.0)
     assert relative_error(fused, plain) < 1e-5
     for fast, slow in zip(gradients(fused, inputs, direction), expected):
         assert relative_error(fast, slow) < 1e-5
@@ -52,11 +52,21 @@ def test_attention_forms_agree_on_rows(rows, heads, length, size):
 @pytest.mark.parametrize("form", ["rows", "lowered"])
 def test_attention_drops_the_share_of_weights_that_it_is_told_to(form):
     q, k, v = torch.zeros(1, 256, 8), torch.zeros(1, 256, 8), torch.ones(1, 256, 8)
-    within = torch.ones(1, 256) if form == "lowered" else same_sample_mask(torch.ones(1, 256))
     with lowering() if form == "lowered" else contextlib.nullcontext():
-        dropped = attention(q, k, v, within, 1, 0.25)
+        segments = for_layers(SampleIds(torch.ones(1, 256, dtype=torch.int32)), torch.float32)
+        dropped = attention(q, k, v, segments, 1, 0.25)
         assert dropped.std() > 0.01 and abs(dropped.mean() - 1) < 0.02  # each token's weights sum to about 1, not to 1
-        assert torch.allclose(attention(q, k, v, within, 1, 0.0), v)
+        assert torch.allclose(attention(q, k, v, segments, 1, 0.0), v)
+
+
+def test_layers_take_a_mask_and_on_the_ipu_ids_of_the_hidden_states_type():
+    ids, flat = SampleIds(torch.tensor([[1, 1, 2, 0]], dtype=torch.int32)), CuSeqlens(torch.tensor([0, 2, 3]), 2)
+    mask = for_layers(ids, torch.float16)
+    assert isinstance(mask, SampleMask) and torch.equal(mask.mask, same_sample_mask(ids.ids))
+    with lowering():
+        sent = for_layers(ids, torch.float16)
+    assert isinstance(sent, SampleIds) and sent.ids.dtype == torch.float16 and torch.equal(sent.ids, ids.ids.half())
+    assert for_layers(flat, torch.float16) is flat and for_layers(mask, torch.float16) is mask
 
 
 def test_gather_forms_agree():
@@ -151,7 +161,7 @@ def test_annotations_go_to_poptorch_where_it_compiles_and_are_free_elsewhere():
     x, weight = torch.randn(3, 4), torch.randn(6, 4)
 
     def annotated():
-        with block("layer0", 1), no_outline("embeddings"):
+        with block("layer0"), no_outline("embeddings"):
             product = matmul_memory(recompute_from(x) @ x.t(), "attention_scores")
             return (
                 product,
@@ -163,7 +173,7 @@ def test_annotations_go_to_poptorch_where_it_compiles_and_are_free_elsewhere():
 
     plain, recorder = annotated(), Recorder()
     assert not is_lowering()
-    with lowering(recorder, loss_factor=8.0, proportions={"attention_scores": 0.1}):
+    with lowering(recorder, {"layer0": 1}, loss_factor=8.0, proportions={"attention_scores": 0.1}):
         assert is_lowering()
         found = annotated()
     assert recorder.calls == [
@@ -176,6 +186,22 @@ def test_annotations_go_to_poptorch_where_it_compiles_and_are_free_elsewhere():
     ]
     assert all(torch.equal(one, other) for one, other in zip(plain[:4], found)) and found[4] == 8 * plain[4]
     assert torch.allclose(found[2], x @ weight.t(), rtol=1e-6)
+
+
+def test_annotations_that_name_what_is_not_there_are_refused():
+    x = torch.randn(3, 4)
+    assert matmul_memory(x, None) is x and matmul_memory(x, "") is x
+    with pytest.raises(ValueError, match="'outptu'.*attention_output"):
+        matmul_memory(x, "outptu")
+    with lowering(Recorder(), {"layer0": 1}), pytest.raises(ValueError, match="layer1.*layer0"):
+        block("layer1")
+
+
+def test_without_recomputation_nothing_is_marked_for_it():
+    recorder, x = Recorder(), torch.randn(3)
+    with lowering(recorder, recompute=False):
+        assert recompute_from(x) is x
+    assert not recorder.calls
 
 
 @pytest.mark.parametrize("factor", [1, 3])

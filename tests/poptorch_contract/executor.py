@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from tests.poptorch_contract.facts import ENUMS, from_facts
 from tests.poptorch_contract.operators import Float32, Trace, Whole, check
-from tests.poptorch_contract.optimizer import LAMB, check_constants, lamb_update
+from tests.poptorch_contract.optimizer import Optimizer, check_constants, updated
 from tests.poptorch_contract.options import Options, PipelinedExecution, ShardedExecution
 from tests.poptorch_contract.processes import add_up
 
@@ -95,8 +95,8 @@ class PoplarExecutor:
         return self._attached
 
     def setOptimizer(self, optimizer):
-        if not isinstance(optimizer, LAMB):
-            raise TypeError(f"the optimizer is poptorch.optim.LAMB here, not {optimizer!r}")
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"the optimizer is poptorch.optim.LAMB or AdamW here, not {optimizer!r}")
         values = optimizer._values({id(parameter): name for name, parameter in self._model.named_parameters()})
         if self.isCompiled():
             check_constants(self._values, values)
@@ -312,16 +312,14 @@ class PoplarExecutor:
                 gradients, f"{self._number}-{self._steps}", self._options.Distributed.processId, processes
             )
         self._steps += 1
-        self._count += 1
         for group in self._values["groups"]:
             for name in group["names"]:
                 if name in gradients:
                     gradient = gradients[name] / (parts * self._values["loss_scaling"])
-                    moments = self._moments[name]
-                    new = lamb_update(
-                        self._device[name], gradient, *moments, self._count, group, self._optimizer.bias_correction
-                    )
-                    for tensor, value in zip((self._device[name], *moments), new):
+                    first, second, *steps = self._moments[name]
+                    step = steps[0] if steps else None
+                    new = updated(self._device[name], gradient, first, second, step, group)
+                    for tensor, value in zip((self._device[name], first, second, *steps), new):
                         tensor.copy_(value)
 
     def _collect(self, outputs, i, dtype):
@@ -380,9 +378,10 @@ class PoplarExecutor:
     def _write_state(self):
         types = (self._optimizer.first_order_momentum_accum_type, self._optimizer.second_order_momentum_accum_type)
         if self._moments is None:
-            self._count = 0
             self._moments = {
-                name: [torch.zeros_like(self._device[name], dtype=dtype) for dtype in types] for name in self._trained
+                name: [torch.zeros_like(self._device[name], dtype=dtype) for dtype in types]
+                + [torch.zeros(())] * self._optimizer.bias_correction
+                for name in self._trained
             }
         if not self._optimizer.has_state():
             self._optimizer._is_stale = True
@@ -402,28 +401,26 @@ class PoplarExecutor:
             tensor.copy_(loaded)
         for key in state:
             warnings.warn(f"the optimizer's state has {key}, which the device has not", stacklevel=2)
-        self._count = int(self._optimizer.get_state_dict()["ipu_param"].get("step", self._count))
 
     def _tensors(self):
         tensors = {}
         for name, moments in self._moments.items():
-            for prefix, moment in zip(("Accl1___", "Accl2___"), moments):
-                if self._parts.get(name, 1) == 1:
+            for prefix, moment in zip(("Accl1___", "Accl2___", "Step___"), moments):
+                parts = self._parts.get(name, 1)
+                if parts == 1:
                     tensors[prefix + "model." + name] = moment
-                else:  # PopART names the moments of a serialized weight after the parts of its product
-                    for i, part in enumerate(moment.chunk(self._parts[name])):
-                        number = f"/{i}" if i else ""
-                        tensors[f"{prefix}MatMul:MatMulRhsGradOp_Slice:0{number}"] = part
+                    continue
+                # PopART names the state of a serialized weight after the parts of its product.
+                for i, part in enumerate(moment.chunk(parts) if moment.dim() else [moment] * parts):
+                    number = f"/{i}" if i else ""
+                    tensors[f"{prefix}MatMul:MatMulRhsGradOp_Slice:0{number}"] = part
         return tensors
 
     def _read_state(self):
         self._need_compiled()
         return {
             "ipu_state": {key: tensor.clone() for key, tensor in self._tensors().items()},
-            "ipu_param": {
-                "lossScaling_FLOAT": torch.tensor(self._values["loss_scaling"]),
-                "step": torch.tensor(self._count),
-            },
+            "ipu_param": {"lossScaling_FLOAT": torch.tensor(self._values["loss_scaling"])},
         }
 
 

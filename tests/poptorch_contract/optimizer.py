@@ -1,16 +1,17 @@
-"""poptorch.optim: LAMB as PopTorch's users see it, and the update that PopART makes of it.
+"""poptorch.optim: LAMB and AdamW as PopTorch's users see them, and the updates that PopART makes of them.
 
-LAMB (arXiv 1904.00962) with phi(z) = min(z, max_weight_norm); without bias correction it is PopART's LambNoBias.
+LAMB (arXiv 1904.00962) with phi(z) = min(z, max_weight_norm); without bias correction it is PopART's LambNoBias. AdamW
+is PopART's Adam, or AdamNoBias, with WeightDecayMode::Decay. Those with bias correction count each weight's steps.
 """
 
 import torch
 
 from tests.poptorch_contract.facts import from_facts, types_of
 
-__all__ = ["LAMB", "OPTIM", "check_constants", "lamb_update"]
+__all__ = ["OPTIM", "Optimizer", "check_constants", "updated"]
 
-_GROUP = ("lr", "betas", "eps", "weight_decay", "max_weight_norm")
 _FLOAT16_MAX = 65500.0
+_DEFAULTS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
 
 
 @from_facts("optim")
@@ -65,79 +66,76 @@ class Optimizer:
     def has_state(self):
         return self._ipu["ipu_state"] is not None and self._ipu["ipu_param"] is not None
 
-
-@from_facts("optim")
-class LAMB(Optimizer, torch.optim.Optimizer):
-    def __init__(
-        self,
-        params,
-        lr,
-        betas,
-        eps,
-        weight_decay,
-        bias_correction,
-        loss_scaling,
-        max_weight_norm,
-        accum_type,
-        first_order_momentum_accum_type,
-        second_order_momentum_accum_type,
-    ):
-        given = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "loss_scaling": loss_scaling,
-            "max_weight_norm": max_weight_norm,
-        }
-        defaults = {
-            "lr": 1e-3,
-            "betas": (0.9, 0.999),
-            "eps": 1e-8,
-            "weight_decay": 1e-2,
-            "max_weight_norm": _FLOAT16_MAX,
-        }
-        defaults.update((name, given[name]) for name in _GROUP if given[name] is not None)
-        self._begin()
-        torch.optim.Optimizer.__init__(self, params, defaults)
-        self.bias_correction = True if bias_correction is None else bias_correction
-        self.loss_scaling = 1.0 if loss_scaling is None else loss_scaling
-        self.max_weight_norm = defaults["max_weight_norm"]
-        self.accum_type = _type(accum_type)
-        self.first_order_momentum_accum_type = _type(first_order_momentum_accum_type)
-        self.second_order_momentum_accum_type = _type(second_order_momentum_accum_type)
-        # What is given can change from step to step, until it is marked as constant; the rest is compiled in.
-        self.variable_attrs = types_of()["VariableAttributes"](
-            [name for name, value in given.items() if value is not None], list(defaults) + ["loss_scaling"]
-        )
-
-    def step(self, closure):
-        raise RuntimeError("poptorch.optim.LAMB: the executor makes the step, on the device")
-
     def _values(self, name_of):
         """What the executor takes over, and nothing that is changed later: the groups' numbers, with their parameters'
         names."""
         groups = []
         for number, group in enumerate(self.param_groups):
-            unknown = sorted(set(group) - set(_GROUP) - {"params"})
+            unknown = sorted(set(group) - set(self.defaults) - {"params"})
             if unknown:
                 raise ValueError(
-                    f"group {number} of poptorch.optim.LAMB has {', '.join(unknown)}; a group takes {', '.join(_GROUP)}"
+                    f"group {number} of {self._place} has {', '.join(unknown)}; a group takes {', '.join(self._group)}"
                 )
-            values = {name: self.defaults[name] if group.get(name) is None else group[name] for name in _GROUP}
+            values = {name: self.defaults[name] if group.get(name) is None else group[name] for name in self._group}
             if not isinstance(values["betas"], tuple) or len(values["betas"]) != 2:
-                raise ValueError(f"group {number} of poptorch.optim.LAMB: betas is a pair, not {values['betas']!r}")
+                raise ValueError(f"group {number} of {self._place}: betas is a pair, not {values['betas']!r}")
             for parameter in group["params"]:
                 if id(parameter) not in name_of:
-                    raise ValueError(
-                        f"group {number} of poptorch.optim.LAMB has a tensor that is no parameter of the module"
-                    )
+                    raise ValueError(f"group {number} of {self._place} has a tensor that is no parameter of the module")
             groups.append(dict(values, names=[name_of[id(parameter)] for parameter in group["params"]]))
         return {
             "loss_scaling": float(self.loss_scaling),
             "groups": groups,
-            "constants": {name for name in _GROUP + ("loss_scaling",) if self.variable_attrs.isConstant(name)},
+            "constants": {name for name in self._group + ("loss_scaling",) if self.variable_attrs.isConstant(name)},
         }
+
+    def _end(
+        self, given, bias_correction, accum_type, first_order_momentum_accum_type, second_order_momentum_accum_type
+    ):
+        """What LAMB and AdamW do alike at the end of __init__; `given` has what is streamed to the device by name."""
+        self.bias_correction = True if bias_correction is None else bias_correction
+        self.loss_scaling = 1.0 if given["loss_scaling"] is None else given["loss_scaling"]
+        self.accum_type = _type(accum_type)
+        self.first_order_momentum_accum_type = _type(first_order_momentum_accum_type)
+        self.second_order_momentum_accum_type = _type(second_order_momentum_accum_type)
+        # What is given can change from step to step, until it is marked as constant; the rest is compiled in.
+        self.variable_attrs = types_of()["VariableAttributes"](
+            [name for name, value in given.items() if value is not None], list(self.defaults) + ["loss_scaling"]
+        )
+
+
+@from_facts("optim")
+class LAMB(Optimizer, torch.optim.Optimizer):
+    _place = "poptorch.optim.LAMB"
+    _group = ("lr", "betas", "eps", "weight_decay", "max_weight_norm")
+
+    def __init__(self, params, lr, betas, eps, weight_decay, bias_correction, loss_scaling, max_weight_norm, **types):
+        given = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, max_weight_norm=max_weight_norm)
+        defaults = dict(_DEFAULTS, max_weight_norm=_FLOAT16_MAX)
+        defaults.update((name, value) for name, value in given.items() if value is not None)
+        self._begin()
+        torch.optim.Optimizer.__init__(self, params, defaults)
+        self.max_weight_norm = defaults["max_weight_norm"]
+        self._end(dict(given, loss_scaling=loss_scaling), bias_correction, **types)
+
+    def step(self, closure):
+        raise RuntimeError("poptorch.optim.LAMB: the executor makes the step, on the device")
+
+
+@from_facts("optim")
+class AdamW(Optimizer, torch.optim.AdamW):
+    _place = "poptorch.optim.AdamW"
+    _group = ("lr", "betas", "eps", "weight_decay")
+
+    def __init__(self, params, lr, betas, eps, weight_decay, loss_scaling, bias_correction, **others):
+        types = {name: value for name, value in others.items() if name.endswith("accum_type")}
+        unused = sorted(name for name in set(others) - set(types) if others[name] is not None)
+        if unused:
+            raise NotImplementedError(f"AdamW's {', '.join(unused)}: nothing has used it yet; give it a model first")
+        given = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        self._begin()
+        torch.optim.AdamW.__init__(self, params, **{name: v for name, v in given.items() if v is not None})
+        self._end(dict(given, loss_scaling=loss_scaling), bias_correction, **types)
 
 
 def _type(dtype):
@@ -160,21 +158,24 @@ def check_constants(before, after) -> None:
         raise RuntimeError("setOptimizer: the groups have other parameters than at compilation")
 
 
-def lamb_update(weight, gradient, first, second, step, group, bias_correction):
-    """One update of one parameter: its new weight, first and second moment, all computed in float32. `step` counts from
-    1."""
+def updated(weight, gradient, first, second, step, group):
+    """One update of one parameter: its new weight, first and second moment, and step where one is kept, all computed in
+    float32. `step` is the number of updates before; None is without bias correction."""
     beta1, beta2 = group["betas"]
     weight, gradient = weight.float(), gradient.float()
     first = beta1 * first.float() + (1 - beta1) * gradient
     second = beta2 * second.float() + (1 - beta2) * gradient**2
-    m, v = (first / (1 - beta1**step), second / (1 - beta2**step)) if bias_correction else (first, second)
+    m, v, after = first, second, []
+    if step is not None:
+        after = [step + 1]
+        m, v = first / (1 - beta1 ** after[0]), second / (1 - beta2 ** after[0])
     update = m / (v**0.5 + group["eps"]) + group["weight_decay"] * weight
-    weight_norm, update_norm = (
-        min(float((weight**2).sum() ** 0.5), group["max_weight_norm"]),
-        float((update**2).sum() ** 0.5),
-    )
-    ratio = weight_norm / update_norm if weight_norm > 0 and update_norm > 0 else 1.0
-    return weight - group["lr"] * ratio * update, first, second
+    ratio = 1.0
+    if "max_weight_norm" in group:
+        weight_norm, update_norm = float((weight**2).sum() ** 0.5), float((update**2).sum() ** 0.5)
+        if min(weight_norm, group["max_weight_norm"]) > 0 and update_norm > 0:
+            ratio = min(weight_norm, group["max_weight_norm"]) / update_norm
+    return [weight - group["lr"] * ratio * update, first, second, *after]
 
 
-OPTIM = {"VariableAttributes": VariableAttributes, "Optimizer": Optimizer, "LAMB": LAMB}
+OPTIM = {"VariableAttributes": VariableAttributes, "Optimizer": Optimizer, "LAMB": LAMB, "AdamW": AdamW}

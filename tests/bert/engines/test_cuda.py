@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from bert.config import parse_command_line
+from bert.command_line import parse_command_line
+from bert.engines import make_engine
 from bert.engines.micro_batch import full_rows
-from bert.run.training import make_engine
-from data.packing import mask_slots_of_row
+from bert.geometry import row_shape
 from data.rows import packed_batch
-from ops.attention import CuSeqlens, attention, same_sample_mask
+from ops.attention import CuSeqlens, SampleMask, attention, same_sample_mask
 from tests.cuda import on_cuda
 from tests.make_samples import random_samples
 
@@ -73,10 +73,9 @@ def test_the_micro_batch_that_is_found_fits_and_trains():
     config = parse_command_line(["--device", "cuda", "--config", "gpu_phase1.json", "--training.compile", "off"])
     free, _ = torch.cuda.mem_get_info()
     engine = make_engine(config, "cuda")
-    length, slots = config.data.sequence_length, mask_slots_of_row(config.data.mask_tokens, config.data.samples_per_row)
     assert engine.micro_batch_size >= 64 and torch.cuda.memory_allocated() < 2e9
     torch.cuda.reset_peak_memory_stats()
-    batch = full_rows(2 * engine.micro_batch_size, length, slots, config.data.samples_per_row)
+    batch = full_rows(2 * engine.micro_batch_size, row_shape(config, static=False))
     for step in (1, 2):
         engine.step(batch, 0.0, step)
     assert torch.cuda.max_memory_allocated() < 0.95 * free
@@ -118,7 +117,7 @@ def test_flash_attention_over_tokens_laid_end_to_end_agrees_with_the_mask():
     lengths, heads = [100, 28, 128, 1, 60, 0, 67], 4
     starts = torch.tensor([0] + lengths).cumsum(0).int().cuda()
     ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).cuda()
-    mask = same_sample_mask(ids[None])
+    mask = SampleMask(same_sample_mask(ids[None]))
     inputs = [
         torch.randn(sum(lengths), heads * 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)
     ]

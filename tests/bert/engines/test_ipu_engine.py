@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from bert.config import IpuConfig, parse_command_line
-from bert.engines.ipu import make_options, read_moments, write_moments
+from bert.command_line import parse_command_line
+from bert.config import Config, IpuConfig
+from bert.engines import make_engine
+from bert.engines.ipu import make_options
+from bert.engines.ipu_optimizer import read_state, write_state
 from bert.model.stages import make_stages
 from bert.run.checkpoint import list_checkpoints, read_safetensors
-from bert.run.training import make_engine
 from data.errors import InputError
 from data.rows import unpacked_batch
 from run_pretraining import main
@@ -55,7 +57,7 @@ def engines(monkeypatch):
     """The engines of the runs, in order."""
     made = []
     monkeypatch.setattr(
-        "bert.run.training.make_engine", lambda *arguments: made.append(make_engine(*arguments)) or made[-1]
+        "bert.run.loop.make_engine", lambda *arguments: made.append(make_engine(*arguments)) or made[-1]
     )
     return made
 
@@ -361,7 +363,8 @@ def test_poprun_has_to_start_the_configs_replicas(tmp_path, shards):
 
 def options_of(poptorch, ipu, training=True, compile_only=False, ipu_model=False):
     stages = make_stages(ipu.layers_per_ipu, ipu.matmul_proportion)
-    return dict(make_options(poptorch, stages, ipu, True, 42, training, compile_only, ipu_model).called)
+    config = Config(ipu=ipu, compile_only=compile_only, ipu_model=ipu_model)
+    return dict(make_options(poptorch, stages, config, True, 42, training).called)
 
 
 def test_the_recipes_options_reach_poptorch(poptorch):
@@ -450,7 +453,7 @@ def test_a_run_on_made_up_data_is_a_run(tmp_path, shards, poptorch):
 
 def test_the_optimizers_groups_are_the_recipes(tmp_path, shards, poptorch):
     engine = engine_for(tmp_path, shards, training__precision="auto")
-    lamb, names = engine.optimizer, {id(parameter): name for name, parameter in engine.graph.named_parameters()}
+    lamb, names = engine.optimizer, {id(parameter): name for name, parameter in engine.model.named_parameters()}
     assert (
         lamb.bias_correction,
         lamb.loss_scaling,
@@ -480,14 +483,14 @@ def test_moments_of_a_serialized_weight_are_found_by_their_parts(transposed):
             state[prefix + "model.graph." + name] = torch.zeros(parameters[name].shape, dtype=dtype)
         for name in ("/2", "", "/1"):  # in no order
             state[prefix + "heads/MatMul:0_Slice:0" + name] = torch.zeros((4, 2) if transposed else (2, 4), dtype=dtype)
-    written = write_moments(state, moments, parameters)
+    written = write_state("lamb", state, moments, parameters)
     assert all(
         written[name].dtype == tensor.dtype and written[name].shape == tensor.shape and written[name].is_contiguous()
         for name, tensor in state.items()
     )
     part = written["Accl2___heads/MatMul:0_Slice:0/1"]
     assert torch.equal(part.t() if transposed else part, moments["word.weight.exp_avg_sq"][2:4])
-    for name, tensor in read_moments(written, parameters).items():
+    for name, tensor in read_state("lamb", written, parameters).items():
         assert torch.equal(tensor, moments[name].half().float() if name.endswith("exp_avg") else moments[name]), name
 
 
@@ -506,19 +509,19 @@ def test_moments_that_cannot_be_told_apart_are_an_error(names, shapes):
         prefix + name: torch.zeros(shape) for prefix in ("Accl1___", "Accl2___") for name, shape in zip(names, shapes)
     }
     with pytest.raises(InputError, match="for word.weight, expected one tensor for each parameter"):
-        read_moments(state, {"word.weight": torch.zeros(6, 4)})
+        read_state("lamb", state, {"word.weight": torch.zeros(6, 4)})
 
 
 def test_square_parts_of_a_serialized_weight_are_not_guessed():
     state = {prefix + name: torch.zeros(4, 4) for prefix in ("Accl1___", "Accl2___") for name in ("MatMul", "MatMul/1")}
     with pytest.raises(InputError, match="ipu.embedding_serialization_factor 1 avoids it"):
-        read_moments(state, {"word.weight": torch.zeros(8, 4)})
+        read_state("lamb", state, {"word.weight": torch.zeros(8, 4)})
 
 
 def test_a_moment_of_another_shape_than_its_parameter_is_an_error():
     state = {prefix + "model.graph.word.weight": torch.zeros(4, 6) for prefix in ("Accl1___", "Accl2___")}
     with pytest.raises(InputError, match="for word.weight"):
-        read_moments(state, {"word.weight": torch.zeros(6, 4)})
+        read_state("lamb", state, {"word.weight": torch.zeros(6, 4)})
 
 
 def test_a_resumed_run_draws_other_dropout_than_its_first_steps(tmp_path, shards, poptorch, engines):

@@ -8,12 +8,11 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from bert.config import parse_command_line
-from bert.engines.ipu import INPUTS, IpuModel
-from bert.model.graph import BertForPretraining
+from bert.command_line import parse_command_line
+from bert.engines.ipu import IpuModel
+from bert.geometry import row_shape
 from bert.model.stages import make_stages, placement
-from data.packing import mask_slots_of_row
-from data.rows import batch_layout
+from bert.tasks import make_model, make_task
 from tests.poptorch_contract import sdk
 from tests.poptorch_contract.operators import check
 
@@ -22,20 +21,13 @@ pytestmark = pytest.mark.ipu
 
 def trace(poptorch, name, training=True):
     config = parse_command_line(["--config", name, "--device", "ipu"])
-    data, ipu = config.data, config.ipu
+    ipu, task = config.ipu, make_task(config)
     stages = make_stages(ipu.layers_per_ipu, ipu.matmul_proportion)
     with torch.device("meta"):
-        graph = BertForPretraining(
-            config.model, stages, ipu.embedding_serialization_factor, ipu.recompute_checkpoint_every_layer
-        ).half()
-    model = IpuModel(
-        graph, poptorch, ipu.gradient_accumulation_steps * ipu.replication_factor, ipu.operation_proportions
-    ).train(training)
-    per_row = data.samples_per_row if data.packing == "rows" else 1
-    layout = batch_layout(
-        ipu.micro_batch_size, data.sequence_length, mask_slots_of_row(data.mask_tokens, per_row), per_row
-    )
-    inputs = [torch.from_numpy(np.zeros(*layout[name])).to("meta") for name in INPUTS]
+        graph = make_model(config, task).half()
+    model = IpuModel(config, task, graph, stages, poptorch).train(training)
+    layout = row_shape(config, static=True).layout(ipu.micro_batch_size)
+    inputs = [torch.from_numpy(np.zeros(*layout[name])).to("meta") for name in model.inputs]
     assert {tensor.dtype for tensor in inputs} == {torch.int32, torch.float32}
     strategy = poptorch.PipelinedExecution(*(poptorch.Stage(*stage.blocks).ipu(stage.ipu) for stage in stages))
     found, types = check(

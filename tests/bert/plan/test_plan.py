@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from bert.config import CONFIG_FOLDER, parse_command_line
-from bert.model.graph import BertForPretraining
+from bert.command_line import CONFIG_FOLDER, parse_command_line
 from bert.model.stages import make_stages
 from bert.plan.ipu_plan import IPU_BYTES, make_ipu_plan, temporaries
 from bert.plan.measure import Measured
@@ -27,7 +26,8 @@ from bert.plan.report import (
 )
 from bert.plan.trace import trace
 from bert.plan.warnings import warnings_of
-from bert.run.training import duration
+from bert.tasks import make_model, make_task
+from bert.text import duration
 from data.errors import InputError
 from data.rows import packed_batch
 from data.shards import read_samples, write_shard
@@ -68,9 +68,8 @@ def plan_of(*arguments):
 
 
 def parameters_of(config):
-    stages = make_stages(config.ipu.layers_per_ipu, config.ipu.matmul_proportion)
     with torch.device("meta"):
-        return sum(one.numel() for one in BertForPretraining(config.model, stages).parameters())
+        return sum(parameter.numel() for parameter in make_model(config, make_task(config)).parameters())
 
 
 def useful_flops(config):
@@ -196,7 +195,7 @@ def test_the_calibration_gives_back_the_published_speed():
     assert any("about 2,409 sequences/s" in line for line in ipu_report(config, found, look_at_data(config)))
 
 
-@pytest.mark.parametrize("path", sorted(glob.glob(os.path.join(CONFIG_FOLDER, "*pod*.json"))), ids=os.path.basename)
+@pytest.mark.parametrize("path", sorted(glob.glob(os.path.join(CONFIG_FOLDER, "ipu", "*.json"))), ids=os.path.basename)
 def test_the_pod_configs_fit(path):
     config = config_of(path)
     assert not any(

@@ -12,10 +12,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from bert.config import parse_command_line
-from bert.engines.torch_engine import TorchEngine, find_compiler
+from bert.command_line import parse_command_line
+from bert.engines import make_engine
+from bert.engines.torch_devices import Cpu
+from bert.engines.torch_engine import TorchEngine
 from bert.run.checkpoint import list_checkpoints, read_safetensors, save_checkpoint
-from bert.run.training import make_engine, train
+from bert.run.loop import train
 from bert.signals import interruptible, protected
 from data.loading.shard_files import open_shards
 from data.rows import unpacked_batch
@@ -141,7 +143,7 @@ def test_one_global_batch_gives_the_same_gradients_for_any_micro_batch(tmp_path,
         )
         engine = make_engine(config, "cpu")
         metrics = engine.step(batch, 0.0, 1)
-        found[size] = {name: p.grad for name, p in engine.graph.named_parameters()}, metrics
+        found[size] = {name: p.grad for name, p in engine.model.named_parameters()}, metrics
     for size in (4, 16):
         for name, gradient in found[1][0].items():
             if not name.endswith("attention.self.key.bias"):  # zero but for rounding
@@ -165,7 +167,7 @@ def test_one_global_batch_gives_the_same_gradients_for_any_micro_batch(tmp_path,
     ids=lambda options: " ".join(options) or "as it is",
 )
 def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, shards, options):
-    if options.get("training__compile") and find_compiler("cpu") is None:
+    if options.get("training__compile") and Cpu().find_compiler() is None:
         pytest.skip("no C++ compiler")
     if options.get("data__on_bad_shard"):
         with h5py.File(shards / "train-00001.h5", "a") as file:
@@ -203,7 +205,7 @@ def test_dropout_is_on_in_training_and_differs_between_steps_and_micro_batches(t
     assert losses[0] == losses[2] != losses[1] and evaluated not in losses
     assert engine.evaluate(batch)["mlm_loss"] == evaluated
     seen = []
-    engine.graph.register_forward_hook(lambda graph, inputs, outputs: seen.append(outputs[1]["mlm_loss"].item()))
+    engine.model.register_forward_hook(lambda graph, inputs, outputs: seen.append(outputs[1]["mlm_loss"].item()))
     engine.step({name: np.concatenate([array, array]) for name, array in batch.items()}, 0.0, 1)
     assert len(seen) == 2 and seen[0] != seen[1]
 
@@ -228,7 +230,7 @@ def test_an_asynchronous_engine_gives_the_same_lines_though_each_is_read_a_step_
 
     options = {"training__log_every": 2, "training__save_every": 5}
     assert main(arguments(tmp_path, shards, **options)) == 0
-    monkeypatch.setattr("bert.run.training.TorchEngine", Asynchronous)
+    monkeypatch.setattr("bert.engines.TorchEngine", Asynchronous)
     assert main(arguments(tmp_path, shards, training__output=tmp_path / "other", **options)) == 0
     timing = ("sequences_per_second", "data_wait_fraction")
     strip = lambda lines: [{key: value for key, value in line.items() if key not in timing} for line in lines]
@@ -265,8 +267,10 @@ def test_in_bfloat16_the_graph_is_the_rounded_masters_and_small_updates_are_not_
     before = {name: tensor.clone() for name, tensor in engine.weights().items()}
     for step in range(1, 4):
         engine.step(batch, 1e-5, step)  # far below bfloat16's resolution
-    for name, parameter in engine.graph.named_parameters():
-        assert parameter.dtype == torch.bfloat16 and torch.equal(parameter, engine.masters[name].bfloat16()), name
+    for name, parameter in engine.model.named_parameters():
+        assert parameter.dtype == torch.bfloat16 and torch.equal(parameter, engine.master_weights[name].bfloat16()), (
+            name
+        )
     moved = [name for name, weight in engine.weights().items() if not torch.equal(weight, before[name])]
     assert len(moved) > 0.9 * len(before)
     other = make_engine(parse_command_line(arguments(tmp_path, shards, training__precision="bfloat16")), "cpu")
@@ -373,7 +377,7 @@ def test_a_signal_during_a_save_is_heeded_after_it_and_nothing_is_saved_twice(tm
         signal.raise_signal(signal.SIGTERM)
         return path
 
-    monkeypatch.setattr("bert.run.training.save_checkpoint", save_and_signal)
+    monkeypatch.setattr("bert.run.loop.save_checkpoint", save_and_signal)
     assert main(arguments(tmp_path, shards, training__save_every=2)) == 128 + signal.SIGTERM
     assert [os.path.basename(path) for path in checkpoints(tmp_path)] == ["step_00000002"]
 

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.masking import MaskWords
+from data.masking import Masking, choose_tokens
 from data.preparing.cutting import Chunk, assemble, cut, make_samples
 from data.samples import check_samples
 
@@ -120,9 +120,9 @@ def test_samples_are_cls_first_sep_second_sep_and_zeros():
 
 @pytest.mark.parametrize("sequence_length, mask_tokens", [(128, 20), (512, 76)])
 def test_samples_are_the_same_for_the_same_seed_and_fit_the_shard_format(sequence_length, mask_tokens):
-    def made(seed, words=MaskWords.of(len(WORDS), range(5))):
+    def made(seed, masking=Masking.of(choose_tokens, 0.15, len(WORDS), range(5))):
         blocks, dropped = make_samples(
-            long_documents(300), range(5), words, sequence_length, mask_tokens, 0.15, 0.1, np.random.default_rng(seed)
+            long_documents(300), range(5), masking, sequence_length, mask_tokens, 0.1, np.random.default_rng(seed)
         )
         assert dropped == 0
         return list(blocks)
@@ -134,6 +134,6 @@ def test_samples_are_the_same_for_the_same_seed_and_fit_the_shard_format(sequenc
     for samples in first:
         check_samples(samples, len(WORDS), "made here")
         assert samples.input_ids.dtype == samples.mlm_labels.dtype == np.uint16 and samples.nsp_labels.dtype == np.uint8
-    unmasked = made([1, 2], words=None)[0]
+    unmasked = made([1, 2], masking=None)[0]
     check_samples(unmasked, len(WORDS), "made here")
     assert not unmasked.mlm_counts.any() and (unmasked.lengths == first[0].lengths).all()

@@ -1,0 +1,223 @@
+"""The command line: a config file, and dotted overrides. `python -m bert.command_line --schema` prints a file's schema.
+
+jsonargparse parses options, converts values and explains them in --help. What it does not do well is done here: options
+override the file wherever --config stands, and errors name the source, the key, its value and what is expected.
+"""
+
+import argparse
+import difflib
+import json
+import math
+import operator
+import os
+from dataclasses import fields, is_dataclass
+from typing import Any, Dict, Iterable, Literal, Optional, Sequence, Tuple, Union, get_args, get_origin
+
+from docstring_parser import parse_from_object  # jsonargparse takes its help from it too
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+from bert.config import Config
+from bert.validation import validate
+from data.errors import InputError
+
+__all__ = ["CONFIG_FOLDER", "find_config", "make_schema", "parse_command_line"]
+
+CONFIG_FOLDER = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs")
+FOLDERS = (CONFIG_FOLDER, os.path.join(CONFIG_FOLDER, "ipu"))
+FLAGS = ("plan", "compile_only", "ipu_model")
+FILE_KEYS = {
+    "$schema": "The JSON schema that editors complete and check this file with.",
+    "base": "The config that this file changes, which has no base itself: its path from here, or a name in configs/.",
+}
+SECTIONS: Dict[str, Any] = {field.name: field.type for field in fields(Config) if is_dataclass(field.type)}
+TYPES: Dict[str, Any] = {field.name: field.type for field in fields(Config) if field.name not in SECTIONS}
+for section, kind in SECTIONS.items():
+    TYPES.update({f"{section}.{field.name}": field.type for field in fields(kind)})
+
+# The JSON schema's words for types and for the comparisons of restricted types, each with the words of messages.
+JSON_TYPES = {
+    bool: ("boolean", "true or false"),
+    int: ("integer", "an integer"),
+    float: ("number", "a number"),
+    str: ("string", "a string"),
+    type(None): ("null", "null"),
+}
+BOUNDS = {
+    operator.gt: ("exclusiveMinimum", "above"),
+    operator.ge: ("minimum", "at least"),
+    operator.lt: ("exclusiveMaximum", "below"),
+    operator.le: ("maximum", "at most"),
+}
+
+
+def parse_command_line(arguments: Sequence[str]) -> Config:
+    """`--config NAME_OR_PATH` and dotted overrides -> a valid Config. A bare name is looked for here, then in configs/.
+
+    Raises InputError that names the file or the command line, the key, its value and what is expected.
+    """
+    parser = make_parser()
+    name = config_option(arguments)
+    source = find_config(name) if name else "command line"
+    if name:
+        parser.set_defaults(read_config(parser, source))
+    try:
+        parsed = parser.parse_args(arguments).as_dict()
+    except ArgumentError as error:
+        raise InputError(f"command line: {explain(parser, arguments, error)}")
+    del parsed["config"]
+    values: Dict[str, Any] = json.loads(json.dumps(parsed))  # plain numbers in place of restricted types
+    data = values["data"]
+    data.update({key: [data[key]] for key in ("files", "held_out_files", "text") if isinstance(data[key], str)})
+    config = Config(**{key: SECTIONS[key](**value) if key in SECTIONS else value for key, value in values.items()})
+    if config.training.output is None:
+        config.training.output = os.path.join("runs", os.path.splitext(os.path.basename(name or "run"))[0])
+    validate(config, source)
+    return config
+
+
+def make_parser() -> ArgumentParser:
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser("run_pretraining.py", exit_on_error=False, parser_mode="json", allow_abbrev=False)
+    parser.description = "Pre-trains BERT on IPUs, CUDA GPUs or the CPU, from one config."
+    example = "--config pod16_phase1.json --data.files 'shards/train-*.h5' --training.max_steps 20"
+    parser.epilog = f"Example: python run_pretraining.py {example}"
+    recipes = f"The recipe: a JSON file, or the name of one in configs/, which has: {config_names()}"
+    parser.add_argument("--config", type=str, help=recipes)
+    parser.add_class_arguments(Config, skip=set(FLAGS))
+    documentation = documentation_of(Config)
+    for flag in FLAGS:
+        spellings = dict.fromkeys((f"--{flag.replace('_', '-')}", f"--{flag}"))
+        parser.add_argument(*spellings, type=bool, nargs="?", const=True, default=False, help=documentation[flag])
+    return parser
+
+
+def config_option(arguments: Sequence[str]) -> Optional[str]:
+    names = [following for option, following in zip(arguments, arguments[1:]) if option == "--config"]
+    names += [argument[len("--config=") :] for argument in arguments if argument.startswith("--config=")]
+    if len(names) > 1:
+        raise InputError(f"command line: --config is given twice: {', '.join(names)}. Name one; options override it")
+    return names[0] if names else None
+
+
+def config_names() -> str:
+    files = {name for folder in FOLDERS for name in os.listdir(folder) if name.endswith(".json")}
+    return ", ".join(sorted(files - {"schema.json"}))
+
+
+def find_config(name: str, based: str = "") -> str:
+    """The path of a config: `name` is a path, from the folder of the file `based` on it, or a bare name in configs/."""
+    candidates = [os.path.join(os.path.dirname(based), name)]
+    candidates += [os.path.join(folder, name + ending) for folder in FOLDERS for ending in ("", ".json")]
+    for path in candidates:
+        if os.path.isfile(path):
+            return os.path.relpath(path) if os.path.isabs(path) and not os.path.isabs(name) else path
+    sought, where = (f"{based}: base is {json.dumps(name)}", "beside it") if based else (name, "here")
+    raise InputError(f"{sought}: no such config, {where} or in configs/, which has: {config_names()}")
+
+
+def read_config(parser: ArgumentParser, path: str, based: str = "") -> Dict[str, Any]:
+    """The values of a config file over those of its base, by dotted key; `based` is the file whose base this one is."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except ValueError as error:
+        raise InputError(f"{path}: is not JSON: {error}")
+    values = flatten(content, path)
+    own = {key: value for key, value in values.items() if key in TYPES}
+    for key, value in {} if accepts(parser, own) else own.items():
+        if not accepts(parser, {key: value}):
+            raise InputError(f"{path}: {key} is {json.dumps(value)}, expected {read_type(TYPES[key])[1]}")
+    base = values.get("base", "")
+    if not isinstance(base, str) or (base and based):
+        expected = f"none, as {based} is based on this file" if based else "the path or name of a config"
+        raise InputError(f"{path}: base is {json.dumps(base)}, expected {expected}")
+    return {**read_config(parser, find_config(base, path), path), **own} if base else own
+
+
+def flatten(content: Any, path: str, section: str = "") -> Dict[str, Any]:
+    """What a config file holds, by dotted key; raises InputError for a key that does not exist."""
+    if not isinstance(content, dict):
+        where = section.rstrip(".") or "the file"
+        raise InputError(f"{path}: {where} is {json.dumps(content)}, expected an object of keys and values")
+    flat: Dict[str, Any] = {}
+    known = [key for key in (*TYPES, *SECTIONS, *FILE_KEYS) if key.rpartition(".")[0] == section.rstrip(".")]
+    for name, value in content.items():
+        key = section + name
+        if key not in known:
+            names = ", ".join(other[len(section) :] for other in known)
+            raise InputError(f"{path}: unknown key {key}; {did_you_mean(key, known)}expected one of {names}")
+        flat.update(flatten(value, path, f"{key}.") if key in SECTIONS else {key: value})
+    return flat
+
+
+def accepts(parser: ArgumentParser, values: Dict[str, Any]) -> bool:
+    try:
+        parser.parse_object(values)
+    except ArgumentError:
+        return False  # and null, which jsonargparse takes for anything:
+    return all(value is not None or type(None) in get_args(TYPES[key]) for key, value in values.items())
+
+
+def explain(parser: ArgumentParser, arguments: Sequence[str], error: ArgumentError) -> str:
+    """What is wrong with a refused command line: the first wrong option, or else jsonargparse's own words."""
+    for argument, following in zip(arguments, [*arguments[1:], "nothing"]):
+        option, separator, value = argument.partition("=")
+        key, value = option[2:], value if separator else following
+        if "Unrecognized arguments" in str(error) and argument in str(error).split() and option.startswith("--"):
+            return f"unknown option {option}; {did_you_mean(key, TYPES)}`--help` lists every option"
+        if key in TYPES and key not in FLAGS and not accepts(parser, {key: value}):
+            return f"{key} is {value}, expected {read_type(TYPES[key])[1]}"
+    hint = "Quote a pattern, so that the shell leaves it as it is; `--help` lists every option"
+    return f"{one_line(str(error))}. {hint}"
+
+
+def did_you_mean(key: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(key, list(known), n=1)
+    return f"did you mean {close[0]}? " if close else ""
+
+
+def make_schema() -> Dict[str, Any]:
+    """The JSON schema of config files: keys with their descriptions, types, bounds and defaults."""
+    schema = schema_of(Config)
+    schema["properties"].update({key: {"description": text, "type": "string"} for key, text in FILE_KEYS.items()})
+    return {"$schema": "http://json-schema.org/draft-07/schema#", "title": "Config of run_pretraining.py", **schema}
+
+
+def schema_of(kind: Any) -> Dict[str, Any]:
+    keys = {key: schema_of(section) for key, section in SECTIONS.items() if kind is Config}
+    for key, text in documentation_of(kind).items():
+        keys[key] = {"description": text, **read_type(kind.__annotations__[key])[0], "default": getattr(kind(), key)}
+    return {"description": one_line(kind.__doc__), "type": "object", "properties": keys, "additionalProperties": False}
+
+
+def read_type(kind: Any) -> Tuple[Dict[str, Any], str]:
+    """What a field's type admits, as a JSON schema and in words."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return {"enum": list(arguments)}, f"one of {', '.join(arguments)}"
+    if origin in (Union, list, dict):
+        schemas, words = zip(*(read_type(argument) for argument in arguments))
+        if origin is Union:
+            return {"anyOf": list(schemas)}, " or ".join(words)
+        if origin is list:
+            return {"type": "array", "items": schemas[0]}, f"a list, each element {words[0]}"
+        return {"type": "object", "additionalProperties": schemas[1]}, f"an object, each value {words[1]}"
+    name, noun = next(names for python, names in JSON_TYPES.items() if issubclass(kind, python))
+    limits = [(*BOUNDS[compare], bound) for compare, bound in getattr(kind, "_restrictions", ()) if bound < math.inf]
+    words = [noun, " and ".join(f"{word} {bound}" for _, word, bound in limits)]
+    return {"type": name, **{keyword: bound for keyword, _, bound in limits}}, " ".join(words).strip()
+
+
+def documentation_of(kind: Any) -> Dict[str, str]:
+    return {field.arg_name: one_line(field.description) for field in parse_from_object(kind).params}
+
+
+def one_line(text: Optional[str]) -> str:
+    return " ".join((text or "").split())
+
+
+if __name__ == "__main__":
+    options = argparse.ArgumentParser(description="Prints the JSON schema of config files.")
+    options.add_argument("--schema", action="store_true", required=True, help="print it")
+    options.parse_args()
+    print(json.dumps(make_schema(), indent=2))

@@ -1,0 +1,144 @@
+"""Which device a run trains on, and why: what was asked for, or the best that is there."""
+
+import importlib
+import importlib.util
+import platform
+import sys
+from typing import Tuple
+
+from bert.config import Config
+from bert.validation import validate_for_ipu
+from data.errors import InputError
+
+__all__ = ["choose_device", "find_device", "has_static_shapes", "process_of"]
+
+# What the IPU engine takes from Graphcore's packages. Others of these names have none of it.
+SDK_NAMES = {
+    "poptorch": ("Options", "PipelinedExecution", "optim", "trainingModel"),
+    "popart": ("AccumulateOuterFragmentSchedule", "SubgraphCopyingStrategy"),
+}
+IPU_KINDS = {2: "Mk2 ", 21: "Bow "}  # as poptorch.ipuHardwareVersion() numbers them
+
+
+def choose_device(wanted: str, ipus: int = 1, needs_hardware: bool = True) -> Tuple[str, str]:
+    """`auto`, `ipu`, `cuda` or `cpu` -> (the device, one line that says why).
+
+    A run on IPUs takes `ipus` of them; without `needs_hardware` (it compiles only, or runs on Graphcore's simulator)
+    PopTorch is enough. Raises InputError with the way out where a device is asked for that is not there.
+    """
+    import torch
+
+    why = "no PopTorch"
+    # For auto, a package named popart alone is left alone: it is hardly Graphcore's.
+    if wanted == "ipu" or (wanted == "auto" and is_installed("poptorch")):
+        why, message = why_no_poptorch(torch.__version__)
+        if not why and needs_hardware:
+            why, message = why_no_hardware(ipus)
+        if not why:
+            return "ipu", f"ipu ({describe_ipus(ipus) if needs_hardware else 'PopTorch without hardware'})"
+        if wanted == "ipu":
+            raise InputError(f'device is "ipu", but {message}, or use --device auto')
+    has_cuda = torch.cuda.is_available() and hasattr(
+        torch, "compiler"
+    )  # the IPU's torch 2.0 is too old for the kernels
+    if wanted == "cuda" and not has_cuda:
+        raise InputError(
+            f'device is "cuda", but torch {torch.__version__} finds no CUDA device, or is older than '
+            "requirements.txt asks for. Install a CUDA build of torch and a driver, or use --device auto"
+        )
+    if wanted == "cuda" or (wanted == "auto" and has_cuda):
+        return "cuda", "cuda (%s%s)" % (torch.cuda.get_device_name(), "" if wanted == "cuda" else ": %s" % why)
+    return "cpu", "cpu (%d threads%s)" % (
+        torch.get_num_threads(),
+        "" if wanted == "cpu" else ": no CUDA device, %s" % why,
+    )
+
+
+def find_device(config: Config) -> Tuple[str, str]:
+    """(device, line that says why) for a run of `config`. Raises InputError, too, where it is an IPU and the config asks
+    more of IPUs than there is."""
+    ipus = len(config.ipu.layers_per_ipu) * config.ipu.replication_factor // process_of("ipu")[1]
+    without_hardware = config.compile_only or config.ipu_model
+    device, line = choose_device("ipu" if without_hardware else config.device, ipus, not without_hardware)
+    if device == "ipu":
+        try:
+            validate_for_ipu(config)
+        except InputError as error:
+            raise InputError(f"{error}. To train without the IPUs that are here: --device cuda or --device cpu")
+    return device, line
+
+
+def has_static_shapes(device: str) -> bool:
+    """Whether all global batches must have the same shape there."""
+    return device == "ipu"
+
+
+def process_of(device: str) -> Tuple[int, int]:
+    """(rank, number) of this process among those of the run: poprun's on IPUs; (0, 1) elsewhere."""
+    if device != "ipu" or importlib.util.find_spec("popdist") is None:
+        return 0, 1
+    popdist = importlib.import_module("popdist")
+    return (popdist.getInstanceIndex(), popdist.getNumInstances()) if popdist.isPopdistEnvSet() else (0, 1)
+
+
+def is_installed(name: str) -> bool:
+    return sys.modules[name] is not None if name in sys.modules else importlib.util.find_spec(name) is not None
+
+
+def why_no_poptorch(torch_version: str) -> Tuple[str, str]:
+    """Why Graphcore's packages cannot be used, in a few words and in full with the way out; both empty where they
+    can."""
+    found = [name for name in SDK_NAMES if is_installed(name)]
+    for name in found:
+        try:
+            module = importlib.import_module(name)
+        except Exception as error:  # another's package of this name may raise anything
+            return "PopTorch cannot be imported", (
+                f"{name} ({importlib.util.find_spec(name).origin}) cannot be imported: "
+                f"{' '.join(str(error).split())}. Enable the Poplar SDK in this shell (source its enable.sh), "
+                "and use Python 3.8 with torch 2.0.1, which its wheels are built for: this is Python "
+                f"{platform.python_version()} with torch {torch_version}. See docs/ipu.md"
+            )
+        if not all(hasattr(module, needed) for needed in SDK_NAMES[name]):
+            return f"the {name} here is not Graphcore's", (
+                f"the {name} in {getattr(module, '__file__', None) or list(module.__path__)[0]} is not "
+                "Graphcore's: it has no "
+                f"{next(needed for needed in SDK_NAMES[name] if not hasattr(module, needed))}. Remove it (pip "
+                f"uninstall {name}), enable the Poplar SDK in this shell (source its enable.sh) and install "
+                "its wheel, pip install poptorch-*.whl in the SDK's folder, under Python 3.8 with torch "
+                "2.0.1. See docs/ipu.md"
+            )
+    if "poptorch" not in found:
+        return "no PopTorch", (
+            "PopTorch is not installed. Its wheel comes with Graphcore's Poplar SDK, from no package index (the package named popart on "
+            "PyPI is something else): install it from the SDK, under Python 3.8 with torch 2.0.1. See docs/ipu.md"
+        )
+    if "popart" not in found:
+        return "PopTorch has no popart", (
+            "PopTorch is there without popart, which comes with it. Enable the Poplar SDK in this shell (source its enable.sh), or install "
+            "its wheel, popart-*.whl. See docs/ipu.md"
+        )
+    return "", ""
+
+
+def why_no_hardware(ipus: int) -> Tuple[str, str]:
+    """The same for IPUs, `ipus` of them."""
+    is_available = sys.modules["poptorch"].ipuHardwareIsAvailable
+    # IPUs come in groups of 1, 2, 4, 8, ...: PopTorch takes the next one up.
+    group = 1
+    while group < ipus:
+        group *= 2
+    if is_available(group):
+        return "", ""
+    there = group // 2
+    while there and not is_available(there):
+        there //= 2
+    return "PopTorch finds %s" % ("%d IPUs, not %d" % (there, group) if there else "no IPU"), (
+        f"PopTorch finds {there} IPUs, expected {group}. Take the config of a smaller POD, or fewer replicas "
+        "(--ipu.replication_factor, with more --ipu.gradient_accumulation_steps); without IPUs, "
+        "--compile-only compiles and --ipu-model simulates"
+    )
+
+
+def describe_ipus(ipus: int) -> str:
+    return f"{ipus} {IPU_KINDS.get(sys.modules['poptorch'].ipuHardwareVersion(), '')}IPU{'s' if ipus > 1 else ''}"

@@ -1,0 +1,79 @@
+"""What the training loop, the planner and the benchmarks know of an engine: what runs steps on one kind of device."""
+
+from typing import Callable, Dict, Mapping, Protocol
+
+import numpy as np
+import torch
+
+from bert.model.model import Model
+from bert.tasks.task import Task
+
+__all__ = ["Arrays", "Engine", "ignore_progress"]
+
+Arrays = Mapping[str, np.ndarray]
+"""The rows of a global batch (data/rows.py)."""
+
+
+def ignore_progress(rows: int) -> None:
+    """For callers that do not follow a step."""
+
+
+class Engine(Protocol):
+    """Trains a `Model` on one kind of device, in one process of one or many."""
+
+    model: Model
+    task: Task
+    steps_done: int
+    """The last step whose update is in the weights."""
+    micro_batch_size: int
+    """Rows of one forward pass."""
+    steps_per_call: int
+    """How many optimizer steps a call of `step` does, on as many global batches in one."""
+    asynchronous: bool
+    """Whether `step` returns before the device is done: its metrics can be read after `wait_for`."""
+    rank: int
+    """Of this process; 0 writes the run's folder."""
+    world_size: int
+    """Processes of the run."""
+
+    def describe(self) -> str:
+        """One line for people: precision, micro-batches, and so on."""
+
+    def compile(self) -> None:
+        """Compiles what can be compiled ahead of the first step."""
+
+    def expect_rows(self, rows: int) -> None:
+        """Says how many rows global batches have, about: an engine may cut them more evenly."""
+
+    def step(
+        self, batch: Arrays, learning_rate: float, step: int, progress: Callable[[int], None] = ignore_progress
+    ) -> Dict[str, torch.Tensor]:
+        """Optimizer steps on a global batch, the last of which is `step`; calls `progress(rows)` as rows are done.
+
+        Returns the task's metrics, means over the global batch, and skipped_updates, how many updates were left out so
+        far because a gradient was not finite: scalars. Interrupted before the update, it changes nothing.
+        """
+
+    def evaluate(self, batch: Arrays) -> Dict[str, torch.Tensor]:
+        """The task's metrics on these rows, without dropout and without an update."""
+
+    def wait_for(self, step: int) -> None:
+        """Waits until the device is done with `step`."""
+
+    def weights(self) -> Dict[str, torch.Tensor]:
+        """Parameter name -> tensor, on the CPU, float32."""
+
+    def load_weights(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Takes what `weights` gives; names that it lacks keep their values."""
+
+    def optimizer_state(self) -> Dict[str, torch.Tensor]:
+        """ "<parameter name>.<key>" -> tensor, on the CPU; empty before the first step."""
+
+    def load_optimizer_state(self, tensors: Mapping[str, torch.Tensor], skipped_updates: int) -> None:
+        """Takes what `optimizer_state` and `skipped_updates` give. Raises InputError for another optimizer's."""
+
+    def skipped_updates(self) -> int:
+        """How many updates were left out because a gradient was not finite."""
+
+    def measure(self, batch: Arrays) -> Dict[str, float]:
+        """Seconds of the parts of one step on this batch, waiting for the device after each; what is done stays done."""

@@ -1,0 +1,157 @@
+"""What differs between the devices that TorchEngine trains on. Another one is another class here."""
+
+import ctypes
+import os
+import shutil
+from typing import List, Optional, Protocol, Tuple
+
+import torch
+from torch import nn
+
+from data.errors import InputError
+
+__all__ = ["Cpu", "Cuda", "TorchDevice", "choose_precision", "wants_compile"]
+
+
+class TorchDevice(Protocol):
+    """A device, in PyTorch's name for it."""
+
+    name: str
+    asynchronous: bool
+    """Whether calls return before it is done."""
+    hidden_values: int
+    """Values of a micro-batch's hidden state [R, L, H] where the config leaves its size open."""
+    random_devices: List[str]
+    """Beside the CPU: what draws random numbers of its own."""
+    compiler_name: str
+    auto_compile: bool
+    """Whether compiled layers are faster."""
+
+    def start(self) -> None:
+        """Prepares the process."""
+
+    def synchronize(self) -> None:
+        """Waits until the device is done."""
+
+    def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor of the host there."""
+
+    def has_bfloat16(self) -> bool:
+        """Whether its matrix products are faster in bfloat16."""
+
+    def why_no_float8(self) -> str:
+        """Why float8 cannot be used there; empty where it can."""
+
+    def find_compiler(self) -> Optional[str]:
+        """What torch.compile generates code with; None where it is missing."""
+
+    def available_bytes(self) -> Optional[int]:
+        """Memory that training may still take; None where there is no need to ask."""
+
+
+class Cpu:
+    name, asynchronous, random_devices = "cpu", False, []
+    hidden_values = 2**20  # 4 MB stay near the caches
+    # A compiled layer is no faster than the library calls it replaces, and takes 15 s to compile.
+    compiler_name, auto_compile = "C++ compiler (g++, or CXX)", False
+
+    def start(self) -> None:
+        """Has the C library (glibc; others are left alone) keep the memory of freed tensors.
+
+        Else each micro-batch's activations are mapped anew, page by page: a tenth of a step of BERT-base.
+        """
+        try:
+            mallopt = ctypes.CDLL(None).mallopt
+        except AttributeError:
+            return
+        trim_threshold, mmap_max = -1, -4  # as malloc.h numbers them
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_max, 0)
+
+    def synchronize(self) -> None:
+        pass
+
+    def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    def has_bfloat16(self) -> bool:
+        return False
+
+    def why_no_float8(self) -> str:
+        return ""
+
+    def find_compiler(self) -> Optional[str]:
+        return shutil.which(os.environ.get("CXX", "g++"))
+
+    def available_bytes(self) -> Optional[int]:
+        return None
+
+
+class Cuda:
+    name, asynchronous, random_devices = "cuda", True, ["cuda"]
+    hidden_values = 96 * 2**20  # more make nothing faster
+    compiler_name, auto_compile = "Triton", True
+
+    def start(self) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
+
+    def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        # From pinned memory the host need not wait until the device takes the copy, behind the micro-batch before.
+        return tensor.pin_memory().to("cuda", non_blocking=True)
+
+    def has_bfloat16(self) -> bool:
+        return torch.cuda.is_bf16_supported()
+
+    def why_no_float8(self) -> str:
+        major, minor = torch.cuda.get_device_capability()
+        if (major, minor) >= (8, 9):
+            return ""
+        name = torch.cuda.get_device_name()
+        return f"{name} has compute capability {major}.{minor}, and only 8.9 and newer (Ada, Hopper) multiply it"
+
+    def find_compiler(self) -> Optional[str]:
+        try:
+            import triton
+        except ImportError:
+            return None
+        return triton.__name__
+
+    def available_bytes(self) -> Optional[int]:
+        free, _ = torch.cuda.mem_get_info()
+        return int(0.9 * (free + torch.cuda.memory_reserved()))
+
+
+def choose_precision(device: TorchDevice, setting: str) -> str:
+    """training.precision with `auto` decided. Raises InputError where the device or this torch cannot do it."""
+    if setting == "auto":
+        return "bfloat16" if device.has_bfloat16() else "float32"
+    if setting == "float8" and not hasattr(torch, "float8_e4m3fn"):
+        raise InputError(
+            f'training.precision is "float8", but torch {torch.__version__} has no float8. Install requirements.txt, or '
+            'set training.precision to "auto"'
+        )
+    why_not = device.why_no_float8() if setting == "float8" else ""
+    if why_not:
+        raise InputError(f'training.precision is "float8", but {why_not}. Set training.precision to "auto"')
+    return setting
+
+
+def wants_compile(device: TorchDevice, setting: str) -> Tuple[bool, str]:
+    """Whether layers are compiled, by training.compile, and words that say so. Raises InputError where they cannot be."""
+    if setting == "on" and not hasattr(nn.Module, "compile"):
+        raise InputError(
+            f'training.compile is "on", but torch {torch.__version__} has no Module.compile. Install requirements.txt, '
+            'or set training.compile to "auto"'
+        )
+    compiler, missing = device.find_compiler(), f"no {device.compiler_name}"
+    if setting == "on" and compiler is None:
+        raise InputError(
+            f'training.compile is "on", but there is {missing}. Install it, or set training.compile to "auto"'
+        )
+    wanted = device.auto_compile and setting == "auto"
+    if setting == "on" or (wanted and compiler):
+        return True, "encoder layers compiled"
+    return False, f"not compiled ({missing})" if wanted else "not compiled"

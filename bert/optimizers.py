@@ -1,0 +1,199 @@
+"""Optimizers by name, and what every one of them has: named state, skipped updates, weights to compute with.
+
+Another optimizer is one more entry, `OPTIMIZERS["mine"] = make_mine`: steps, checkpoints and resuming then work. A
+maker takes the named parameters and the config's optimizer section, and returns optimizers whose groups list their
+parameters' `names` beside `params`. It tells parameters apart by name and number of dimensions, not by size.
+"""
+
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Tuple
+
+import torch
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from bert.config import OptimizerConfig
+from data.errors import InputError
+from ops.lamb import Lamb, lamb_groups
+
+__all__ = ["NamedOptimizer", "OPTIMIZERS", "check_state", "make_optimizer"]
+
+NamedParameters = List[Tuple[str, Parameter]]
+
+
+def make_lamb(named_parameters: NamedParameters, config: OptimizerConfig) -> List[Optimizer]:
+    """LAMB without bias correction (ops/lamb.py), in the recipe's groups."""
+    groups = lamb_groups(named_parameters, config.weight_decay)
+    return [Lamb(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps)]
+
+
+def make_adamw(named_parameters: NamedParameters, config: OptimizerConfig) -> List[Optimizer]:
+    """torch's AdamW in LAMB's groups, which say what decays; its fused form where the parameters' device has one."""
+    groups = lamb_groups(named_parameters, config.weight_decay)
+    options: Dict[str, Any] = dict(lr=config.learning_rate, betas=tuple(config.betas), eps=config.eps)
+    try:
+        return [torch.optim.AdamW(groups, fused=True, **options)]
+    except RuntimeError:
+        return [torch.optim.AdamW(groups, **options)]
+
+
+def make_muon(named_parameters: NamedParameters, config: OptimizerConfig) -> List[Optimizer]:
+    """torch's Muon, with its own momentum, for the encoder's matrices; AdamW for embeddings, heads, biases and norms.
+
+    The encoder's matrices are the parameters of two dimensions with ".encoder." in their names. Muon's updates are
+    scaled to the size of AdamW's, so that one learning rate suits both (arXiv 2502.16982).
+    """
+    muon = getattr(torch.optim, "Muon", None)
+    if muon is None:
+        raise InputError(
+            f'optimizer.name is "muon", but torch {torch.__version__} has no Muon; 2.9 and newer do. Install '
+            'requirements.txt, or set optimizer.name to "adamw"'
+        )
+    matrices = {name: p for name, p in named_parameters if p.dim() == 2 and ".encoder." in name}
+    rest = [(name, p) for name, p in named_parameters if name not in matrices]
+    optimizers = make_adamw(rest, config) if rest else []
+    if matrices:
+        group = {"params": list(matrices.values()), "names": list(matrices)}
+        options = dict(lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
+        optimizers.append(muon([group], **options))
+    return optimizers
+
+
+Maker = Callable[[NamedParameters, OptimizerConfig], List[Optimizer]]
+OPTIMIZERS: Dict[str, Maker] = {"lamb": make_lamb, "adamw": make_adamw, "muon": make_muon}
+
+
+class NamedOptimizer:
+    """The optimizers that `config` asks for, as one whose state goes by the parameters' names.
+
+    `skipped` counts, on the parameters' device, the updates that were left out because a gradient was not finite:
+    weights, state and compute weights are then as they were. `compute_weights` maps parameters to bfloat16 tensors of
+    their shapes, which each update fills with the weights rounded to nearest even.
+    """
+
+    def __init__(self, named_parameters: NamedParameters, config: OptimizerConfig, compute_weights: Mapping):
+        self.named_parameters, self.config, self.compute_weights = named_parameters, config, dict(compute_weights)
+        self.optimizers = OPTIMIZERS[config.name](named_parameters, config)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=named_parameters[0][1].device)
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, Lamb):
+                optimizer.copies, optimizer.skipped = self.compute_weights, self.skipped
+
+    def step(self, learning_rate: float) -> None:
+        """One update with the gradients that the parameters have."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+        if len(self.optimizers) == 1 and isinstance(self.optimizers[0], Lamb):
+            self.optimizers[0].step()  # its kernels skip, count and round
+        elif self.check_gradients():
+            for optimizer in self.optimizers:
+                optimizer.step()
+            with torch.no_grad():
+                for parameter, rounded in self.compute_weights.items():
+                    rounded.copy_(parameter)
+
+    def check_gradients(self) -> bool:
+        """Counts the update as skipped where a gradient is not finite; False where it must not be made.
+
+        Optimizers that can leave it out on the device, without a wait for it, are told there: by `found_inf`, as
+        torch.amp.GradScaler tells them.
+        """
+        gradients = [p.grad for _, p in self.named_parameters if p.grad is not None and p.numel() > 0]
+        if not gradients:
+            return False
+        broken = ~torch.stack(torch._foreach_norm(gradients, float("inf"))).isfinite().all()
+        self.skipped += broken
+        if not all(getattr(optimizer, "_step_supports_amp_scaling", False) for optimizer in self.optimizers):
+            return not bool(broken)
+        for optimizer in self.optimizers:
+            vars(optimizer).update(grad_scale=None, found_inf=broken.float())
+        return True
+
+    def state_dict(self) -> Dict[str, torch.Tensor]:
+        """ "<parameter name>.<key>" -> tensor, on the CPU; a number is a tensor too. Empty before the first step."""
+        return {
+            f"{name}.{key}": torch.as_tensor(value).detach().cpu().contiguous()
+            for optimizer, name, parameter in named_in_groups(self.optimizers)
+            for key, value in optimizer.state.get(parameter, {}).items()
+        }
+
+    def load_state_dict(self, tensors: Mapping[str, torch.Tensor], skipped: int = 0) -> None:
+        """Takes what `state_dict` gives, and the number of skipped updates.
+
+        A parameter that has no state in `tensors` never had a gradient, and starts afresh. Raises InputError for keys
+        or shapes that are not this optimizer's.
+        """
+        layout = self.state_layout()
+        check_state(self.config.name, tensors, {name: torch.as_tensor(like).shape for name, like in layout.items()})
+        self.skipped.fill_(skipped)
+        owners = {name: (optimizer, parameter) for optimizer, name, parameter in named_in_groups(self.optimizers)}
+        for optimizer in self.optimizers:
+            optimizer.state.clear()
+        for name, tensor in tensors.items():
+            (optimizer, parameter), key, like = owners[name.rpartition(".")[0]], name.rpartition(".")[2], layout[name]
+            is_number = not isinstance(like, torch.Tensor)
+            value = tensor.item() if is_number else tensor.to(like.device, like.dtype, copy=True)
+            optimizer.state[parameter][key] = value
+
+    def state_bytes(self) -> int:
+        """Bytes of the state that steps keep for all parameters, whether it is there already or not."""
+        likes = [torch.as_tensor(like) for like in self.state_layout().values()]
+        return sum(like.numel() * like.element_size() for like in likes)
+
+    def state_layout(self) -> Dict[str, Any]:
+        """ "<parameter name>.<key>" -> what is there after a step: a number, or a tensor of its shape, type and device
+        without memory of its own. A step of tiny parameters shows it."""
+        tiny = [(name, Parameter(p.detach().new_zeros([2] * p.dim()))) for name, p in self.named_parameters]
+        for _, parameter in tiny:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizers = OPTIMIZERS[self.config.name](tiny, self.config)
+        for optimizer in optimizers:
+            optimizer.step()
+        shapes, layout = {name: p.shape for name, p in self.named_parameters}, {}
+        for optimizer, name, parameter in named_in_groups(optimizers):
+            for key, value in optimizer.state[parameter].items():
+                if isinstance(value, torch.Tensor):
+                    value = value.new_empty(()).expand(shapes[name] if value.shape == parameter.shape else value.shape)
+                layout[f"{name}.{key}"] = value
+        return layout
+
+
+def named_in_groups(optimizers: List[Optimizer]) -> Iterator[Tuple[Optimizer, str, Parameter]]:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for name, parameter in zip(group["names"], group["params"]):
+                yield optimizer, name, parameter
+
+
+def check_state(optimizer: str, tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, torch.Size]) -> None:
+    """Raises InputError where `tensors` have other keys or shapes than the state of the optimizer of this name; all
+    that belongs to a parameter may be missing."""
+    begun, problems = {name.rpartition(".")[0] for name in tensors}, []
+    for name, shape in shapes.items():
+        if name not in tensors and name.rpartition(".")[0] in begun:
+            problems.append(f"{name} is missing")
+        elif name in tensors and tensors[name].shape != shape:
+            problems.append(f"{name} has the shape {list(tensors[name].shape)}, expected {list(shape)}")
+    problems += [f"{name} is unexpected" for name in tensors if name not in shapes]
+    if problems:
+        few = ", ".join(problems[:3]) + (f", and {len(problems) - 3:,} more" if len(problems) > 3 else "")
+        raise InputError(
+            f'the optimizer\'s state is not one of optimizer.name "{optimizer}": {few}. Resume with the optimizer and '
+            "the model that it was saved with"
+        )
+
+
+def make_optimizer(
+    named_parameters: Iterable[Tuple[str, Parameter]],
+    config: OptimizerConfig,
+    compute_weights: Mapping[torch.Tensor, torch.Tensor] = {},
+) -> NamedOptimizer:
+    """The optimizer that `config` names, for all parameters."""
+    check_name(config)
+    return NamedOptimizer(list(named_parameters), config, compute_weights)
+
+
+def check_name(config: OptimizerConfig) -> None:
+    """Raises InputError for a name that OPTIMIZERS lacks."""
+    if config.name not in OPTIMIZERS:
+        raise InputError(f'optimizer.name is "{config.name}", expected one of {", ".join(OPTIMIZERS)}')

@@ -1,0 +1,145 @@
+"""The data of a run: its shards, made from text where they are not there yet, their vocabulary, its loader."""
+
+import glob
+import json
+import logging
+import os
+from typing import Dict, List, NamedTuple
+
+import numpy as np
+
+from bert.config import Config
+from bert.engines import has_static_shapes
+from bert.geometry import packing_of
+from bert.run.state import RunState
+from bert.tasks import Task
+from data.errors import InputError
+from data.loading.loader import GlobalBatch, Loader, LoaderSettings, batches_in_order
+from data.loading.shard_files import open_shards
+from data.prepare import prepare
+from data.shards import ShardInfo
+from data.tokenizer import find_vocab, vocab_sha256
+
+__all__ = ["DataSet", "make_shards_from_text", "next_batch", "open_data", "open_loader"]
+
+logger = logging.getLogger(__name__)
+
+
+class DataSet(NamedTuple):
+    """The training shards, checked against the config and each other."""
+
+    shards: List[ShardInfo]
+    tokens: List[str]
+    """The vocabulary."""
+    skipped: Dict[str, str]
+    """Shards that are left out, and why."""
+
+    @property
+    def samples(self) -> int:
+        return sum(shard.num_samples for shard in self.shards)
+
+    def identity(self) -> Dict:
+        """What a resumed run must find again."""
+        sizes = [[os.path.basename(shard.path), shard.num_samples] for shard in self.shards]
+        return {"shards": sizes, "vocab_sha256": vocab_sha256(self.tokens)}
+
+
+def make_shards_from_text(config: Config) -> None:
+    """Makes the shards from data.text where data.files match nothing yet."""
+    data = config.data
+    count = sum(len(glob.glob(pattern)) for pattern in data.files)
+    if count:
+        if data.text:
+            logger.info("data.text is not read: data.files has %d shards already", count)
+        return
+    folder = os.path.dirname(data.files[0]) if data.files else ""
+    if not data.text:
+        named = ", ".join(repr(pattern) for pattern in data.files) or "anything: it is empty"
+        output = folder if folder and not glob.has_magic(folder) else "shards"
+        raise InputError(
+            f"data.files: no file matches {named}. Make the shards from text, one sentence or paragraph a line, a blank "
+            "line between documents; in the project's folder:\n"
+            f"  python -m data.prepare --input 'corpus/*.txt' --vocab vocab.txt --sequence-length {data.sequence_length} "
+            f"--mask-tokens {data.mask_tokens} --output {output}/\n"
+            f"(without --vocab it trains one of --vocab-size {config.model.vocab_size}), or name shards with --data.files"
+        )
+    if not folder or os.path.basename(data.files[0]) != "train-*.h5" or len(data.files) != 1:
+        raise InputError(
+            f"data.files is {json.dumps(data.files)}, expected one pattern FOLDER/train-*.h5, which says where the "
+            "shards made from data.text go"
+        )
+    try:
+        summary = prepare(
+            input=data.text,
+            output=folder,
+            format=data.text_format,
+            vocab=data.vocab,
+            vocab_size=config.model.vocab_size,
+            sequence_length=data.sequence_length,
+            mask_tokens=data.mask_tokens,
+            duplicates=data.duplicates,
+            held_out=data.held_out,
+            nsp=config.task.nsp,
+            seed=config.training.seed,
+        )
+    except InputError as error:
+        raise InputError(f"data.text: {error}")
+    logger.info("%s", summary)
+
+
+def open_data(config: Config, task: Task) -> DataSet:
+    """Opens the shards. Raises InputError where they do not fit the config, the task or each other; held-out samples are
+    checked one by one."""
+    data = config.data
+    expected = (data.sequence_length, data.mask_tokens, config.model.vocab_size)
+    skipped: Dict[str, str] = {}
+    shards = open_shards(data.files, *expected, skipped=skipped if data.on_bad_shard == "skip" else None)
+    tokens, path = find_vocab(data.vocab, shards)
+    if len(tokens) > config.model.vocab_size:
+        raise InputError(
+            f"{path}: has {len(tokens)} tokens, model.vocab_size is {config.model.vocab_size}. Set model.vocab_size to "
+            f"{len(tokens)}"
+        )
+    task.check_shards(shards)
+    if data.held_out_files:
+        held_out = open_shards(data.held_out_files, *expected)
+        find_vocab(path, held_out)
+        task.check_shards(held_out)
+        both = {os.path.realpath(shard.path) for shard in shards} & {os.path.realpath(shard.path) for shard in held_out}
+        if both:
+            raise InputError(
+                f"{sorted(both)[0]}: is named by data.files and by data.held_out_files; expected different files: "
+                "--data.files '.../train-*.h5' and --data.held_out_files '.../held_out-*.h5'"
+            )
+        for _ in batches_in_order(held_out, 4096):
+            pass
+    return DataSet(shards, tokens, skipped)
+
+
+def open_loader(config: Config, data_set: DataSet, state: RunState, device: str) -> Loader:
+    """Global batches from where `state` is."""
+    data, training = config.data, config.training
+    settings = LoaderSettings(
+        batch_size=training.global_batch_size,
+        seed=training.seed,
+        packing=packing_of(data, has_static_shapes(device)),
+        samples_per_row=data.samples_per_row,
+        skip_bad=data.on_bad_shard == "skip",
+        workers=min(data.workers, os.cpu_count() or 1),
+    )
+    return Loader(data_set.shards, settings, state.position, state.skipped)
+
+
+def next_batch(loader: Loader, count: int) -> GlobalBatch:
+    """The next `count` global batches, one after the other in one."""
+    if count == 1:
+        return loader.next()
+    arrays, counts = [], []
+    for _ in range(count):
+        batch = loader.next()
+        # The loader takes its memory back with the next batch.
+        arrays.append({name: array.copy() for name, array in batch.arrays.items()})
+        counts.append(batch.counts)
+    together = {name: np.concatenate([part[name] for part in arrays]) for name in arrays[0]}
+    sums = {name: sum(part[name] for part in counts) for name in counts[0]}
+    return GlobalBatch(together, sums, batch.position, batch.skipped)

@@ -1,0 +1,33 @@
+"""The task's metrics over all held-out samples."""
+
+from typing import Any, Dict
+
+from tqdm import tqdm
+
+from bert.config import Config
+from bert.engines import Engine
+from data.loading.loader import batches_in_order
+from data.loading.shard_files import open_shards
+
+__all__ = ["evaluate"]
+
+
+def evaluate(config: Config, engine: Engine) -> Dict[str, Any]:
+    """Means over the samples of data.held_out_files, without dropout: what held_out.json holds."""
+    data, task = config.data, engine.task
+    shards = open_shards(data.held_out_files, data.sequence_length, data.mask_tokens, config.model.vocab_size)
+    sums, counts, samples = dict.fromkeys(task.metrics, 0.0), dict.fromkeys(task.metrics.values(), 0), 0
+    with tqdm(
+        total=sum(shard.num_samples for shard in shards), unit="seq", desc="evaluating", disable=None, leave=False
+    ) as bar:
+        for batch in batches_in_order(shards, max(256, engine.micro_batch_size)):
+            metrics = engine.evaluate(batch.arrays)
+            for name, weights in task.metrics.items():
+                sums[name] += float(metrics[name]) * batch.counts[weights]
+            for weights in counts:
+                counts[weights] += batch.counts[weights]
+            samples += batch.samples
+            bar.update(batch.samples)
+    means = {name: sums[name] / max(1, counts[weights]) for name, weights in task.metrics.items()}
+    loss = sum(means[panel.loss] for panel in task.panels)
+    return {"step": engine.steps_done, "samples": samples, "loss": loss, **means}

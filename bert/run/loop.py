@@ -1,0 +1,281 @@
+"""A run: shards -> loader -> engine -> metrics and checkpoints, from the first step or from where it stopped."""
+
+import contextlib
+import dataclasses
+import logging
+import os
+import tempfile
+from typing import Callable, Dict, Optional
+
+import torch
+from tqdm import tqdm
+
+from bert.config import Config
+from bert.engines import Engine, find_device, make_engine, process_of
+from bert.errors import Diverged
+from bert.model.model import Model
+from bert.optimizers import check_name
+from bert.run.checkpoint import (
+    list_checkpoints,
+    load_optimizer_state,
+    load_weights,
+    save_checkpoint,
+    transformers_config,
+)
+from bert.run.console import set_up_logging
+from bert.run.curve import draw_curve, read_metrics
+from bert.run.data_set import DataSet, make_shards_from_text, next_batch, open_data, open_loader
+from bert.run.evaluation import evaluate
+from bert.run.metrics_log import MetricsLog, task_words
+from bert.run.run_folder import checkpoints_of, claim, find_checkpoint, is_finished, mark_finished
+from bert.run.state import RunState, read_state
+from bert.schedules import learning_rate_at
+from bert.signals import interruptible, protected
+from bert.tasks import Task, make_model, make_task
+from data.errors import InputError, LoaderDied
+from data.files import write_json
+from data.loading.loader import GlobalBatch, Loader
+from data.tokenizer import read_vocab, vocab_sha256
+
+__all__ = ["Run", "train"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class Run:
+    """What the loop works with, and how far it is."""
+
+    config: Config
+    engine: Engine
+    loader: Loader
+    data_set: DataSet
+    state: RunState
+    last_step: int
+    """The step to stop after: the last of all, or training.stop_at_step."""
+    saved_step: int
+    """The step of the newest checkpoint."""
+
+    def save(self) -> None:
+        """Writes a checkpoint. Raises Diverged where weights are not finite."""
+        config, engine = self.config, self.engine
+        weights, optimizer_state = engine.weights(), engine.optimizer_state()  # of all processes together
+        if not all(torch.isfinite(tensor).all() for tensor in weights.values()):
+            raise Diverged(f"step {engine.steps_done}: weights are not finite")
+        if engine.rank:
+            self.saved_step = engine.steps_done
+        else:
+            state = self.state.to_json(self.data_set.identity(), engine.skipped_updates(), list(engine.task.metrics))
+            state["config"] = dataclasses.asdict(config)
+            model = describe_model(config, engine)
+            tokens, keep = self.data_set.tokens, config.training.keep_checkpoints
+            with protected():
+                path = save_checkpoint(checkpoints_of(config), state, weights, optimizer_state, model, tokens, keep)
+                self.saved_step = engine.steps_done
+            logger.info("saved %s", path)
+
+
+def train(config: Config, make_model: Callable[[Config, Task], Model] = make_model) -> int:
+    """Runs `config` to its end and returns the number of steps done.
+
+    Raises InputError before the first step for anything in config or files that cannot be used; Diverged for a loss that
+    is no number; KeyboardInterrupt for Ctrl-C and SIGTERM, InputError for shards that turn bad and LoaderDied, each
+    after saving a checkpoint.
+    """
+    with interruptible(), contextlib.ExitStack() as closing:
+        task = make_task(config)
+        check_name(config.optimizer)
+        device, device_line = find_device(config)
+        rank, _ = process_of(device)
+        set_up_logging(rank)
+        if config.compile_only:
+            make_engine(config, device, make_model).compile()
+            logger.info("compiled into %s", config.ipu.executable_cache_dir)
+            return 0
+        checkpoint = find_checkpoint(config, rank)
+        finished = is_finished(config)
+        if rank:
+            config = closing.enter_context(without_output(config))
+        make_shards_from_text(config)
+        data_set = open_data(config, task)
+        state = read_state(checkpoint, data_set.identity(), config.data.on_bad_shard == "skip")
+        state.skipped.update(data_set.skipped)
+        last_step = min(config.training.max_steps, config.training.stop_at_step or config.training.max_steps)
+        if state.step >= last_step and (last_step < config.training.max_steps or finished):
+            output = config.training.output
+            logger.info("%s: step %d of %d is done already, nothing to do", output, state.step, last_step)
+            return state.step
+        loader = closing.enter_context(open_loader(config, data_set, state, device))
+        engine = make_engine(config, device, make_model)
+        load_into(engine, config, data_set, state, checkpoint)
+        first = next_batch(loader, engine.steps_per_call)
+        engine.expect_rows(len(first.arrays["input_ids"]))
+        log_what_runs(config, device_line, engine, data_set, first, checkpoint)
+        closing.enter_context(claim(config, engine.steps_done))
+        run = Run(config, engine, loader, data_set, state, last_step, engine.steps_done)
+        try:
+            run_steps(run, first)
+        except Diverged as error:
+            raise Diverged(f"{error}. {advice_for_divergence(config)}")
+        if engine.steps_done == config.training.max_steps:
+            finish(config, engine)
+    return engine.steps_done
+
+
+def run_steps(run: Run, batch: GlobalBatch) -> None:
+    """The training loop, with metrics, checkpoints, and one more checkpoint when it is stopped."""
+    engine, state, loader, training = run.engine, run.state, run.loader, run.config.training
+    with progress_bar(run) as bar, MetricsLog(training.output, engine, run.last_step) as log:
+        try:
+            while engine.steps_done < run.last_step:
+                step = engine.steps_done + engine.steps_per_call
+                learning_rate = learning_rate_at(step, run.config.optimizer, training.max_steps)
+                with protected():  # but for the engine's forward and backward passes, which may be cut short
+                    metrics = engine.step(batch.arrays, learning_rate, step, follow(bar, batch, run))
+                    state.advance(step, batch, metrics)
+                    log.samples += batch.samples
+                log.write()  # the line of the step before: meanwhile the device works on this one
+                saving = step % training.save_every == 0 or step == run.last_step
+                if step % training.log_every == 0 or step == training.max_steps:
+                    with protected():
+                        log.end_line(step, learning_rate, state.samples_seen, state.take_recent())
+                    if saving or not engine.asynchronous:
+                        log.write()
+                if saving:
+                    engine.wait_for(step)  # else the device's time for the step would count as saving's
+                    with log.not_counted():
+                        run.save()
+                if step < run.last_step:
+                    with log.waiting_for_data():
+                        batch = next_batch(loader, engine.steps_per_call)
+        except (KeyboardInterrupt, InputError, LoaderDied):
+            log.write()
+            if engine.steps_done > run.saved_step and engine.world_size == 1:  # several may stop at different steps
+                engine.wait_for(engine.steps_done)
+                run.save()
+            stopped = f"stopped after step {engine.steps_done} of {training.max_steps}"
+            logger.info("%s. To go on from step %d: the same command with --resume auto", stopped, run.saved_step)
+            raise
+
+
+def progress_bar(run: Run) -> tqdm:
+    """Of all steps; it moves within a step too."""
+    form = "{desc}: {percentage:.1f} %|{bar}| step {n:.2f} of {total_fmt}, {elapsed} elapsed, {remaining} left"
+    steps = dict(total=run.last_step, initial=run.engine.steps_done)
+    return tqdm(**steps, disable=None, dynamic_ncols=True, desc="training", bar_format=form)
+
+
+def follow(bar: tqdm, batch: GlobalBatch, run: Run) -> Callable[[int], None]:
+    """What the engine calls as rows of a batch are done: moves the bar, and raises what the loader has to say."""
+    steps_a_row = run.engine.steps_per_call / len(batch.arrays["input_ids"])
+
+    def progress(rows: int) -> None:
+        bar.update(steps_a_row * rows)
+        run.loader.check()
+
+    return progress
+
+
+@contextlib.contextmanager
+def without_output(config: Config):
+    """The config of one of several processes that is not the first, which alone writes the run's folder: with a folder
+    that vanishes. Raises InputError where shards are still to be made."""
+    if config.data.text:
+        raise InputError(
+            "data.text is set, and poprun started several processes. Make the shards before, with python -m "
+            "data.prepare, and leave data.text out"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        yield dataclasses.replace(config, training=dataclasses.replace(config.training, output=folder))
+
+
+def load_into(engine: Engine, config: Config, data_set: DataSet, state: RunState, checkpoint: Optional[str]) -> None:
+    """Gives a new engine the checkpoint of this run, or the weights to start from."""
+    if state.step % engine.steps_per_call:
+        raise InputError(
+            f"ipu.device_iterations is {engine.steps_per_call}, expected a divisor of {state.step}, the step of "
+            f"{checkpoint}. Go on with --ipu.device_iterations 1, or from a checkpoint whose step it divides"
+        )
+    if checkpoint:
+        load_weights_into(engine, checkpoint, config, data_set, complete=True)
+        engine.load_optimizer_state(load_optimizer_state(checkpoint), state.skipped_updates)
+        engine.steps_done = state.step
+    elif config.training.start_from:
+        load_weights_into(engine, config.training.start_from, config, data_set, complete=False)
+
+
+def load_weights_into(engine: Engine, path: str, config: Config, data_set: DataSet, complete: bool) -> None:
+    """Raises InputError for weights of another model or vocabulary, and, where they are to be `complete`, for missing
+    ones."""
+    expected = dict(engine.model.named_parameters())
+    weights = load_weights(path, expected, describe_model(config, engine))
+    fresh = [name for name in expected if name not in weights]
+    if complete and fresh:
+        raise InputError(
+            f"{path}: {fresh[0]} is missing, and {len(fresh) - 1} more. Remove that folder to continue from the "
+            "checkpoint before it"
+        )
+    vocabulary = os.path.join(path, "vocab.txt")
+    if os.path.exists(vocabulary) and read_vocab(vocabulary) != data_set.tokens:
+        raise InputError(
+            f"{vocabulary}: differs from the vocabulary of the shards, which has the hash "
+            f"{vocab_sha256(data_set.tokens)[:12]}. Make shards with it: python -m data.prepare --vocab {vocabulary} ..."
+        )
+    engine.load_weights(weights)
+    if not complete and fresh:
+        logger.info("newly initialised, for %s does not have them: %s", path, ", ".join(fresh))
+
+
+def describe_model(config: Config, engine: Engine) -> Dict:
+    """The model's config.json."""
+    return transformers_config(config.model, engine.model.architecture, engine.task.architecture)
+
+
+def log_what_runs(
+    config: Config, device_line: str, engine: Engine, data_set: DataSet, batch: GlobalBatch, checkpoint: Optional[str]
+) -> None:
+    """Says where it runs, on what, from where."""
+    training, steps = config.training, engine.steps_per_call
+    rows, length = batch.arrays["input_ids"].shape
+    rows, samples = rows // steps, batch.samples // steps
+    filled = 100 * (batch.arrays["sample_ids"] > 0).mean()
+    epochs = training.max_steps * samples / data_set.samples
+    micro_batches = -(-rows // engine.micro_batch_size)
+    logger.info("device: %s, %s", device_line, engine.describe())
+    logger.info(
+        f"global batch: {samples} samples in {rows} rows of {length}, {filled:.1f} % of the slots filled, "
+        f"{micro_batches} micro-batches"
+    )
+    shards = len(data_set.shards)
+    logger.info(
+        f"data: {data_set.samples} samples in {shards} shards; {training.max_steps} steps are {epochs:.2f} epochs"
+    )
+    if checkpoint or training.start_from:
+        logger.info("%s %s", "continues from" if checkpoint else "starts from", checkpoint or training.start_from)
+
+
+def advice_for_divergence(config: Config) -> str:
+    """What to do when the loss is no number any more."""
+    checkpoints = list_checkpoints(checkpoints_of(config))
+    start = f", from --training.start_from {checkpoints[-1]}" if checkpoints else ""
+    return (
+        "Begin again with a lower optimizer.learning_rate or a longer optimizer.warmup_ratio, in another "
+        f"--training.output{start}"
+    )
+
+
+def finish(config: Config, engine: Engine) -> None:
+    """The held-out evaluation, the picture, and where the checkpoint is."""
+    folder, task = config.training.output, engine.task
+    held_out = evaluate(config, engine) if config.data.held_out_files else None
+    if engine.rank:
+        return
+    if held_out:
+        write_json(os.path.join(folder, "held_out.json"), held_out)
+        logger.info(f"held out ({held_out['samples']} samples): {task_words(task, held_out)}")
+    metrics = read_metrics(os.path.join(folder, "metrics.jsonl"))
+    draw_curve(metrics, task, os.path.join(folder, "curve.png"), os.path.basename(folder))
+    mark_finished(config)
+    checkpoint = list_checkpoints(checkpoints_of(config))[-1]
+    logger.info(f"metrics and picture: {folder}/metrics.jsonl, {folder}/curve.png")
+    logger.info(f"checkpoint: AutoModel.from_pretrained({checkpoint!r})")

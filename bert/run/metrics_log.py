@@ -1,0 +1,124 @@
+"""The lines of a run: metrics.jsonl, TensorBoard and the console. A fork that logs elsewhere too does it in `write`."""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import time
+from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional
+
+from bert.engines import Engine
+from bert.errors import Diverged
+from bert.signals import protected
+from bert.tasks import Task
+from bert.text import duration
+
+__all__ = ["MetricsLog", "task_words"]
+
+logger = logging.getLogger(__name__)
+NOT_IN_TENSORBOARD = ("step", "samples_seen")
+
+
+class Line(NamedTuple):
+    """A line that is due: the steps since the line before it."""
+
+    step: int
+    """The last of them."""
+    learning_rate: float
+    samples_seen: int
+    metrics: List[Mapping[str, Any]]
+    samples: int
+
+
+class MetricsLog:
+    """Writes a line every few steps, each from the metrics of the steps since the line before.
+
+    A line that is due may wait until the next step is under way: where the device works on its own, reading metrics then
+    costs no time. A context manager.
+    """
+
+    def __init__(self, folder: str, engine: Engine, last_step: int):
+        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
+        self.engine, self.last_step = engine, last_step
+        self.file = open(os.path.join(folder, "metrics.jsonl"), "a", encoding="utf-8")
+        self.board = SummaryWriter(os.path.join(folder, "tensorboard"), purge_step=engine.steps_done + 1)
+        self.due: Optional[Line] = None
+        self.samples, self.waited, self.since = 0, 0.0, time.perf_counter()
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.file.close()
+        self.board.close()
+
+    @contextlib.contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Counts the time inside as waiting for data."""
+        before = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - before
+
+    @contextlib.contextmanager
+    def not_counted(self) -> Iterator[None]:
+        """Leaves the time inside out of sequences/s."""
+        before = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - before
+
+    def end_line(self, step: int, learning_rate: float, samples_seen: int, metrics: List[Mapping[str, Any]]) -> None:
+        """Makes a line due, of `metrics` of the steps up to `step`."""
+        self.due, self.samples = Line(step, learning_rate, samples_seen, metrics, self.samples), 0
+
+    def write(self) -> None:
+        """Writes the line that is due, if any. Raises Diverged where its loss is not finite."""
+        if self.due is None:
+            return
+        self.engine.wait_for(self.due.step)
+        seconds = time.perf_counter() - self.since
+        values = line_of(self.due, self.engine.task, seconds, self.waited)
+        if not math.isfinite(values["loss"]):
+            parts = [f"the {panel.title} is {values[panel.loss]:f}" for panel in self.engine.task.panels]
+            raise Diverged(f"step {self.due.step}: {', '.join(parts)}")
+        seconds_a_step = seconds / (len(self.due.metrics) * self.engine.steps_per_call)
+        with protected():
+            self.file.write(json.dumps(values) + "\n")
+            self.file.flush()
+            self.due = None
+        for name in values.keys() - NOT_IN_TENSORBOARD:
+            self.board.add_scalar(name, values[name], values["step"])
+        self.say(values, (self.last_step - values["step"]) * seconds_a_step)
+        self.since, self.waited = time.perf_counter(), 0.0
+
+    def say(self, values: Dict[str, Any], seconds_left: float) -> None:
+        """The line for people."""
+        skipped = values["skipped_updates"]
+        logger.info(
+            f"step {values['step']}/{self.last_step}  {task_words(self.engine.task, values)}  "
+            f"lr {values['learning_rate']:.2e}  {values['sequences_per_second']:.1f} seq/s  "
+            f"data wait {100 * values['data_wait_fraction']:.1f} %"
+            f"{f'  {skipped} updates skipped' if skipped else ''}  {duration(seconds_left)} left"
+        )
+
+
+def line_of(due: Line, task: Task, seconds: float, waited: float) -> Dict[str, Any]:
+    """The object in metrics.jsonl."""
+    means = {name: sum(float(values[name]) for values in due.metrics) / len(due.metrics) for name in task.metrics}
+    return {
+        "step": due.step,
+        "loss": sum(means[panel.loss] for panel in task.panels),
+        **means,
+        "learning_rate": due.learning_rate,
+        "sequences_per_second": due.samples / seconds,
+        "data_wait_fraction": waited / seconds,
+        "samples_seen": due.samples_seen,
+        "skipped_updates": int(due.metrics[-1]["skipped_updates"]),
+    }
+
+
+def task_words(task: Task, values: Mapping[str, Any]) -> str:
+    """The loss and its parts, in words for a line: `loss 6.464  mlm 5.772 (14.5 %)  nsp 0.693 (52.3 %)`."""
+    parts = [f"{part.label} {values[part.loss]:.3f} ({100 * values[part.accuracy]:.1f} %)" for part in task.panels]
+    return "  ".join([f"loss {values['loss']:.3f}", *parts])

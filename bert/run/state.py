@@ -1,0 +1,87 @@
+"""How far a run is, and where it goes on."""
+
+import logging
+import os
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, Mapping, Optional
+
+import torch
+
+from data.errors import InputError
+from data.files import read_json
+from data.loading.loader import GlobalBatch
+
+__all__ = ["RunState", "read_state"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class RunState:
+    """What a checkpoint holds beside weights and optimizer state (training_state.json)."""
+
+    step: int = 0
+    """The last step whose update is in the weights."""
+    samples_seen: int = 0
+    position: int = 0
+    """In the order of samples (data/loading/order.py)."""
+    skipped: Dict[str, str] = field(default_factory=dict)
+    """Shards that were left out, and why."""
+    skipped_updates: int = 0
+    """Updates that were left out because a gradient was not finite."""
+    recent: List[Mapping[str, Any]] = field(default_factory=list)
+    """Metrics of the steps that are not in metrics.jsonl yet."""
+
+    def advance(self, step: int, batch: GlobalBatch, metrics: Mapping[str, torch.Tensor]) -> None:
+        """Notes that `step` has trained on `batch`."""
+        self.step, self.samples_seen, self.position = step, self.samples_seen + batch.samples, batch.position
+        self.recent.append(metrics)
+        for path in batch.skipped.keys() - self.skipped.keys():
+            logger.warning("left out, %d by now: %s", len(batch.skipped), batch.skipped[path])
+        self.skipped = batch.skipped
+
+    def take_recent(self) -> List[Mapping[str, Any]]:
+        """The metrics of recent steps, which a line of the log gets."""
+        recent, self.recent = self.recent, []
+        return recent
+
+    def to_json(self, data_set: Dict, skipped_updates: int, metrics: List[str]) -> Dict:
+        """The contents of training_state.json, but for the run's config; `metrics` are the names of the task's."""
+        recent = [{name: float(values[name]) for name in metrics} for values in self.recent]
+        return {**vars(self), "recent": recent, "skipped_updates": skipped_updates, "data_set": data_set}
+
+
+def read_state(checkpoint: Optional[str], data_set: Dict, may_lack_shards: bool) -> RunState:
+    """Where to begin. With `may_lack_shards`, a data set that lost or got shards goes on with its next epoch.
+
+    Raises InputError where the checkpoint was trained on another data set.
+    """
+    if checkpoint is None:
+        return RunState()
+    saved = read_json(os.path.join(checkpoint, "training_state.json"))
+    names = ("step", "samples_seen", "position", "skipped", "skipped_updates", "recent")
+    state = RunState(**{name: saved[name] for name in names if name in saved})
+    before, now = [{tuple(shard) for shard in shards["shards"]} for shards in (saved["data_set"], data_set)]
+    same_vocabulary = saved["data_set"]["vocab_sha256"] == data_set["vocab_sha256"]
+    if same_vocabulary and before == now:
+        return state
+    if same_vocabulary and may_lack_shards and (before < now or now < before):
+        epoch = state.position // sum(count for _, count in before)
+        state.position = (epoch + 1) * sum(count for _, count in now)
+        logger.warning(
+            "%d of the checkpoint's %d shards are there, and %d others: continues with their next epoch, the %d.",
+            len(before & now),
+            len(before),
+            len(now - before),
+            epoch + 2,
+        )
+        return state
+    differs = "the vocabulary differs"
+    if same_vocabulary:
+        sides = (("has", before - now), ("has not", now - before))
+        differs = ", ".join(
+            f"it {verb} {name} of {count} samples" for verb, shards in sides for name, count in sorted(shards)[:1]
+        )
+    raise InputError(
+        f"{checkpoint}: was trained on another data set: {differs}. Name the same shards with --data.files"
+    )

@@ -1,0 +1,86 @@
+"""Checks of a config across its fields. Bounds of single numbers are in their types (config.py)."""
+
+import functools
+import json
+from operator import attrgetter
+
+from bert.config import Config
+from bert.schedules import SCHEDULES
+from data.errors import InputError
+from ops.ipu import MATMULS
+
+__all__ = ["validate", "validate_for_ipu"]
+
+
+def validate(config: Config, source: str = "config") -> None:
+    """Raises InputError for the first impossible value: names `source`, the key, its value and what is expected."""
+    expect = functools.partial(_expect, config, source)
+    model, data, optimizer, ipu = config.model, config.data, config.optimizer, config.ipu
+    heads, longest, most_masked = model.num_attention_heads, model.max_position_embeddings, data.sequence_length - 3
+    expect(model.hidden_size % heads == 0, "model.hidden_size", f"a multiple of model.num_attention_heads, {heads}")
+    at_most = f"at most model.max_position_embeddings, {longest}"
+    expect(data.sequence_length <= longest, "data.sequence_length", at_most)
+    at_most = f"at most data.sequence_length less [CLS] and two [SEP], {most_masked}"
+    expect(data.mask_tokens <= most_masked, "data.mask_tokens", at_most)
+    if data.text:
+        either = "above 0 where data.held_out_files says where the held-out shards go, 0 where it is empty"
+        expect((data.held_out > 0) == bool(data.held_out_files), "data.held_out", either)
+    expect(len(optimizer.betas) == 2, "optimizer.betas", "two numbers, each at least 0 and below 1")
+    expect(optimizer.schedule in SCHEDULES, "optimizer.schedule", f"one of {', '.join(SCHEDULES)}")
+    if optimizer.schedule == "wsd":
+        left = f"at most what optimizer.warmup_ratio, {optimizer.warmup_ratio}, leaves of 1"
+        both = round(optimizer.warmup_ratio + optimizer.decay_ratio, 9)  # 0.7 + 0.2 + 0.1 is not 1 in floating point
+        expect(both <= 1, "optimizer.decay_ratio", left)
+    if config.training.precision == "float8":
+        for key in ("model.hidden_size", "model.intermediate_size", "data.sequence_length"):
+            expect(attrgetter(key)(config) % 16 == 0, key, "a multiple of 16, as training.precision is float8")
+    ipus, layers = len(ipu.layers_per_ipu), model.num_hidden_layers
+    if isinstance(ipu.matmul_proportion, list):
+        each = f"one number, or one for each of the {ipus} IPUs of ipu.layers_per_ipu"
+        expect(len(ipu.matmul_proportion) == ipus, "ipu.matmul_proportion", each)
+    split = f"counts that add up to model.num_hidden_layers, {layers}"
+    example = f"on other devices any split will do, such as --ipu.layers_per_ipu '[0, {layers}]'"
+    expect(sum(ipu.layers_per_ipu) == layers, "ipu.layers_per_ipu", f"{split}; {example}")
+    products = f"shares above 0, at most 1, for some of {', '.join(MATMULS)}"
+    expect(set(ipu.operation_proportions) <= set(MATMULS), "ipu.operation_proportions", products)
+    if config.device == "ipu" or config.compile_only or config.ipu_model:
+        validate_for_ipu(config, source)
+
+
+def validate_for_ipu(config: Config, source: str = "config") -> None:
+    """The same for what only IPUs ask for: static shapes, whole parts, a full pipeline, what PopTorch has."""
+    expect = functools.partial(_expect, config, source)
+    training, ipu, vocabulary = config.training, config.ipu, config.model.vocab_size
+    simulator = "false with --compile-only: the simulator's executables are not kept"
+    expect(not (config.compile_only and config.ipu_model), "ipu_model", simulator)
+    expect(config.device in ("auto", "ipu"), "device", '"ipu" or "auto" with --compile-only and --ipu-model')
+    rows, accumulation, replicas = ipu.micro_batch_size, ipu.gradient_accumulation_steps, ipu.replication_factor
+    batch = rows * accumulation * replicas
+    product = "ipu.micro_batch_size x gradient_accumulation_steps x replication_factor"
+    numbers = f"{rows} x {accumulation} x {replicas} = {batch}"
+    expect(batch == training.global_batch_size, "training.global_batch_size", f"{product} = {numbers}")
+    packings = '"rows", "off" or "auto" on IPUs, whose shapes are static'
+    expect(config.data.packing != "samples", "data.packing", packings)
+    expect(training.precision in ("auto", "float32"), "training.precision", '"auto" (float16) or "float32" on IPUs')
+    parts = ipu.embedding_serialization_factor or 1
+    divisors = ", ".join(str(number) for number in range(1, 33) if vocabulary % number == 0)
+    padded = f"a vocabulary padded by unused tokens: --model.vocab_size {-(-vocabulary // parts) * parts}"
+    divides = f"a number that divides model.vocab_size, {vocabulary}: {divisors}. Or begin with {padded}"
+    expect(vocabulary % parts == 0, "ipu.embedding_serialization_factor", divides)
+    expect(all(ipu.layers_per_ipu[1:]), "ipu.layers_per_ipu", "at least one layer on each IPU but the first")
+    stages = 2 * len(ipu.layers_per_ipu) + 1 if len(ipu.layers_per_ipu) > 1 else 1
+    filled = f"at least {stages}, the stages of the pipeline forward and backward"
+    expect(accumulation >= stages, "ipu.gradient_accumulation_steps", filled)
+    optimizers = '"lamb" or "adamw", which PopTorch has, or another device: --device cuda or --device cpu'
+    expect(config.optimizer.name in ("lamb", "adamw"), "optimizer.name", optimizers)
+    if training.precision == "float32":
+        scaling = 'false where training.precision is "float32"'
+        expect(not ipu.automatic_loss_scaling, "ipu.automatic_loss_scaling", scaling)
+    for name in ("max_steps", "stop_at_step", "save_every", "log_every"):
+        whole_calls = (getattr(training, name) or 0) % ipu.device_iterations == 0
+        expect(whole_calls, f"training.{name}", f"a multiple of ipu.device_iterations, {ipu.device_iterations}")
+
+
+def _expect(config: Config, source: str, good: bool, key: str, expected: str) -> None:
+    if not good:
+        raise InputError(f"{source}: {key} is {json.dumps(attrgetter(key)(config))}, expected {expected}")

@@ -1,0 +1,159 @@
+"""The forks run as whole runs: they learn, they resume exactly, and what they change is what changes."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+
+import run_pretraining
+from bert.command_line import parse_command_line
+from bert.engines import make_engine
+from bert.optimizers import OPTIMIZERS, make_optimizer
+from bert.run.checkpoint import read_safetensors
+from bert.schedules import SCHEDULES, learning_rate_at
+from data.masking import CHOICES
+from data.rows import packed_batch, unpacked_batch
+from tests import ROOT
+from tests.bert.run.test_training import (
+    LENGTH,
+    MASKS,
+    VOCAB,
+    arguments,
+    assert_same_state,
+    checkpoints,
+    make_shards,
+    read_lines,
+)
+from tests.make_samples import random_samples
+
+NO_DROPOUT = {"model__hidden_dropout_prob": 0, "model__attention_probs_dropout_prob": 0}
+
+
+@pytest.fixture
+def shards(tmp_path):
+    return make_shards(tmp_path / "shards")
+
+
+@pytest.fixture(autouse=True)
+def tables_as_before(monkeypatch):
+    for table in (OPTIMIZERS, SCHEDULES, CHOICES):
+        for name in [name for name in table if name not in ("lamb", "adamw", "muon")]:
+            monkeypatch.setitem(table, name, table[name])
+
+
+def run_in_two_parts(main, tmp_path, shards, **options):
+    """Runs a fork whole and, beside it, stopped and resumed; both end in the same state."""
+    assert main(arguments(tmp_path, shards, **options)) == 0
+    for changes in ({"training__stop_at_step": 5}, {"resume": "auto"}):
+        assert main(arguments(tmp_path, shards, **options, **changes, training__output=tmp_path / "parts")) == 0
+    assert_same_state(checkpoints(tmp_path)[-1], checkpoints(tmp_path, "parts")[-1])
+    losses = [line["loss"] for line in read_lines(tmp_path)]
+    assert losses[-1] < losses[0] - 0.02
+    return read_safetensors(os.path.join(checkpoints(tmp_path)[-1], "model.safetensors"))
+
+
+def test_no_fork_is_longer_than_sixty_lines():
+    folder = os.path.join(ROOT, "tests", "forks")
+    lines = {}
+    for name in os.listdir(folder):
+        if name.endswith(".py") and not name.startswith(("test_", "__")):
+            with open(os.path.join(folder, name)) as file:
+                lines[name] = len(file.readlines())
+    assert len(lines) == 5 and max(lines.values()) <= 60, lines
+
+
+def test_geglu_and_rotary_positions(tmp_path, shards, capsys):
+    from tests.forks import geglu_rotary
+
+    weights = run_in_two_parts(geglu_rotary.main, tmp_path, shards)
+    assert "bert.embeddings.position_embeddings.weight" not in weights
+    assert weights["bert.encoder.layer.1.intermediate.gate.weight"].shape == (64, 32)
+    # BERT does not take it for its own.
+    start = {"training__start_from": checkpoints(tmp_path)[-1], "training__output": tmp_path / "bert"}
+    assert run_pretraining.main(arguments(tmp_path, shards, **start)) == 2
+    assert "model_type is 'bert-geglu-rotary', expected 'bert'" in capsys.readouterr().err
+
+
+def test_rotary_positions_are_relative_and_count_within_a_sample(tmp_path, shards):
+    from tests.forks import geglu_rotary
+
+    config = parse_command_line(arguments(tmp_path, shards, **NO_DROPOUT))
+    engine = make_engine(config, "cpu", geglu_rotary.make_model)
+    samples = random_samples(np.random.default_rng(), 16, LENGTH, MASKS, VOCAB)
+    rows, packed = unpacked_batch(samples), packed_batch(samples, 4)
+    loss = engine.evaluate(rows)["mlm_loss"]
+    assert torch.isclose(engine.evaluate(packed)["mlm_loss"], loss, rtol=1e-5)
+    shifted = {**rows, "position_ids": rows["position_ids"] + 1000}
+    assert torch.isclose(engine.evaluate(shifted)["mlm_loss"], loss, rtol=1e-4)
+    stretched = {**rows, "position_ids": rows["position_ids"] * 3}
+    assert not torch.isclose(engine.evaluate(stretched)["mlm_loss"], loss, rtol=1e-4)
+
+
+def test_shared_layers(tmp_path, shards):
+    from tests.forks import shared_layers
+
+    weights = run_in_two_parts(shared_layers.main, tmp_path, shards)
+    assert not any(".layer.1." in name for name in weights)
+    config = parse_command_line(arguments(tmp_path, shards, **NO_DROPOUT))
+    shared, plain = make_engine(config, "cpu", shared_layers.make_model), make_engine(config, "cpu")
+    batch = unpacked_batch(random_samples(np.random.default_rng(), 8, LENGTH, MASKS, VOCAB))
+    own = shared.weights()
+    plain.load_weights({name: own[name.replace(".layer.1.", ".layer.0.")] for name in plain.weights()})
+    assert (
+        shared.evaluate(batch)["loss" if "loss" in shared.task.metrics else "mlm_loss"]
+        == plain.evaluate(batch)["mlm_loss"]
+    )
+    shared.step(batch, 0.0, 1), plain.step(batch, 0.0, 1)
+    gradients = [{name: p.grad for name, p in engine.model.named_parameters()} for engine in (shared, plain)]
+    name = "bert.encoder.layer.0.output.dense.weight"
+    both = gradients[1][name] + gradients[1][name.replace(".layer.0.", ".layer.1.")]
+    assert torch.allclose(gradients[0][name], both, rtol=1e-4, atol=1e-7)
+
+
+def test_a_schedule(tmp_path, shards):
+    from tests.forks import inverse_square_root  # noqa: F401
+
+    options = {"optimizer__schedule": "inverse_square_root"}
+    run_in_two_parts(run_pretraining.main, tmp_path, shards, **options)
+    config = parse_command_line(arguments(tmp_path, shards, **options)).optimizer
+    rates = [line["learning_rate"] for line in read_lines(tmp_path)]
+    assert rates == [learning_rate_at(step, config, 12) for step in range(1, 13)]
+    assert rates[2] == config.learning_rate and rates[11] == pytest.approx(config.learning_rate * (3 / 12) ** 0.5)
+
+
+def test_an_optimizer(tmp_path, shards):
+    from tests.forks import lion  # noqa: F401
+
+    options = {"optimizer__name": "lion", "optimizer__learning_rate": 0.002}
+    run_in_two_parts(run_pretraining.main, tmp_path, shards, **options)
+    state = read_safetensors(os.path.join(checkpoints(tmp_path)[-1], "optimizer.safetensors"))
+    weights = read_safetensors(os.path.join(checkpoints(tmp_path)[-1], "model.safetensors"))
+    assert state.keys() == {name + ".exp_avg" for name in weights}
+
+
+def test_an_update_of_lion_is_the_papers(tmp_path, shards):
+    from tests.forks import lion  # noqa: F401
+
+    config = parse_command_line(arguments(tmp_path, shards, optimizer__name="lion")).optimizer
+    weight = torch.nn.Parameter(torch.randn(4, 5))
+    before, moment = weight.detach().clone(), torch.zeros(4, 5)
+    optimizer = make_optimizer([("w", weight)], config)
+    for _ in range(3):
+        weight.grad = torch.randn(4, 5)
+        direction = torch.sign(0.9 * moment + 0.1 * weight.grad)
+        before = before - 0.01 * (direction + config.weight_decay * before)
+        moment = config.betas[1] * moment + (1 - config.betas[1]) * weight.grad
+        optimizer.step(0.01)
+    assert torch.allclose(weight, before, atol=1e-6)
+
+
+def test_a_fork_is_a_command_of_its_own(tmp_path, shards, capsys):
+    from tests.forks import shared_layers
+
+    words = arguments(tmp_path, shards, optimizer__name="adan")
+    assert shared_layers.main(words) == 2
+    assert 'optimizer.name is "adan", expected one of lamb, adamw, muon' in capsys.readouterr().err
+    with open(words[1]) as file:
+        assert json.load(file)["training"]["max_steps"] == 12
