@@ -327,6 +327,7 @@ def test_kernels_are_built_once_for_processes_that_start_together(tmp_path):
 
 
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="Triton's form is tested in this process")
+@pytest.mark.slow
 def test_triton_form_in_its_interpreter():
     pytest.importorskip("triton", reason="Triton is not installed")
     done = subprocess.run(

@@ -16,6 +16,8 @@ from bert.tasks import make_model, make_task
 from tests.poptorch_contract import sdk
 from tests.poptorch_contract.operators import check
 
+pytestmark = pytest.mark.ipu
+
 
 def trace(poptorch, name, training=True):
     config = parse_command_line(["--config", name, "--device", "ipu"])

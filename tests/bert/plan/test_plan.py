@@ -430,6 +430,7 @@ def test_shards_that_do_not_fit_the_config_are_an_error(tmp_path, monkeypatch, c
 
 
 @pytest.mark.parametrize("packing", ["auto", "off"])
+@pytest.mark.slow
 def test_on_a_cpu_a_micro_batch_is_measured(tmp_path, monkeypatch, capsys, packing):
     monkeypatch.chdir(tmp_path)
     files = shards_of(tmp_path, 48, 9, 1000)

