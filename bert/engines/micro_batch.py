@@ -58,7 +58,7 @@ def largest_that_fits(peak_of: Callable[[int], int], available: int, most: int) 
 def full_rows(rows: int, shape: RowShape) -> Dict[str, np.ndarray]:
     """A batch in which every slot is used, so that none needs more memory: samples of one length, as many as a row may
     hold."""
-    batch = {name: np.zeros(size, dtype) for name, (size, dtype) in shape.layout(rows).items()}
+    batch: Dict[str, np.ndarray] = {name: np.zeros(size, dtype) for name, (size, dtype) in shape.layout(rows).items()}
     sample = np.arange(shape.tokens) * shape.samples // shape.tokens
     batch["sample_ids"][:] = 1 + sample
     batch["mlm_positions"][:] = np.arange(shape.mask_slots) * shape.tokens // shape.mask_slots

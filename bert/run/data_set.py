@@ -16,7 +16,8 @@ from bert.tasks import Task
 from data.errors import InputError
 from data.loading.loader import GlobalBatch, Loader, LoaderSettings, batches_in_order
 from data.loading.shard_files import open_shards
-from data.prepare import PrepareOptions, prepare
+from data.prepare import prepare
+from data.preparing.options import PrepareOptions
 from data.shards import ShardInfo
 from data.tokenizer import find_vocab, vocab_sha256
 
@@ -71,7 +72,7 @@ def make_shards_from_text(config: Config) -> None:
     try:
         summary = prepare(
             PrepareOptions(
-                input=data.text,
+                input=list(data.text),
                 output=folder,
                 format=data.text_format,
                 vocab=data.vocab,
@@ -90,8 +91,8 @@ def make_shards_from_text(config: Config) -> None:
 
 
 def open_data(config: Config, task: Task) -> DataSet:
-    """Opens the shards. Raises InputError where they do not fit the config, the task or each other; held-out samples are
-    checked one by one."""
+    """Opens the shards. Raises InputError where they do not fit the config, the task or each other; held-out samples
+    are checked one by one."""
     data = config.data
     expected = (data.sequence_length, data.mask_tokens, config.model.vocab_size)
     skipped: Dict[str, str] = {}

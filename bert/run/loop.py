@@ -78,9 +78,9 @@ class Run:
 def train(config: Config, make_model: Callable[[Config, Task], Model] = make_model) -> int:
     """Runs `config` to its end and returns the number of steps done.
 
-    Raises InputError before the first step for anything in config or files that cannot be used; Diverged for a loss that
-    is no number; KeyboardInterrupt for Ctrl-C and SIGTERM, InputError for shards that turn bad and LoaderDied, each
-    after saving a checkpoint.
+    Raises InputError before the first step for anything in config or files that cannot be used; Diverged for a loss
+    that is no number; KeyboardInterrupt for Ctrl-C and SIGTERM, InputError for shards that turn bad and LoaderDied,
+    each after saving a checkpoint.
     """
     with interruptible(), contextlib.ExitStack() as closing:
         task = make_task(config)

@@ -34,8 +34,8 @@ class Line(NamedTuple):
 class MetricsLog:
     """Writes a line every few steps, each from the metrics of the steps since the line before.
 
-    A line that is due may wait until the next step is under way: where the device works on its own, reading metrics then
-    costs no time. A context manager.
+    A line that is due may wait until the next step is under way: where the device works on its own, reading metrics
+    then costs no time. A context manager.
     """
 
     def __init__(self, folder: str, engine: Engine, last_step: int):

@@ -310,7 +310,7 @@ def test_the_estimate_of_another_config_is_its_own():
     assert sorted(pods) == [4, 8, 32, 64]
     assert pods[64] == (pytest.approx(speed_of(plan_of("pod64_phase1"), efficiency).step), True)
     large = config_of("large_pod16_phase1")
-    assert dict((pod, fits) for pod, _, fits in other_pods(large, make_ipu_plan(large), phase1)) == {
+    assert {pod: fits for pod, _, fits in other_pods(large, make_ipu_plan(large), phase1)} == {
         4: False,
         8: False,
         32: True,

@@ -418,9 +418,8 @@ def test_a_signal_in_an_update_waits_for_its_end_and_one_in_a_pass_does_not(tmp_
             torch.equal(before[name], tensor) for name, tensor in engine.weights().items()
         )
         engine.optimizer.step = signal_then_update
-        with pytest.raises(KeyboardInterrupt):
-            with protected():
-                kept.append(engine.step(batch, 0.1, 1))
+        with pytest.raises(KeyboardInterrupt), protected():
+            kept.append(engine.step(batch, 0.1, 1))
         assert engine.steps_done == len(kept) == 1
 
 
