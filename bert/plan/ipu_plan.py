@@ -135,10 +135,12 @@ def plan_stages(config: Config, traced: Trace) -> List[StagePlan]:
     counted: Set[Tuple[int, int]] = set()  # (IPU, parameter)
     last = len(traced.stages) - 1
     for index, stage in enumerate(traced.stages):
-        operations = [traced.operations[i] for i in traced.of_stage(stage)]
-        parts = recomputed_parts(traced, stage, whole=index == last)
+        indices = traced.of_stage(stage)
+        operations = [traced.operations[i] for i in indices]
+        parts = recomputed_parts(traced, indices) if index < last else [indices]
         stashed = {i for part in parts for i in inputs_of(traced, part)}
-        parameters = [i for i in traced.parameters_of(stage) if (stage.ipu, i) not in counted]
+        used = {i for operation in operations for i in operation.inputs}
+        parameters = [i for i in used if traced.values[i].parameter and (stage.ipu, i) not in counted]
         counted.update((stage.ipu, i) for i in parameters)
         forward = sum(operation.flops for operation in operations)
         stages.append(
@@ -156,13 +158,12 @@ def plan_stages(config: Config, traced: Trace) -> List[StagePlan]:
     return stages
 
 
-def recomputed_parts(traced: Trace, stage: Stage, whole: bool) -> List[List[int]]:
-    """The operations of a stage, cut behind its checkpoints: each part is recomputed alone. `whole`: do not cut, for
-    nothing is recomputed."""
+def recomputed_parts(traced: Trace, indices: Sequence[int]) -> List[List[int]]:
+    """The operations of a stage, cut behind its checkpoints: each part is recomputed alone."""
     parts: List[List[int]] = [[]]
-    for i in traced.of_stage(stage):
+    for i in indices:
         parts[-1].append(i)
-        if not whole and set(traced.operations[i].outputs) & set(traced.checkpoints):
+        if set(traced.operations[i].outputs) & set(traced.checkpoints):
             parts.append([])
     return [part for part in parts if part]
 

@@ -99,16 +99,13 @@ def run_lines(config: Config, plan: IpuPlan, facts: DataFacts, speed: Speed) -> 
 def other_pods(config: Config, plan: IpuPlan, speed: Speed) -> List[Tuple[int, float, bool]]:
     """(IPUs, seconds of a step, whether it fits) of the pods that can do the same global batch with the same
     micro-batches."""
-    ipus, rows = len(config.ipu.layers_per_ipu), config.training.global_batch_size
+    ipus, replicas = len(config.ipu.layers_per_ipu), config.ipu.replication_factor
+    rows, micro_batch = config.training.global_batch_size, config.ipu.micro_batch_size
     pods = []
     for pod in POD_IPUS:
-        accumulation, rest = divmod(rows * ipus, config.ipu.micro_batch_size * pod)
-        if (
-            pod != ipus * config.ipu.replication_factor
-            and pod % ipus == 0
-            and rest == 0
-            and accumulation > plan.filling
-        ):
+        accumulation, rest = divmod(rows * ipus, micro_batch * pod)
+        can_do = pod % ipus == rest == 0 and accumulation > plan.filling
+        if can_do and pod != ipus * replicas:
             settings = {"ipu.replication_factor": pod // ipus, "ipu.gradient_accumulation_steps": accumulation}
             other = make_ipu_plan(with_settings(config, settings), plan.trace)
             pods.append((pod, speed.cycle * other.cycles, other.fullest <= 1))

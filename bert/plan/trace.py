@@ -83,11 +83,6 @@ class Trace:
         """Indices of the operations of a stage."""
         return [i for i, operation in enumerate(self.operations) if operation.block in stage.blocks]
 
-    def parameters_of(self, stage: Stage) -> List[int]:
-        """Indices of the parameters that operations of a stage use."""
-        used = {i for k in self.of_stage(stage) for i in self.operations[k].inputs}
-        return sorted(i for i in used if self.values[i].parameter)
-
 
 def trace(config: Config) -> Trace:
     """Runs the model of `config`, as it is on IPUs, with one micro-batch that has shapes and types only."""
