@@ -109,8 +109,8 @@ def why_no_poptorch(torch_version: str) -> Tuple[str, str]:
             )
     if "poptorch" not in installed:
         return "no PopTorch", (
-            "PopTorch is not installed. Its wheel comes with Graphcore's Poplar SDK, from no package index (the package "
-            f"named popart on PyPI is something else): install it from the SDK, {versions}. See docs/ipu.md"
+            "PopTorch is not installed. Its wheel comes with Graphcore's Poplar SDK, from no package index (the "
+            f"package named popart on PyPI is something else): install it from the SDK, {versions}. See docs/ipu.md"
         )
     if "popart" not in installed:
         return "PopTorch has no popart", (
@@ -134,8 +134,8 @@ def why_no_hardware(ipus: int) -> Tuple[str, str]:
         there //= 2
     return f"PopTorch finds {f'{there} IPUs, not {group}' if there else 'no IPU'}", (
         f"PopTorch finds {there} IPUs, expected {group}. Take the config of a smaller POD, or fewer replicas "
-        "(--ipu.replication_factor, with more --ipu.gradient_accumulation_steps); without IPUs, --compile-only compiles "
-        "and --ipu-model simulates"
+        "(--ipu.replication_factor, with more --ipu.gradient_accumulation_steps); without IPUs, --compile-only "
+        "compiles and --ipu-model simulates"
     )
 
 

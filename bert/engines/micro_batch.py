@@ -26,8 +26,8 @@ def fit_micro_batch(engine: TorchEngine, shape: RowShape, most: int) -> None:
     rows = largest_that_fits(lambda rows: peak_memory(engine, full_rows(rows, shape)), free, most)
     if not rows:
         raise InputError(
-            f"not even a micro-batch of one row of {shape.tokens} tokens fits into the {free / 1e9:.1f} GB that are free "
-            f"on {torch.cuda.get_device_name()}. Use a card with more memory, or a smaller model"
+            f"not even a micro-batch of one row of {shape.tokens} tokens fits into the {free / 1e9:.1f} GB that are "
+            f"free on {torch.cuda.get_device_name()}. Use a card with more memory, or a smaller model"
         )
     engine.micro_batch_size = rows
 

@@ -132,8 +132,8 @@ def choose_precision(device: TorchDevice, setting: str) -> str:
         return "bfloat16" if device.has_bfloat16() else "float32"
     if setting == "float8" and not hasattr(torch, "float8_e4m3fn"):
         raise InputError(
-            f'training.precision is "float8", but torch {torch.__version__} has no float8. Install requirements.txt, or '
-            'set training.precision to "auto"'
+            f'training.precision is "float8", but torch {torch.__version__} has no float8. Install requirements.txt, '
+            'or set training.precision to "auto"'
         )
     why_not = device.why_no_float8() if setting == "float8" else ""
     if why_not:

@@ -58,11 +58,12 @@ def make_shards_from_text(config: Config) -> None:
         named = ", ".join(repr(pattern) for pattern in data.files) or "anything: it is empty"
         output = folder if folder and not glob.has_magic(folder) else "shards"
         raise InputError(
-            f"data.files: no file matches {named}. Make the shards from text, one sentence or paragraph a line, a blank "
-            "line between documents; in the project's folder:\n"
-            f"  python -m data.prepare --input 'corpus/*.txt' --vocab vocab.txt --sequence-length {data.sequence_length} "
-            f"--mask-tokens {data.mask_tokens} --output {output}/\n"
-            f"(without --vocab it trains one of --vocab-size {config.model.vocab_size}), or name shards with --data.files"
+            f"data.files: no file matches {named}. Make the shards from text, one sentence or paragraph a line, a "
+            "blank line between documents; in the project's folder:\n"
+            f"  python -m data.prepare --input 'corpus/*.txt' --vocab vocab.txt --sequence-length "
+            f"{data.sequence_length} --mask-tokens {data.mask_tokens} --output {output}/\n"
+            f"(without --vocab it trains one of --vocab-size {config.model.vocab_size}), or name shards with "
+            "--data.files"
         )
     if not folder or os.path.basename(data.files[0]) != "train-*.h5" or len(data.files) != 1:
         raise InputError(

@@ -219,7 +219,8 @@ def load_weights_into(engine: Engine, path: str, config: Config, data_set: DataS
     if os.path.exists(vocabulary) and read_vocab(vocabulary) != data_set.tokens:
         raise InputError(
             f"{vocabulary}: differs from the vocabulary of the shards, which has the hash "
-            f"{vocab_sha256(data_set.tokens)[:12]}. Make shards with it: python -m data.prepare --vocab {vocabulary} ..."
+            f"{vocab_sha256(data_set.tokens)[:12]}. Make shards with it: "
+            f"python -m data.prepare --vocab {vocabulary} ..."
         )
     engine.load_weights(weights)
     if not complete and fresh:

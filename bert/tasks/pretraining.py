@@ -56,8 +56,8 @@ class Pretraining:
         for shard in shards:
             if self.nsp and shard.segments < 2:
                 raise InputError(
-                    f"{shard.path}: its samples have one segment, and task.nsp is true, which needs two. Set task.nsp to "
-                    "false, or prepare the text again without --nsp false"
+                    f"{shard.path}: its samples have one segment, and task.nsp is true, which needs two. Set task.nsp "
+                    "to false, or prepare the text again without --nsp false"
                 )
 
 

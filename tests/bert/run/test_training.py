@@ -124,6 +124,12 @@ def read_lines(tmp_path, run="run"):
     return [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
 
 
+def without_times(lines):
+    return [
+        {k: v for k, v in line.items() if k not in ("sequences_per_second", "data_wait_fraction")} for line in lines
+    ]
+
+
 def test_one_global_batch_gives_the_same_gradients_for_any_micro_batch(tmp_path, shards):
     samples = random_samples(np.random.default_rng(), 16, LENGTH, MASKS, VOCAB)
     samples.nsp_labels[:] = (
@@ -187,9 +193,7 @@ def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_
     torch.rand(3)  # what else draws random numbers does not matter
     assert main(arguments(tmp_path, shards, **options, training__output=tmp_path / "other", resume="auto")) == 0
     assert_same_state(checkpoints(tmp_path)[-1], checkpoints(tmp_path, "other")[-1])
-    timing = ("sequences_per_second", "data_wait_fraction")
-    strip = lambda lines: [{key: value for key, value in line.items() if key not in timing} for line in lines]
-    assert strip(read_lines(tmp_path)) == strip(read_lines(tmp_path, "other"))
+    assert without_times(read_lines(tmp_path)) == without_times(read_lines(tmp_path, "other"))
     assert [line["step"] for line in read_lines(tmp_path)] == list(range(1, 13))[
         options.get("training__log_every", 1) - 1 :: options.get("training__log_every", 1)
     ]
@@ -232,9 +236,7 @@ def test_an_asynchronous_engine_gives_the_same_lines_though_each_is_read_a_step_
     assert main(arguments(tmp_path, shards, **options)) == 0
     monkeypatch.setattr("bert.engines.TorchEngine", Asynchronous)
     assert main(arguments(tmp_path, shards, training__output=tmp_path / "other", **options)) == 0
-    timing = ("sequences_per_second", "data_wait_fraction")
-    strip = lambda lines: [{key: value for key, value in line.items() if key not in timing} for line in lines]
-    assert strip(read_lines(tmp_path)) == strip(read_lines(tmp_path, "other"))
+    assert without_times(read_lines(tmp_path)) == without_times(read_lines(tmp_path, "other"))
     # Steps 2 and 4 are read after the next is under way, but for what a checkpoint needs: 5, 10, 12.
     assert seen == [
         "step 1",
@@ -432,7 +434,7 @@ def test_held_out_samples_are_evaluated_over_all_of_them(tmp_path, shards):
         )
         == 0
     )
-    found = json.load(open(tmp_path / "run" / "held_out.json"))
+    found = json.loads((tmp_path / "run" / "held_out.json").read_text())
     assert (
         found["samples"] == 33
         and found["step"] == 12
@@ -614,7 +616,7 @@ def test_text_becomes_shards_where_there_are_none(tmp_path, shards, capsys):
         training__max_steps=2,
     )
     assert main(words) == 0
-    assert json.load(open(tmp_path / "run" / "held_out.json"))["samples"] > 0
+    assert json.loads((tmp_path / "run" / "held_out.json").read_text())["samples"] > 0
     assert "documents   300" in capsys.readouterr().out
     assert main(words + ["--training.output", str(tmp_path / "again")]) == 0
     assert "data.text is not read" in capsys.readouterr().out
