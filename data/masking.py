@@ -12,6 +12,7 @@ Python's lock in it.
 After BERT (arXiv 1810.04805, section 3.1); whole words as in its program's create_masked_lm_predictions.
 """
 
+import sys
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Callable, Dict, Optional, Sequence, Tuple
@@ -126,13 +127,16 @@ def choice_reference(name: str, where: str = "--masked-units") -> str:
     """
     if name not in CHOICES:
         raise InputError(f"{where}: {name!r} tokens cannot be masked together, expected {' or '.join(CHOICES)}")
-    choose = CHOICES[name]
-    if choose.__module__ == "__main__":
-        raise InputError(
-            f"{where}: {choose.__name__} is defined in the program itself, where other processes do not find it. Move "
-            "it to a module that the program imports"
-        )
-    return f"{choose.__module__}:{choose.__qualname__}"
+    choose, module = CHOICES[name], CHOICES[name].__module__
+    if module == "__main__":  # python -m knows its module's name, python with a path does not
+        spec = getattr(sys.modules["__main__"], "__spec__", None)
+        if spec is None:
+            raise InputError(
+                f"{where}: {choose.__name__} is defined in the program itself, where other processes do not find it. "
+                "Start the program as a module, python -m"
+            )
+        module = spec.name
+    return f"{module}:{choose.__qualname__}"
 
 
 def load_choice(reference: str) -> Choose:

@@ -11,16 +11,12 @@ from torch import nn
 
 import run_pretraining
 from bert import tasks
-from bert.model.blocks import Embeddings, EncoderLayer, SelfAttention
+from bert.model.blocks import DenseGelu, Embeddings, SelfAttention
 from ops.gather import embed
-from ops.linear import linear, linear_gelu
+from ops.linear import linear
 
 
 class RotaryEmbeddings(Embeddings):
-    def __init__(self, config):
-        super().__init__(config)
-        del self.position_embeddings
-
     def sum(self, batch):
         words = embed(batch.input_ids, self.word_embeddings.weight)
         return words + embed(batch.token_type_ids, self.token_type_embeddings.weight)
@@ -29,39 +25,31 @@ class RotaryEmbeddings(Embeddings):
 class RotaryAttention(SelfAttention):
     def project(self, state):
         query, key, value = super().project(state)
-        size = query.shape[-1] // self.heads // 2
-        frequencies = 10000.0 ** (-torch.arange(size, device=query.device) / size)
-        angles = (state.batch.position_ids[..., None] * frequencies)[..., None, :]  # one head's, for all heads
-        return *(rotate(x.unflatten(-1, (self.heads, -1)), angles).flatten(-2) for x in (query, key)), value
+        return self.rotate(query, state), self.rotate(key, state), value
+
+    def rotate(self, x, state):
+        """Value i of a head together with value i + D / 2, by an angle that grows with the position."""
+        first, second = x.unflatten(-1, (self.heads, -1)).chunk(2, dim=-1)
+        frequencies = 10000.0 ** (-torch.arange(first.shape[-1], device=x.device) / first.shape[-1])
+        angles = state.batch.position_ids[..., None, None] * frequencies
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).flatten(-2)
 
 
-def rotate(x, angles):
-    """x [..., A, D] by angles [..., 1, D / 2]: value i together with value i + D / 2."""
-    first, second = x.chunk(2, dim=-1)
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
-
-
-class DenseGeglu(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.gate = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
-
-    def forward(self, hidden):
-        return linear_gelu(hidden, self.gate.weight, self.gate.bias) * linear(
-            hidden, self.dense.weight, self.dense.bias
-        )
-
-
-class Layer(EncoderLayer):
+class DenseGeglu(DenseGelu):
     def __init__(self, config):
         super().__init__(config)
-        self.attention["self"], self.intermediate = RotaryAttention(config), DenseGeglu(config)
+        self.up = nn.Linear(config.hidden_size, config.intermediate_size)
+
+    def forward(self, hidden):
+        return super().forward(hidden) * linear(hidden, self.up.weight, self.up.bias)
 
 
 def make_model(config, task):
-    model = tasks.make_model(config, task, RotaryEmbeddings, Layer)
+    model = tasks.make_model(config, task, RotaryEmbeddings)
+    del model.bert["embeddings"].position_embeddings
+    for layer in model.layers.values():
+        layer.attention["self"], layer.intermediate = RotaryAttention(config.model), DenseGeglu(config.model)
     model.architecture = {"model_type": "bert-geglu-rotary", "hidden_act": "geglu", "position_embedding_type": "rotary"}
     return model
 
