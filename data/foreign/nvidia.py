@@ -10,20 +10,15 @@ import os
 from typing import Iterable, Optional
 
 import h5py
-import numpy as np
 
 from data.errors import InputError
-from data.foreign.bert_layout import BERT_FEATURES, from_samples, to_samples
+from data.foreign.bert_layout import BERT_FEATURES, check_shapes, from_samples, to_samples
 from data.hdf5_file import new_hdf5
 from data.samples import Samples
 from data.shards import ShardInfo
 
 __all__ = ["is_nvidia", "open_nvidia", "read_nvidia", "write_nvidia"]
 
-TYPES = {
-    name: np.dtype(np.int32 if name in ("input_ids", "masked_lm_positions", "masked_lm_ids") else np.int8)
-    for name in BERT_FEATURES
-}
 CHUNK = 256  # samples that are compressed together: the loader's blocks
 
 
@@ -55,23 +50,13 @@ def open_nvidia(path: str, vocab_size: int) -> ShardInfo:
 
 
 def check_datasets(file: h5py.File, path: str) -> None:
-    missing = [name for name in BERT_FEATURES if not isinstance(file.get(name), h5py.Dataset)]
-    if missing:
-        raise InputError(
-            f"{path}: the data set {missing[0]!r} is missing; found {sorted(file)}, NVIDIA's files have "
-            f"{list(BERT_FEATURES)}"
-        )
-    shapes = {name: file[name].shape for name in BERT_FEATURES}
-    tokens, masks = shapes["input_ids"], shapes["masked_lm_positions"]
-    for name, shape in shapes.items():
-        expected = masks if name.startswith("masked_lm") else tokens[:1] if name == "next_sentence_labels" else tokens
-        if shape != expected or len(shape) != (1 if name == "next_sentence_labels" else 2) or shape[:1] != tokens[:1]:
-            raise InputError(
-                f"{path}: data set {name!r} has the shape {shape}, expected [N, L] for tokens, [N, M] for "
-                f"masked_lm_*, [N] for next_sentence_labels; input_ids has {tokens}"
-            )
+    for name in BERT_FEATURES:
+        if not isinstance(file.get(name), h5py.Dataset):
+            expected = f"NVIDIA's files have {list(BERT_FEATURES)}"
+            raise InputError(f"{path}: the data set {name!r} is missing; found {sorted(file)}, {expected}")
         if file[name].dtype.kind not in "iu":
             raise InputError(f"{path}: data set {name!r} is {file[name].dtype}, expected integers")
+    check_shapes(file, path)
 
 
 def read_nvidia(path: str, start: int, stop: int, vocab_size: int, file: Optional[h5py.File] = None) -> Samples:
@@ -100,15 +85,10 @@ def write_nvidia(path: str, parts: Iterable[Samples]) -> None:
     with new_hdf5(path) as file:
         for samples in parts:
             for name, values in from_samples(samples, path, done).items():
+                shape = values.shape[1:]
                 if name not in file:
-                    file.create_dataset(
-                        name,
-                        (0,) + values.shape[1:],
-                        TYPES[name],
-                        maxshape=(None,) + values.shape[1:],
-                        chunks=(CHUNK,) + values.shape[1:],
-                        compression="gzip",
-                    )
+                    sizes = dict(shape=(0, *shape), maxshape=(None, *shape), chunks=(CHUNK, *shape))
+                    file.create_dataset(name, dtype=values.dtype, compression="gzip", **sizes)
                 file[name].resize(done + len(samples), axis=0)
                 file[name][done:] = values
             done += len(samples)
