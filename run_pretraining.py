@@ -1,17 +1,17 @@
 """The command: config -> engine -> training loop. `python run_pretraining.py --help` explains every option."""
 
-import signal
 import sys
 
 from bert.config import parse_command_line
 from bert.errors import Diverged
-from data.errors import InputError, LoaderDied, PrepareStopped
+from data.commands import run_command
 
 
 def main(arguments=None) -> int:
     """Runs the command and returns its exit status: 2 for input that cannot be used, 1 for a run that failed, 130 for
     Ctrl-C."""
-    try:
+
+    def run() -> None:
         config = parse_command_line(sys.argv[1:] if arguments is None else arguments)
         # After the config: torch takes seconds to import, an error should not.
         if config.plan:
@@ -22,16 +22,8 @@ def main(arguments=None) -> int:
             from bert.run.training import train
 
             train(config)
-    except (InputError, Diverged, LoaderDied, PrepareStopped) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
-    except OSError as error:  # a folder that cannot be written, a full disk: the message has its name
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt as stop:
-        print("interrupted", file=sys.stderr)
-        return 128 + getattr(stop, "signal_number", signal.SIGINT)
-    return 0
+
+    return run_command(run, failures=(Diverged,))
 
 
 if __name__ == "__main__":
