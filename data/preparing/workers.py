@@ -7,20 +7,14 @@ else writes there.
 """
 
 import json
-import os
-import queue
-import signal
-import subprocess
-import sys
 import threading
-import traceback
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Dict, Sequence
 
 from data.errors import InputError, PrepareStopped
 from data.preparing.chunks import ChunkMaker, Recipe
-from data.subprocesses import PROJECT, end_process, how_it_ended
+from data.subprocesses import ChildProcess, encode, error_message, open_channel
 
 __all__ = ["InlineWorker", "Workers"]
 
@@ -48,7 +42,7 @@ class Workers:
     """Up to `count` processes, each started when there is a task for it. `lock`: a descriptor that they hold open."""
 
     def __init__(self, words: Sequence[str], recipe: Recipe, count: int, lock: int):
-        self.settings = json.dumps({"words": list(words), "recipe": asdict(recipe)}).encode() + b"\n"
+        self.settings = encode({"words": list(words), "recipe": asdict(recipe)})
         self.lock, self.closed = lock, False
         self.threads = ThreadPoolExecutor(count)
         self.own = threading.local()
@@ -56,7 +50,7 @@ class Workers:
 
     def submit(self, task: Dict) -> Future:
         """Has a task done; the future raises InputError or PrepareStopped when it could not be."""
-        return self.threads.submit(self.ask, json.dumps(task, ensure_ascii=False).encode("utf-8") + b"\n")
+        return self.threads.submit(self.ask, encode(task))
 
     def close(self) -> None:
         """Ends all processes at once, whatever they are doing."""
@@ -65,74 +59,46 @@ class Workers:
             process.kill()  # first, for the threads wait for their answers
         self.threads.shutdown()
         for process in self.processes:
-            end_process(process)
+            process.end()
 
     def ask(self, task: bytes) -> None:
         if self.closed:
             return
         process = getattr(self.own, "process", None) or self.start()
-        try:
-            process.stdin.write(task)
-            process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it ended: the missing answer says so
-        line = process.stdout.readline()
+        process.send(task)
+        line = process.output.readline()
         if not line.endswith(b"\n"):
             raise PrepareStopped(
-                f"a process that made samples {how_it_ended(process)} (fewer --workers take less memory)"
+                f"a process that made samples {process.how_it_ended()} (fewer --workers take less memory)"
             )
         answer = json.loads(line)
         if "error" in answer:
             raise (InputError if answer["bad_input"] else PrepareStopped)(answer["error"])
 
-    def start(self) -> subprocess.Popen:
+    def start(self) -> ChildProcess:
         # One thread each: there is a process for every core.
-        self.own.process = subprocess.Popen(
-            [sys.executable, "-m", "data.preparing.workers"],
-            cwd=PROJECT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            pass_fds=[self.lock],
-            env=dict(os.environ, RAYON_NUM_THREADS="1", OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1"),
-        )
+        one_thread = dict.fromkeys(("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+        self.own.process = ChildProcess("data.preparing.workers", [self.lock], one_thread)
         self.processes.append(self.own.process)
         if self.closed:
             self.own.process.kill()
-        try:
-            self.own.process.stdin.write(self.settings)
-        except BrokenPipeError:
-            pass
+        self.own.process.send(self.settings)
         return self.own.process
 
 
 def main() -> None:
-    # A signal to the whole process group is the parent's to handle.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints must not be taken for an answer
-    lines = queue.Queue()
-    threading.Thread(target=listen, args=(lines,), daemon=True).start()
-    settings = json.loads(lines.get().decode("utf-8"))
+    tasks, reply = open_channel()
+    settings = tasks.get()
     maker = ChunkMaker(settings["words"], Recipe(**settings["recipe"]))
     while True:
-        task, answer = json.loads(lines.get().decode("utf-8")), {}
+        answer: Dict = {}
         try:
-            maker.do(task)
-        except InputError as error:
-            answer = {"error": str(error), "bad_input": True}
+            maker.do(tasks.get())
         except OSError as error:
             answer = {"error": f"the data set is not whole ({error})", "bad_input": False}
-        except Exception:
-            answer = {"error": traceback.format_exc(), "bad_input": False}
-        out.write(json.dumps(answer) + "\n")
-        out.flush()
-
-
-def listen(lines: "queue.Queue") -> None:
-    for line in sys.stdin.buffer:
-        lines.put(line)
-    os._exit(0)  # the parent ended
+        except Exception as error:
+            answer = error_message(error)
+        reply(answer)
 
 
 if __name__ == "__main__":
