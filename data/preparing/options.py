@@ -5,7 +5,8 @@ from typing import List, Optional
 
 from data.commands import check_options, option
 from data.errors import InputError
-from data.masking import CHOICES
+
+CHOICES = ("tokens", "words")
 from data.preparing.corpus import FORMATS
 
 __all__ = ["PrepareOptions"]
@@ -50,7 +51,9 @@ class PrepareOptions:
     """share of the samples that are cut shorter at random"""
     duplicates: int = option(1, at_least_one, "1 or more")
     """go over the training text N times, each time cut and masked anew"""
-    held_out: float = option(0.0, lambda share: 0 <= share < 1, "a share of the documents from 0 to below 1, such as 0.05")
+    held_out: float = option(
+        0.0, lambda share: 0 <= share < 1, "a share of the documents from 0 to below 1, such as 0.05"
+    )
     """share of the documents that go to held_out-*.h5 instead, for evaluation"""
     samples_per_shard: int = option(262144, at_least_one, "1 or more")
     """samples of a shard, about; one shard is held in memory for each process"""

@@ -13,7 +13,9 @@ TRAIN, HELD_OUT = 0, 1
 CHUNK_CHARACTERS = 1 << 22
 
 
-def split_into_chunks(documents: Iterable[Document], held_out: float, seed: int) -> Iterator[Tuple[int, List[Document]]]:
+def split_into_chunks(
+    documents: Iterable[Document], held_out: float, seed: int
+) -> Iterator[Tuple[int, List[Document]]]:
     """(split, documents of it), of about CHUNK_CHARACTERS together."""
     chunks: List[List[Document]] = [[], []]
     characters = [0, 0]
