@@ -31,7 +31,7 @@ from data.errors import InputError, LoaderDied
 from data.loading.loader import GlobalBatch, Loader, batches_in_order
 from data.loading.shard_files import open_shards
 from data.packing import mask_slots_of_row
-from data.prepare import prepare
+from data.prepare import PrepareOptions, prepare
 from data.rows import batch_layout
 from data.shards import ShardInfo
 from data.tokenizer import read_vocab, vocab_sha256
@@ -365,7 +365,7 @@ def make_shards_from_text(config: Config) -> None:
             "where the shards made from data.text go"
         )
     try:
-        summary = prepare(
+        options = PrepareOptions(
             input=data.text,
             output=folder,
             format=data.text_format,
@@ -373,10 +373,12 @@ def make_shards_from_text(config: Config) -> None:
             vocab_size=config.model.vocab_size,
             sequence_length=data.sequence_length,
             mask_tokens=data.mask_tokens,
+            nsp=config.task.nsp,
             duplicates=data.duplicates,
             held_out=data.held_out,
             seed=config.training.seed,
         )
+        summary = prepare(options)
     except InputError as error:
         raise InputError(f"data.text: {error}")
     say(str(summary))

@@ -8,6 +8,7 @@ way. What is made depends on the task and the settings only, not on which proces
 """
 
 import json
+from itertools import accumulate, groupby
 from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
 
 import h5py
@@ -125,16 +126,9 @@ class ChunkMaker:
 
 def batches(documents: Sequence[NumberedLines]) -> Iterator[List[NumberedLines]]:
     """Documents of about BATCH_CHARACTERS together."""
-    batch: List[NumberedLines] = []
-    characters = 0
-    for document in documents:
-        batch.append(document)
-        characters += sum(map(len, document[1]))
-        if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+    ends = accumulate(sum(map(len, lines)) for _, lines in documents)
+    for _, batch in groupby(zip(ends, documents), lambda pair: pair[0] // BATCH_CHARACTERS):
+        yield [document for _, document in batch]
 
 
 def read_part_counts(path: str) -> Dict[str, Any]:
