@@ -18,7 +18,7 @@ from data.commands import check_options, option, parse_options, run_command
 from data.errors import InputError
 from data.foreign.bert_layout import first_fault
 from data.foreign.nvidia import is_nvidia, open_nvidia, read_nvidia
-from data.packing import SAMPLES_PER_ROW, mask_slots_of_row, pack
+from data.packing import SAMPLES_PER_ROW, pack
 from data.samples import Samples, find_bad_sample
 from data.shards import ShardInfo, expand, open_shard, read_samples
 from data.tokenizer import read_vocab, vocab_sha256

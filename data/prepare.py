@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from data.commands import parse_options, run_command
 from data.errors import InputError
+from data.masking import choice_reference
 from data.preparing import splits
 from data.preparing.chunks import read_part_counts
 from data.preparing.corpus import Document, check_formats, corpus_bytes, documents, find_files
@@ -37,7 +38,7 @@ from data.tokenizer import read_vocab, train_vocab, vocab_sha256, write_tokenize
 
 __all__ = ["PrepareOptions", "Summary", "main", "prepare"]
 
-SHARD_NAMES = ("train-{:05}.h5", "held_out-{:05}.h5")
+SHARD_NAMES = ("train", "held_out")  # by split
 
 # An attribute of a shard has room for 64 KB.
 NAMED_FILES = 20
@@ -149,7 +150,9 @@ def prepare(options: PrepareOptions, progress: bool = True) -> Summary:
         if staging.report is not None:  # a run that was killed as it ended had done all
             staging.remove()
             return Summary(**dict(staging.report, output=options.output))
-        tokens = tokens or vocab_of_stopped_run(staging)
+        trained = os.path.join(staging.data, "vocab.txt")  # by a stopped run
+        if tokens is None and os.path.exists(trained):
+            tokens = read_vocab(trained)
         if tokens is None:
             stride = -(-total // VOCAB_TEXT_BYTES) or 1
             tokens = train_vocab(
@@ -214,12 +217,6 @@ def file_state(path: str) -> List[Union[str, int]]:
     return [os.path.realpath(path), state.st_size, state.st_mtime_ns]
 
 
-def vocab_of_stopped_run(staging: Staging) -> Optional[List[str]]:
-    """The vocabulary that a stopped run has trained."""
-    path = os.path.join(staging.data, "vocab.txt")
-    return read_vocab(path) if os.path.exists(path) else None
-
-
 def make_groups(
     chunks: Iterator[Tuple[int, List[Document]]],
     staging: Staging,
@@ -229,7 +226,12 @@ def make_groups(
 ) -> List[Dict[str, Any]]:
     """Makes the parts and shards of all chunks; gives the groups' records."""
     workers = options.workers or len(os.sched_getaffinity(0))
-    settings = {"tokens": tokens, "options": asdict(replace(options, input=[])), "made_by": made_by}
+    settings = {
+        "tokens": tokens,
+        "options": asdict(replace(options, input=[])),
+        "choose": choice_reference(options.units),
+        "made_by": made_by,
+    }
     first = list(islice(chunks, 2))
     few = len(first) < 2 or workers == 1
     pool = InlineWorker(settings) if few else Workers(settings, workers, staging.lock)
@@ -283,7 +285,7 @@ class GroupMaker:
             shards = -(-sum(samples.values()) // self.options.samples_per_shard)
             before = sum(earlier["shards"][split] for earlier in self.groups)
             for shard in range(shards):
-                path = os.path.join(self.staging.data, name.format(before + shard))
+                path = os.path.join(self.staging.data, f"{name}-{before + shard:05}.h5")
                 if not os.path.exists(path):
                     pieces = [(part, shard * n // shards, (shard + 1) * n // shards) for part, n in samples.items()]
                     seed = [self.options.seed, split, before + shard]

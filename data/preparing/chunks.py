@@ -9,12 +9,12 @@ way. What is made depends on the task and the settings only, not on which proces
 
 import json
 from itertools import accumulate, groupby
-from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
 import h5py
 import numpy as np
 
-from data.masking import MaskWords
+from data.masking import Masking, load_choice
 from data.preparing.cutting import Chunk, make_samples
 from data.preparing.options import PrepareOptions
 from data.preparing.splits import TRAIN
@@ -30,34 +30,31 @@ NumberedLines = Tuple[int, List[str]]  # a document's number and lines, also as 
 
 
 class ChunkMaker:
-    """Makes parts and shards.
+    """Makes parts and shards. Its arguments are JSON values, for it may be in a process of its own.
 
-    `tokens`: the vocabulary's. `options`: PrepareOptions as a dict, for they come as JSON. `made_by`: what the shards
-    say of how they were made.
+    `tokens`: the vocabulary's. `options`: those of PrepareOptions. `choose`: the function that chooses tokens to mask,
+    as `data.masking.choice_reference` names it. `made_by`: what the shards say of how they were made.
     """
 
-    def __init__(self, tokens: Sequence[str], options: Dict[str, Any], made_by: Dict[str, Any]):
+    def __init__(self, tokens: Sequence[str], options: Dict[str, Any], choose: str, made_by: Dict[str, Any]):
         self.options, self.made_by = PrepareOptions(**options), made_by
         self.encoder = TextEncoder(tokens)
         self.vocab_size, self.vocab_hash = len(tokens), vocab_sha256(tokens)
         ids = {token: number for number, token in enumerate(tokens)}
         self.special_ids = [ids[token] for token in SPECIAL_WORDS]
-        continues = None
-        if self.options.units == "words":
-            continues = np.fromiter((token.startswith("##") for token in tokens), bool, len(tokens))
-        self.mask_words = MaskWords.of(len(tokens), self.special_ids, continues)
-        self.masking = {
-            "masking": self.options.masking,
-            "mask_share": self.options.mask_share,
-            "special_ids": self.special_ids,
-            "continuations": "" if continues is None else np.packbits(continues).tobytes().hex(),
-        }
+        share, units = self.options.mask_share, self.options.units
+        self.attributes = {"masking": self.options.masking, "mask_share": share, "special_ids": self.special_ids}
+        continuations = None
+        if units != "tokens":
+            continuations = np.fromiter((token.startswith("##") for token in tokens), bool, len(tokens))
+            self.attributes["masked_units"] = units
+        self.attributes["continuations"] = "" if continuations is None else np.packbits(continuations).tobytes().hex()
+        self.masking = Masking.of(load_choice(choose), share, self.vocab_size, self.special_ids, continuations)
 
     def do(self, task: Dict[str, Any]) -> None:
         """Does one task: `make_part` or `make_shard`, as its "do" says, with its other entries as arguments."""
-        arguments = dict(task)
-        make: Callable[..., None] = {"make_part": self.make_part, "make_shard": self.make_shard}[arguments.pop("do")]
-        make(**arguments)
+        make = self.make_part if task["do"] == "make_part" else self.make_shard
+        make(**{name: value for name, value in task.items() if name != "do"})
 
     def make_part(self, path: str, number: int, split: int, documents: Sequence[NumberedLines]) -> None:
         """Writes chunk `number` of (document number, lines) as a part of `split`."""
@@ -69,7 +66,7 @@ class ChunkMaker:
             blocks, dropped = make_samples(
                 chunk,
                 self.special_ids,
-                self.mask_words if options.masking == "static" else None,
+                self.masking if options.masking == "static" else None,
                 options,
                 np.random.default_rng([seed, number, duplicate]),
             )
@@ -96,7 +93,8 @@ class ChunkMaker:
             for name, values in vars(samples).items():
                 getattr(shard, name)[places[filled : filled + stop - start]] = values
             filled += stop - start
-        write_shard(path, shard, self.vocab_size, self.vocab_hash, self.made_by, self.masking)
+        segments = 2 if self.options.nsp else 1
+        write_shard(path, shard, self.vocab_size, self.vocab_hash, self.made_by, self.attributes, segments)
 
     def empty_samples(self, count: int) -> Samples:
         return Samples.empty(count, self.options.sequence_length, self.options.mask_tokens, self.vocab_size)

@@ -20,7 +20,7 @@ from typing import Iterator, Optional, Sequence, Tuple
 
 import numpy as np
 
-from data.masking import MaskWords, mask
+from data.masking import Masking, mask
 from data.preparing.options import PrepareOptions
 from data.samples import Samples
 
@@ -166,14 +166,14 @@ def assemble(
 def make_samples(
     chunk: Chunk,
     special_ids: Sequence[int],
-    words: Optional[MaskWords],
+    masking: Optional[Masking],
     options: PrepareOptions,
     rng: np.random.Generator,
 ) -> Tuple[Iterator[Samples], int]:
     """The samples of a chunk in blocks, as an iterator, and the number of tokens that are in none of them.
 
-    `special_ids`: of [PAD], [UNK], [CLS], [SEP] and [MASK]. `words`: the vocabulary as masking wants it; None leaves
-    the samples unmasked, for the loader to mask. The chunk's tokens have the vocabulary's type
+    `special_ids`: of [PAD], [UNK], [CLS], [SEP] and [MASK]. `masking`: None leaves the samples unmasked, for the
+    loader to mask. The chunk's tokens have the vocabulary's type
     (`data.samples.token_dtype`).
     """
     sequence_length, mask_tokens = options.sequence_length, options.mask_tokens
@@ -187,7 +187,7 @@ def make_samples(
             block = Cuts(**{name: values[start : start + BLOCK] for name, values in vars(cuts).items()})
             input_ids, lengths = assemble(chunk.tokens, block, sequence_length, special_ids[2], special_ids[3])
             first_lengths, count = block.first_lengths + 2, len(lengths)
-            if words is None:
+            if masking is None:
                 masks = (
                     np.zeros((count, mask_tokens), np.uint16),
                     np.zeros((count, mask_tokens), input_ids.dtype),
@@ -195,7 +195,7 @@ def make_samples(
                 )
             else:
                 keys = rng.integers(0, 1 << 64, count, np.uint64)
-                masks = mask(input_ids, lengths, first_lengths, keys, mask_tokens, options.mask_share, words)
+                masks = mask(input_ids, lengths, first_lengths, keys, mask_tokens, masking)
             yield Samples(
                 input_ids,
                 lengths.astype(np.uint16),

@@ -5,8 +5,7 @@ from typing import List, Optional
 
 from data.commands import check_options, option
 from data.errors import InputError
-
-CHOICES = ("tokens", "words")
+from data.masking import CHOICES
 from data.preparing.corpus import FORMATS
 
 __all__ = ["PrepareOptions"]

@@ -16,7 +16,7 @@ import pytest
 from data import prepare as module
 from data.errors import InputError, PrepareStopped
 from data.loading.shard_files import open_shards
-from data.masking import mask_dynamic, mask_words_of
+from data.masking import CHOICES, choose_words, mask_dynamic, masking_of
 from data.prepare import PrepareOptions, main, prepare
 from data.preparing import chunks as chunks_module
 from data.preparing import splits, staging, workers
@@ -241,7 +241,9 @@ def test_lines_without_a_token_and_unknown_words_are_counted(corpus, tmp_path):
 
 def test_chunks_hold_no_line_and_no_document_without_a_token():
     texts = [Document(0, ["a a", "\x07", "a"]), Document(1, ["\x07"]), Document(2, ["\x07", "a"])]
-    maker = ChunkMaker(list(SPECIAL_WORDS) + ["a"], asdict(PrepareOptions([], "", **SIZES)), {})
+    maker = ChunkMaker(
+        list(SPECIAL_WORDS) + ["a"], asdict(PrepareOptions([], "", **SIZES)), "data.masking:choose_tokens", {}
+    )
     chunk, counts = maker.encode(texts)
     assert chunk.unit_starts.tolist() == [0, 2, 3] and chunk.document_starts.tolist() == [0, 3, 4]
     assert chunk.tokens.tolist() == [5] * 4
@@ -512,12 +514,13 @@ def test_dynamic_masking_leaves_the_text_whole_and_tells_the_loader_what_it_need
     (clean,) = all_samples(tmp_path / "dynamic")
     assert not clean.mlm_counts.any() and not (clean.input_ids == 4).any()
     check_samples(clean, shard.vocab_size, shard.path)
-    words = mask_words_of(shard)
-    assert words.mask_id == 4 and words.random_ids.tolist() == list(range(5, 805)) and not words.continues.any()
-    masked = mask_dynamic(clean, np.arange(len(clean)), 1, 0, words, shard.mask_share)
+    masking = masking_of(shard)
+    assert masking.mask_id == 4 and masking.random_ids.tolist() == list(range(5, 805))
+    assert masking.choose is choose_words and not masking.continuations.any()
+    masked = mask_dynamic(clean, np.arange(len(clean)), 1, 0, masking)
     check_samples(masked, shard.vocab_size, shard.path)
     assert masked.mlm_counts.all() and (restored(masked) == clean.input_ids).all()
-    with pytest.raises(InputError, match="its masking is static .* dynamic"):
+    with pytest.raises(InputError, match="its masking is static.* dynamic"):
         open_shards([str(tmp_path / "dynamic" / "*.h5"), str(tmp_path / "static" / "*.h5")])
 
 
@@ -535,6 +538,29 @@ def test_whole_words_are_masked_together(tmp_path):
         inner[[1, first]] = False  # the first piece of a segment begins a word, whatever it is
         assert (masked[1:][inner[1:]] == masked[:-1][inner[1:]]).all()
     assert samples.mlm_counts.mean() > 3
+
+
+def choose_first_tokens(candidates):
+    rows = np.flatnonzero(candidates.budget)
+    return rows, np.ones_like(rows)
+
+
+@pytest.mark.parametrize("masking", ["static", "dynamic"])
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_another_way_to_choose_tokens_is_an_entry_also_in_other_processes(
+    corpus, tmp_path, small_chunks, monkeypatch, workers, masking
+):
+    monkeypatch.setitem(CHOICES, "firsts", choose_first_tokens)
+    arguments = ["--input", str(corpus / "*.txt"), "--vocab", str(corpus / "vocab"), "--output", str(tmp_path / "out")]
+    arguments += ["--sequence-length", "32", "--mask-tokens", "5", "--masked-units", "firsts", "--masking", masking]
+    assert main([*arguments, "--workers", workers]) == 0
+    shards = open_shards([str(tmp_path / "out" / "*.h5")])
+    for samples in all_samples(tmp_path / "out"):
+        if masking == "dynamic":
+            samples = mask_dynamic(samples, np.arange(len(samples)), 1, 0, masking_of(shards[0]))
+        assert (samples.mlm_counts == 1).all() and (samples.mlm_positions[:, 0] == 1).all()
+    with h5py.File(shards[0].path, "r") as file:
+        assert json.loads(file.attrs["made_by"])["masked_units"] == file.attrs["masked_units"] == "firsts"
 
 
 def test_a_sample_takes_343_bytes_at_phase_1_sizes_and_the_page_says_so(corpus, tmp_path):

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.masking import MaskWords
+from data.masking import Masking, choose_tokens
 from data.preparing.cutting import Chunk, assemble, cut_pairs, cut_single, make_samples
 from data.preparing.options import PrepareOptions
 from data.samples import check_samples
@@ -163,10 +163,10 @@ def test_samples_are_cls_first_sep_second_sep_and_zeros():
 @pytest.mark.parametrize("sequence_length, mask_tokens", [(128, 20), (512, 76)])
 def test_samples_are_the_same_for_the_same_seed_and_fit_the_shard_format(sequence_length, mask_tokens, nsp):
     options = PrepareOptions([], "", sequence_length=sequence_length, mask_tokens=mask_tokens, nsp=nsp)
-    vocabulary = MaskWords.of(len(WORDS), range(5))
+    random_tokens = Masking.of(choose_tokens, 0.15, len(WORDS), range(5))
 
-    def made(seed, words=vocabulary):
-        blocks, dropped = make_samples(long_documents(300), range(5), words, options, np.random.default_rng(seed))
+    def made(seed, masking=random_tokens):
+        blocks, dropped = make_samples(long_documents(300), range(5), masking, options, np.random.default_rng(seed))
         assert dropped == 0
         return list(blocks)
 
@@ -178,6 +178,6 @@ def test_samples_are_the_same_for_the_same_seed_and_fit_the_shard_format(sequenc
         check_samples(samples, len(WORDS), "made here")
         assert samples.input_ids.dtype == samples.mlm_labels.dtype == np.uint16 and samples.nsp_labels.dtype == np.uint8
         assert nsp or (samples.first_lengths == samples.lengths).all() and not samples.nsp_labels.any()
-    unmasked = made([1, 2], words=None)[0]
+    unmasked = made([1, 2], masking=None)[0]
     check_samples(unmasked, len(WORDS), "made here")
     assert not unmasked.mlm_counts.any() and (unmasked.lengths == first[0].lengths).all()
