@@ -12,7 +12,7 @@ import sys
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
-from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import h5py
 import numpy as np
@@ -22,12 +22,12 @@ from data.commands import check_options, option, parse_options, run_command
 from data.errors import InputError
 from data.foreign.bert_layout import fit_samples, to_samples
 from data.foreign.hub import is_hub, largest_mask_count, read_hub, table_files
-from data.foreign.nvidia import open_nvidia, read_nvidia, write_nvidia
+from data.foreign.nvidia import open_nvidia, write_nvidia
 from data.foreign.tfrecord import feature_names, read_packed, read_plain
-from data.loading.shard_files import open_shards
+from data.loading.shard_files import open_shards, read_checked
 from data.preparing.staging import Staging, check_output, open_staging
-from data.samples import Samples, check_samples
-from data.shards import expand, read_samples, write_shard
+from data.samples import Samples
+from data.shards import ShardInfo, expand, write_shard
 from data.tokenizer import read_vocab, vocab_sha256, write_tokenizer_files
 
 __all__ = ["FORMATS", "Conversion", "ConvertOptions", "convert", "main", "recognise"]
@@ -210,28 +210,19 @@ class Reader:
     def __init__(
         self, files: Sequence[InputFile], tokens: Optional[Sequence[str]], mask_tokens: Optional[int], progress: bool
     ):
-        self.files, self.tokens, self.mask_tokens, self.progress = files, tokens, mask_tokens, progress
+        self.files, self.tokens, self.progress = files, tokens, progress
         self.formats = tuple(sorted({file.format for file in files}))
-        own = [file.path for file in files if file.format == NATIVE]
-        shards = open_shards(own) if own else []
-        for shard in shards:
-            if shard.masking != "static":
-                raise InputError(
-                    f"{shard.path}: its masking is {shard.masking}: nothing is masked yet, and NVIDIA's layout needs "
-                    "masked samples. Prepare the text with --masking static"
-                )
-            if tokens is not None and vocab_sha256(tokens) != shard.vocab_sha256:
-                raise InputError(
-                    f"{shard.path}: was made with another vocabulary than --vocab. Leave --vocab out, or give the "
-                    "vocab.txt beside the shards"
-                )
+        shards = open_own([file.path for file in files if file.format == NATIVE], tokens)
         self.vocab_size = shards[0].vocab_size if shards else len(tokens or ())
         shards += [open_nvidia(file.path, self.vocab_size) for file in files if file.format == "nvidia"]
         self.shards = {shard.path: shard for shard in shards}
+        self.readers: Dict[str, Callable] = {"tfrecord": read_plain, "packed-tfrecord": read_packed}
         tables = [file.path for file in files if file.format == "hub"]
-        if mask_tokens is None and tables:
+        if tables:
             bar = partial(tqdm, unit="file", desc="masked tokens", disable=not progress)
-            self.mask_tokens = largest_mask_count(tables, bar)
+            mask_tokens = mask_tokens or largest_mask_count(tables, bar)
+            self.readers["hub"] = partial(read_hub, mask_tokens=mask_tokens)
+        self.mask_tokens = mask_tokens
 
     def blocks(self) -> Iterator[Block]:
         cls_id = None if self.tokens is None else self.tokens.index("[CLS]")
@@ -253,30 +244,34 @@ class Reader:
     def blocks_of(self, file: InputFile) -> Iterator[Tuple[Samples, int]]:
         """Samples, and how many bytes of the file they and those before them take."""
         if file.path in self.shards:
-            yield from self.hdf5_blocks(file)
+            shard = self.shards[file.path]
+            for start in range(0, shard.num_samples, BLOCK):
+                stop = min(start + BLOCK, shard.num_samples)
+                yield read_checked(shard, start, stop, 0), shard.file_size * stop // shard.num_samples
             return
-        read = {
-            "tfrecord": read_plain,
-            "packed-tfrecord": read_packed,
-            "hub": partial(read_hub, mask_tokens=self.mask_tokens),
-        }
         first = 0
-        for arrays, place in read[file.format](file.path):
+        for arrays, place in self.readers[file.format](file.path):
             samples = to_samples(arrays, self.vocab_size, file.path, first)
             if len(samples):
                 yield samples, place
             first += len(samples)
 
-    def hdf5_blocks(self, file: InputFile) -> Iterator[Tuple[Samples, int]]:
-        shard = self.shards[file.path]
-        for start in range(0, shard.num_samples, BLOCK):
-            stop = min(start + BLOCK, shard.num_samples)
-            if file.format == "nvidia":
-                samples = read_nvidia(shard.path, start, stop, shard.vocab_size)
-            else:
-                samples = read_samples(shard.path, start, stop)
-                check_samples(samples, shard.vocab_size, shard.path, start)
-            yield samples, shard.file_size * stop // shard.num_samples
+
+def open_own(paths: Sequence[str], tokens: Optional[Sequence[str]]) -> List[ShardInfo]:
+    """Opens shards of this project, and checks that they are masked and made with this vocabulary, if it is given."""
+    shards = open_shards(paths) if paths else []
+    for shard in shards:
+        if shard.masking != "static":
+            raise InputError(
+                f"{shard.path}: its masking is {shard.masking}: nothing is masked yet, and NVIDIA's layout needs "
+                "masked samples. Prepare the text with --masking static"
+            )
+        if tokens is not None and vocab_sha256(tokens) != shard.vocab_sha256:
+            raise InputError(
+                f"{shard.path}: was made with another vocabulary than --vocab. Leave --vocab out, or give the "
+                "vocab.txt beside the shards"
+            )
+    return shards
 
 
 def check_begins(block: Block, cls_id: int) -> None:

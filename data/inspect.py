@@ -19,6 +19,7 @@ from data.errors import InputError
 from data.foreign.bert_layout import first_fault
 from data.foreign.nvidia import is_nvidia, open_nvidia, read_nvidia
 from data.packing import SAMPLES_PER_ROW, pack
+from data.rows import RowShape
 from data.samples import Samples, find_bad_sample
 from data.shards import ShardInfo, expand, open_shard, read_samples
 from data.tokenizer import read_vocab, vocab_sha256
@@ -101,6 +102,7 @@ class Inspection:
             f"{100 * self.masked_unchanged:.1f} % kept (10)"
         )
         masked = f"{100 * self.masked:.2f} % of the tokens (BERT: 15): {replaced}"
+        unmasked = "nothing yet: the loader masks anew in each epoch"
         not_next = f"{100 * self.not_next:.1f} % of the second segments do not follow the first (50)"
         lines = [
             f"samples     {self.samples:,} in {self.files} files, {sample_bytes} bytes a sample",
@@ -108,7 +110,7 @@ class Inspection:
             "in the vocabulary",
             f"tokens      {self.tokens:,}, {sample_tokens:.1f} a sample",
             f"padding     {100 * self.padding:.1f} % of the token slots, {100 * self.padding_packed:.1f} % when packed",
-            f"masked      {'nothing yet: the loader masks anew in each epoch' if self.masking == 'dynamic' else masked}",
+            f"masked      {unmasked if self.masking == 'dynamic' else masked}",
             f"NSP         {'none: a sample is one segment' if self.segments == 1 else not_next}",
             f"duplicates  {self.duplicates:,} samples, {100 * self.duplicates / self.samples:.2f} %",
             f"checked     {'every sample is good' if self.checked else 'no: --check verifies every sample'}",
@@ -131,15 +133,16 @@ def inspect(options: InspectOptions, progress: bool = True) -> Inspection:
     first = shards[0]
     counts: Counter = Counter()
     histogram = np.zeros(first.sequence_length + 1, np.int64)
-    hashes, packable, to_pack = [], [], PACKED_SAMPLES
+    hashes, lengths, mask_counts, to_pack = [], [], [], PACKED_SAMPLES
     for samples in blocks(shards, ids if options.check else None, progress):
         histogram += np.bincount(samples.lengths, minlength=len(histogram))
         counts.update(count_masks(samples, ids["[MASK]"]))
         counts["not_next"] += int(samples.nsp_labels.sum())
         hashes.append(hash_rows(restored_ids(samples)))
         if to_pack:
-            packable.append((samples.lengths[:to_pack].copy(), samples.mlm_counts[:to_pack].copy()))
-            to_pack -= len(packable[-1][0])
+            lengths.append(samples.lengths[:to_pack].copy())
+            mask_counts.append(samples.mlm_counts[:to_pack].copy())
+            to_pack -= len(lengths[-1])
     hashed = np.concatenate(hashes)
     total, masked = int(histogram @ np.arange(len(histogram))), max(1, counts["masked"])
     return Inspection(
@@ -154,7 +157,7 @@ def inspect(options: InspectOptions, progress: bool = True) -> Inspection:
         tokens=total,
         length_histogram=histogram.tolist(),
         padding=1 - total / (len(hashed) * first.sequence_length),
-        padding_packed=padding_when_packed(*map(np.concatenate, zip(*packable)), first),
+        padding_packed=padding_when_packed(np.concatenate(lengths), np.concatenate(mask_counts), first),
         masked=counts["masked"] / max(1, counts["maskable"]),
         masked_as_mask=counts["as_mask"] / masked,
         masked_as_random=(counts["masked"] - counts["as_mask"] - counts["unchanged"]) / masked,
@@ -170,15 +173,24 @@ def open_all(options: InspectOptions) -> Tuple[List[str], List[ShardInfo]]:
     """The vocabulary's tokens and the shards, checked against it and each other."""
     paths = expand(options.files)
     shards = [open_nvidia(path, 65536) if is_nvidia(path) else open_shard(path) for path in paths]
-    tokens, _ = find_vocab(options.vocab, shards)
+    vocab = options.vocab or os.path.join(os.path.dirname(paths[0]), "vocab.txt")
+    if not os.path.exists(vocab):
+        raise InputError(f"{vocab}: no such file. Give --vocab, the vocabulary that the samples were made with")
+    tokens = read_vocab(vocab)
     for shard in shards:
-        kind, other = (
-            f"sequence length {each.sequence_length}, {each.mask_tokens} masked tokens, {each.segments} segments, "
-            f"{each.masking} masking"
-            for each in (shard, shards[0])
-        )
-        if kind != other:
-            raise InputError(f"{shard.path}: {kind}; {shards[0].path} has {other}. Inspect them one after another")
+        if shard.vocab_sha256 not in ("", vocab_sha256(tokens)):
+            raise InputError(
+                f"{vocab}: is not the vocabulary that {shard.path} was made with (their hashes differ). Give that one "
+                "with --vocab"
+            )
+    for name in ("sequence_length", "mask_tokens", "segments", "masking"):
+        for shard in shards:
+            value, other = getattr(shard, name), getattr(shards[0], name)
+            if value != other:
+                raise InputError(
+                    f"{shard.path}: its {name} is {value}, that of {shards[0].path} is {other}. Inspect them one after "
+                    "another"
+                )
     if not any(shard.num_samples for shard in shards):
         raise InputError(f"{', '.join(paths)}: holds no samples")
     return tokens, [dataclasses.replace(shard, vocab_size=len(tokens)) for shard in shards]
@@ -286,8 +298,8 @@ def find_fault(samples: Samples, ids: Dict[str, int], segments: int) -> Optional
 
 
 def padding_when_packed(lengths: np.ndarray, mask_counts: np.ndarray, shard: ShardInfo) -> float:
-    slots = mask_slots_of_row(shard.mask_tokens, SAMPLES_PER_ROW)
-    rows = pack(lengths, mask_counts, shard.sequence_length, slots, SAMPLES_PER_ROW).rows
+    shape = RowShape.of(shard.sequence_length, shard.mask_tokens, SAMPLES_PER_ROW)
+    rows = pack(lengths, mask_counts, *shape).rows
     return 1 - int(lengths.sum(dtype=np.int64)) / (rows * shard.sequence_length)
 
 
@@ -322,11 +334,11 @@ def bars(histogram: Sequence[int]) -> List[str]:
     starts = range(1, longest + 1, width)
     counts = [sum(histogram[start : start + width]) for start in starts]
     digits, most, total = len(str(longest)), max(counts), max(1, sum(counts))
-    return [
-        f"  {start:{digits}} to {min(start + width - 1, longest):{digits}}  {'#' * -(-count * BAR_WIDTH // most):{BAR_WIDTH}} "
-        f"{100 * count / total:5.1f} %"
-        for start, count in zip(starts, counts)
-    ]
+    lines = []
+    for start, count in zip(starts, counts):
+        lengths = f"{start:{digits}} to {min(start + width - 1, longest):{digits}}"
+        lines.append(f"  {lengths}  {'#' * -(-count * BAR_WIDTH // most):{BAR_WIDTH}} {100 * count / total:5.1f} %")
+    return lines
 
 
 def plot_lengths(result: Inspection, path: str) -> None:

@@ -1,6 +1,9 @@
 """Masking of tokens as BERT does it, by `data.prepare` once or by the loader anew in each epoch.
 
-Shape letters: N samples, L sequence length, M mask slots, V vocabulary.
+First a function of CHOICES chooses tokens, then `apply_masks` replaces them. Another way to choose is a function like
+those here, and an entry: `CHOICES["spans"] = choose_spans`.
+
+Shape letters: N samples, L sequence length, M mask slots, V vocabulary, K tokens that are masked, of all samples.
 
 A sample's randomness comes from a key of its own and nothing else: each number is a hash of (key, counter). So a sample
 is masked the same way whatever else is in its batch, and on any number of threads. NumPy does the work and lets go of
@@ -10,68 +13,184 @@ After BERT (arXiv 1810.04805, section 3.1); whole words as in its program's crea
 """
 
 from dataclasses import dataclass, replace
-from typing import Optional, Sequence, Tuple
+from importlib import import_module
+from typing import Callable, Dict, Optional, Sequence, Tuple
 
 import numpy as np
 
+from data.errors import InputError
 from data.samples import Samples, token_dtype
 from data.shards import ShardInfo
 
-__all__ = ["MaskWords", "mask", "mask_budget", "mask_dynamic", "mask_words_of", "sample_keys"]
+__all__ = [
+    "CHOICES",
+    "Candidates",
+    "Masking",
+    "apply_masks",
+    "choice_reference",
+    "choose_tokens",
+    "choose_words",
+    "load_choice",
+    "mask",
+    "mask_budget",
+    "mask_dynamic",
+    "masking_of",
+    "random_32",
+    "sample_keys",
+]
 
 BLOCK = 1024  # samples masked at a time: their temporaries stay in the cache
 GOLDEN = 0x9E3779B97F4A7C15
 ALL_ONES = 0xFFFFFFFF
-# Counters of a sample's random numbers: its positions first, then the dice and the random word of each position.
-DICE, RANDOM_WORD = 1 << 16, 2 << 16
+# Counters of a sample's random numbers: its positions first, then the dice and the random token of each position. Those
+# from 3 << 16 on are free for other ways to choose.
+DICE, RANDOM_TOKEN = 1 << 16, 2 << 16
 EIGHT_TENTHS, NINE_TENTHS = np.uint32(0.8 * 2**32), np.uint32(0.9 * 2**32)
 
 
-@dataclass(frozen=True)
-class MaskWords:
-    """What masking has to know of a vocabulary."""
+@dataclass
+class Candidates:
+    """Tokens of N samples, of which a function of CHOICES chooses those to mask. Its own: it may write to the arrays,
+    but not to `input_ids`."""
 
+    input_ids: np.ndarray
+    """[N, L] before masking"""
+    special: np.ndarray
+    """[N, L] bool, whether a token must not be masked: [CLS], [SEP], padding"""
+    budget: np.ndarray
+    """[N] int32, how many tokens to mask; less where a unit does not fit, never more"""
+    order: np.ndarray
+    """[N, L] uint32, random bits above and the position below (`order & position_bits`): those that come first when
+    sorted are a random choice, and integers sort fast"""
+    position_bits: np.uint32
+    keys: np.ndarray
+    """[N] uint64, for more random numbers: `random_32(keys[:, None], counters)`"""
+    continuations: Optional[np.ndarray]
+    """[V] bool, whether an id goes on a word (`##`); None with "tokens" """
+
+
+Choose = Callable[[Candidates], Tuple[np.ndarray, np.ndarray]]
+"""Gives the tokens to mask, each once: samples [K], ascending, and positions [K], ascending in a sample, as np.nonzero
+does."""
+
+
+def choose_tokens(candidates: Candidates) -> Tuple[np.ndarray, np.ndarray]:
+    """Each token by itself."""
+    order, budget, length = candidates.order, candidates.budget, candidates.order.shape[1]
+    most = int(budget.max())
+    np.putmask(order, candidates.special, np.uint32(ALL_ONES))
+    order.partition(most - 1, axis=1)
+    positions = np.sort(order[:, :most], axis=1)
+    positions &= candidates.position_bits
+    positions[np.arange(most) >= budget[:, None]] = length
+    positions.sort(axis=1)
+    chosen = positions < length
+    return np.nonzero(chosen)[0], positions[chosen]
+
+
+def choose_words(candidates: Candidates) -> Tuple[np.ndarray, np.ndarray]:
+    """All pieces of a word together: words in the order of their first tokens, as long as they fit the budget."""
+    order, special = candidates.order, candidates.special
+    assert candidates.continuations is not None
+    sequence_length = order.shape[1]
+    inner = candidates.continuations[candidates.input_ids] & ~special
+    inner[:, 1:] &= ~special[:, :-1]  # a piece right after [CLS] or [SEP] begins what is there of its word
+    starts = ~inner & ~special
+    place = np.arange(sequence_length, dtype=np.uint16)
+    bounds = np.where(inner, np.uint16(sequence_length), place)
+    ends = np.full_like(bounds, sequence_length)
+    ends[:, :-1] = np.minimum.accumulate(bounds[:, :0:-1], axis=1)[:, ::-1]
+
+    # A row a rank: those of all samples are looked at together.
+    ranked = np.sort(np.where(starts, order, np.uint32(ALL_ONES)), axis=1).T
+    places = np.arange(len(order)) * sequence_length + (ranked & candidates.position_bits).clip(max=sequence_length - 1)
+    sizes = (ends - place).ravel()[places]
+    sizes[ranked == ALL_ONES] = sequence_length
+    left, taken_starts = candidates.budget.astype(np.uint16), np.zeros(order.size, bool)
+    shortest = np.minimum.accumulate(sizes[::-1], axis=0)[::-1]
+    for own_places, own_sizes, shortest_to_come in zip(places, sizes, shortest):
+        if not (shortest_to_come <= left).any():
+            break
+        fits = own_sizes <= left
+        taken_starts[own_places[fits]] = True
+        left -= own_sizes * fits
+    own_start = np.maximum.accumulate(np.where(starts, place, np.uint16(0)), axis=1)
+    own_start = own_start + np.arange(len(order))[:, None] * sequence_length
+    rows, positions = np.nonzero(taken_starts[own_start] & ~special)
+    return rows, positions
+
+
+CHOICES: Dict[str, Choose] = {"tokens": choose_tokens, "words": choose_words}
+"""What is masked together, by the name that --masked-units has and shards hold."""
+
+
+def choice_reference(name: str, where: str = "--masked-units") -> str:
+    """ "module:function" of an entry of CHOICES, from which `load_choice` gets the function in another process.
+
+    Raises InputError, which says `where` the name stands, when there is no such entry or it is in no module.
+    """
+    if name not in CHOICES:
+        raise InputError(f"{where}: {name!r} tokens cannot be masked together, expected {' or '.join(CHOICES)}")
+    choose = CHOICES[name]
+    if choose.__module__ == "__main__":
+        raise InputError(
+            f"{where}: {choose.__name__} is defined in the program itself, where other processes do not find it. Move "
+            "it to a module that the program imports"
+        )
+    return f"{choose.__module__}:{choose.__qualname__}"
+
+
+def load_choice(reference: str) -> Choose:
+    module, _, name = reference.partition(":")
+    return getattr(import_module(module), name)
+
+
+@dataclass(frozen=True)
+class Masking:
+    """How samples are masked, with what that has to know of a vocabulary."""
+
+    choose: Choose
+    share: float
+    """of a sample's tokens"""
     mask_id: int
     random_ids: np.ndarray
     """the ids that may stand for a masked token: all but the special ones, in the type of a shard's ids"""
-    continues: Optional[np.ndarray] = None
-    """[V] bool, whether an id goes on a word (`##`): whole words are masked; None: tokens are masked singly"""
+    continuations: Optional[np.ndarray] = None
+    """[V] bool, as in Candidates"""
 
     @staticmethod
-    def of(vocab_size: int, special_ids: Sequence[int], continues: Optional[np.ndarray] = None) -> "MaskWords":
+    def of(
+        choose: Choose,
+        share: float,
+        vocab_size: int,
+        special_ids: Sequence[int],
+        continuations: Optional[np.ndarray] = None,
+    ) -> "Masking":
         """`special_ids`: of [PAD], [UNK], [CLS], [SEP] and [MASK], in this order."""
         random_ids = np.delete(np.arange(vocab_size), list(special_ids)).astype(token_dtype(vocab_size))
-        return MaskWords(int(special_ids[4]), random_ids, continues)
+        return Masking(choose, share, int(special_ids[4]), random_ids, continuations)
 
 
-def mask_words_of(shard: ShardInfo) -> MaskWords:
-    """What the shards of a data set with dynamic masking say of their vocabulary."""
-    continues = None
+def masking_of(shard: ShardInfo, choose: Optional[Choose] = None) -> Masking:
+    """How a shard says that it is to be masked. `choose`: what its `masked_units` stands for, by default in CHOICES."""
+    continuations = None
     if shard.continuations:
         bits = np.frombuffer(bytes.fromhex(shard.continuations), np.uint8)
-        continues = np.unpackbits(bits)[: shard.vocab_size].astype(bool)
-    return MaskWords.of(shard.vocab_size, shard.special_ids, continues)
+        continuations = np.unpackbits(bits)[: shard.vocab_size].astype(bool)
+    choose = choose or load_choice(choice_reference(shard.masked_units, shard.path))
+    return Masking.of(choose, shard.mask_share, shard.vocab_size, shard.special_ids, continuations)
 
 
-def mask_dynamic(
-    samples: Samples, sample_indices: np.ndarray, seed: int, epoch, words: MaskWords, mask_share: float
-) -> Samples:
+def mask_dynamic(samples: Samples, sample_indices: np.ndarray, seed: int, epoch, masking: Masking) -> Samples:
     """Unmasked samples, masked for one epoch: a pure function of each sample, its index, the seed and the epoch.
 
     `sample_indices` [N] integers: the samples' places in the data set, counted through its shards. `epoch`: one, or
     each's. The given samples are left as they are; those returned share all arrays with them but `input_ids` and the
     three of `mlm_`.
     """
-    input_ids = samples.input_ids.copy()
-    positions, labels, counts = mask(
-        input_ids,
-        samples.lengths,
-        samples.first_lengths,
-        sample_keys(seed, epoch, sample_indices),
-        samples.mlm_positions.shape[1],
-        mask_share,
-        words,
-    )
+    input_ids, keys = samples.input_ids.copy(), sample_keys(seed, epoch, sample_indices)
+    mask_tokens = samples.mlm_positions.shape[1]
+    positions, labels, counts = mask(input_ids, samples.lengths, samples.first_lengths, keys, mask_tokens, masking)
     return replace(samples, input_ids=input_ids, mlm_positions=positions, mlm_labels=labels, mlm_counts=counts)
 
 
@@ -118,15 +237,14 @@ def mask(
     first_lengths: np.ndarray,
     keys: np.ndarray,
     mask_tokens: int,
-    mask_share: float,
-    words: MaskWords,
+    masking: Masking,
 ) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Masks samples in place; gives mlm_positions [N, M], mlm_labels [N, M] and mlm_counts [N], as a shard has them.
+    """Masks samples in place; returns mlm_positions [N, M] uint16, mlm_labels [N, M] and mlm_counts [N] uint16.
 
-    `keys` [N] uint64: each sample's randomness. Of each sample `mask_share` of its tokens are chosen, at least 1 and at
-    most `mask_tokens`, never its [CLS] and [SEP] (`first_lengths` counts those of the first segment). With
-    `words.continues` they are chosen as whole words, in random order, leaving out those too long for what is left of
-    that number; so they may be fewer. 80 % of the chosen become [MASK], 10 % a random word, 10 % stay.
+    `input_ids` [N, L], `lengths` [N] and `first_lengths` [N] as in Samples; `keys` [N] uint64, one random key a sample.
+
+    Of a sample of n tokens, masking.share x n, at least 1 and at most `mask_tokens`, are masked; with whole words, as
+    many as fit, so maybe fewer. In 80 % a masked token becomes [MASK], in 10 % a random token, in 10 % it stays.
     """
     count = len(input_ids)
     positions = np.zeros((count, mask_tokens), np.uint16)
@@ -134,16 +252,15 @@ def mask(
     counts = np.zeros(count, np.uint16)
     for start in range(0, count, BLOCK):
         block = slice(start, start + BLOCK)
-        counts[block] = mask_block(
-            input_ids[block],
-            lengths[block].astype(np.int32),
-            first_lengths[block].astype(np.int32),
-            keys[block],
-            mask_share,
-            words,
-            positions[block],
-            labels[block],
+        candidates = make_candidates(
+            input_ids[block], lengths[block], first_lengths[block], keys[block], mask_tokens, masking
         )
+        rows, chosen = masking.choose(candidates)
+        counts[block] = apply_masks(
+            input_ids[block], rows, chosen, keys[block], masking, positions[block], labels[block]
+        )
+        if (counts[block] > candidates.budget).any():
+            raise ValueError(f"{masking.choose.__name__} chose more tokens of a sample than its budget")
     return positions, labels, counts
 
 
@@ -153,88 +270,51 @@ def mask_budget(lengths: np.ndarray, mask_share: float, mask_tokens: int) -> np.
     return np.clip(np.rint(mask_share * lengths), 1, np.clip(lengths - 3, 0, mask_tokens)).astype(np.int32)
 
 
-def mask_block(
+def make_candidates(
     input_ids: np.ndarray,
     lengths: np.ndarray,
     first_lengths: np.ndarray,
     keys: np.ndarray,
-    mask_share: float,
-    words: MaskWords,
+    mask_tokens: int,
+    masking: Masking,
+) -> Candidates:
+    sequence_length = input_ids.shape[1]
+    position, last = np.arange(sequence_length, dtype=np.uint16), lengths.astype(np.int32) - 1
+    special = position >= last[:, None].astype(np.uint16)
+    special[:, 0] = True
+    special[np.arange(len(lengths)), first_lengths.astype(np.int32) - 1] = True
+    position_bits = np.uint32((1 << max(1, (sequence_length - 1).bit_length())) - 1)
+    order = random_32(keys[:, None], position.astype(np.uint32))
+    order &= ~position_bits
+    order |= position
+    budget = mask_budget(lengths, masking.share, mask_tokens)
+    return Candidates(input_ids, special, budget, order, position_bits, keys, masking.continuations)
+
+
+def apply_masks(
+    input_ids: np.ndarray,
+    rows: np.ndarray,
+    chosen: np.ndarray,
+    keys: np.ndarray,
+    masking: Masking,
     positions: np.ndarray,
     labels: np.ndarray,
 ) -> np.ndarray:
-    """Fills positions and labels, which are zero; gives the counts."""
+    """Replaces the chosen tokens in `input_ids` [N, L] and notes them in `positions` and `labels` [N, M], which are
+    zero; gives how many each sample has, [N]."""
     sequence_length, mask_tokens = input_ids.shape[1], positions.shape[1]
-    budget = mask_budget(lengths, mask_share, mask_tokens)
-    position = np.arange(sequence_length, dtype=np.uint16)
-    special = position >= (lengths - 1)[:, None].astype(np.uint16)
-    special[:, 0] = True
-    special[np.arange(len(lengths)), first_lengths - 1] = True
-    # Random bits above, positions below: the smallest are a random choice, and integers sort fast.
-    low_bits = np.uint32((1 << max(1, (sequence_length - 1).bit_length())) - 1)
-    order = random_32(keys[:, None], position.astype(np.uint32))
-    order &= ~low_bits
-    order |= position
-    if words.continues is None:
-        np.putmask(order, special, np.uint32(ALL_ONES))
-        order.partition(mask_tokens - 1, axis=1)
-        order = np.sort(order[:, :mask_tokens], axis=1)
-        order &= low_bits
-        order[np.arange(mask_tokens) >= budget[:, None]] = sequence_length
-        order.sort(axis=1)
-        used = order < sequence_length
-        row, slot = np.nonzero(used)
-        chosen = order[used]
-        counts = budget
-    else:
-        row, chosen = np.nonzero(choose_words(order, low_bits, special, words.continues[input_ids], budget))
-        counts = np.bincount(row, minlength=len(lengths))
-        slot = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+    counts = np.bincount(rows, minlength=len(input_ids))
+    slots = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+    tokens = rows * sequence_length + chosen
+    flat_ids, mask_slots = input_ids.reshape(-1), rows * mask_tokens + slots
+    positions.reshape(-1)[mask_slots] = chosen
+    labels.reshape(-1)[mask_slots] = flat_ids[tokens]
 
-    token = row * sequence_length + chosen
-    flat_ids = input_ids.reshape(-1)
-    masked_slot = row * mask_tokens + slot
-    positions.reshape(-1)[masked_slot] = chosen
-    labels.reshape(-1)[masked_slot] = flat_ids[token]
-
-    token_keys = keys[row]
+    token_keys = keys[rows]
     dice = random_32(token_keys, chosen.astype(np.uint32) + np.uint32(DICE))
-    flat_ids[token[dice < EIGHT_TENTHS]] = words.mask_id
+    flat_ids[tokens[dice < EIGHT_TENTHS]] = masking.mask_id
     other = np.flatnonzero((dice >= EIGHT_TENTHS) & (dice < NINE_TENTHS))
-    draw = random_32(token_keys[other], chosen[other].astype(np.uint32) + np.uint32(RANDOM_WORD)).astype(np.uint64)
-    flat_ids[token[other]] = words.random_ids[
-        (draw * np.uint64(len(words.random_ids)) >> np.uint64(32)).astype(np.int64)
-    ]
+    draw = random_32(token_keys[other], chosen[other].astype(np.uint32) + np.uint32(RANDOM_TOKEN)).astype(np.uint64)
+    drawn = draw * np.uint64(len(masking.random_ids)) >> np.uint64(32)
+    flat_ids[tokens[other]] = masking.random_ids[drawn.astype(np.int64)]
     return counts
-
-
-def choose_words(
-    order: np.ndarray, low_bits: np.uint32, special: np.ndarray, continues: np.ndarray, budget: np.ndarray
-) -> np.ndarray:
-    """[N, L] bool: the tokens of words taken in the order of their first tokens' `order` as long as they fit the budget
-    [N]."""
-    sequence_length = order.shape[1]
-    inner = continues & ~special
-    inner[:, 1:] &= ~special[:, :-1]  # a piece right after [CLS] or [SEP] begins what is there of its word
-    starts = ~inner & ~special
-    place = np.arange(sequence_length, dtype=np.uint16)
-    bounds = np.where(inner, np.uint16(sequence_length), place)
-    ends = np.full_like(bounds, sequence_length)
-    ends[:, :-1] = np.minimum.accumulate(bounds[:, :0:-1], axis=1)[:, ::-1]
-
-    # A row a rank: those of all samples are looked at together.
-    ranked = np.sort(np.where(starts, order, np.uint32(ALL_ONES)), axis=1).T
-    places = np.arange(len(order)) * sequence_length + (ranked & low_bits).clip(max=sequence_length - 1)
-    sizes = (ends - place).ravel()[places]
-    sizes[ranked == ALL_ONES] = sequence_length
-    left, taken_starts = budget.astype(np.uint16), np.zeros(order.size, bool)
-    shortest = np.minimum.accumulate(sizes[::-1], axis=0)[::-1]
-    for own_places, own_sizes, shortest_to_come in zip(places, sizes, shortest):
-        if not (shortest_to_come <= left).any():
-            break
-        fits = own_sizes <= left
-        taken_starts[own_places[fits]] = True
-        left -= own_sizes * fits
-    own_start = np.maximum.accumulate(np.where(starts, place, np.uint16(0)), axis=1)
-    own_start = own_start + np.arange(len(order))[:, None] * sequence_length
-    return taken_starts[own_start] & ~special

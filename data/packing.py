@@ -7,11 +7,11 @@ the least room for it.
 Shape letters: N samples, L token slots of a row, M mask slots of a row, S samples of a row at most.
 """
 
-from typing import List, NamedTuple, Tuple
+from typing import Dict, List, NamedTuple, Tuple
 
 import numpy as np
 
-__all__ = ["SAMPLES_PER_ROW", "Packing", "largest_prefix", "mask_slots_of_row", "one_a_row", "pack"]
+__all__ = ["SAMPLES_PER_ROW", "Packing", "largest_prefix", "one_a_row", "pack"]
 
 SAMPLES_PER_ROW = 6  # S when nothing else is asked for
 
@@ -27,12 +27,6 @@ class Packing(NamedTuple):
     mask_start: np.ndarray  # [N] int64: the mask slot at which its masked tokens begin
 
 
-def mask_slots_of_row(mask_tokens: int, samples_per_row: int) -> int:
-    """Mask slots of a packed row: `mask_tokens`, and one for each further sample, for the rounding of 15 % of short
-    ones."""
-    return mask_tokens + samples_per_row - 1
-
-
 def pack(
     lengths: np.ndarray, mask_counts: np.ndarray, sequence_length: int, mask_slots: int, samples_per_row: int
 ) -> Packing:
@@ -44,18 +38,16 @@ def pack(
     order = np.argsort(-lengths.astype(np.int32), kind="stable")
     histogram = np.bincount(lengths, minlength=sequence_length + 1)
     first_of_length = np.cumsum(histogram[::-1])[::-1] - histogram  # in `order`
-    row_of, place_of = np.empty(len(lengths), np.int64), np.empty(len(lengths), np.int64)
-    rows = 0
-    for shape, count in row_shapes(histogram, samples_per_row):
+    shapes = row_shapes(histogram, samples_per_row)
+    grid = np.full((sum(count for _, count in shapes), samples_per_row), -1)
+    row = 0
+    for shape, count in shapes:
         for place, length in enumerate(shape):
-            members = slice(first_of_length[length], first_of_length[length] + count)
-            row_of[members] = np.arange(rows, rows + count)
-            place_of[members] = place
+            first = first_of_length[length]
+            grid[row : row + count, place] = order[first : first + count]
             first_of_length[length] += count
-        rows += count
-    row, place = np.empty_like(row_of), np.empty_like(place_of)
-    row[order], place[order] = row_of, place_of
-    return settle(lengths, mask_counts, row, place, mask_slots, samples_per_row)
+        row += count
+    return packing_of(grid, lengths, mask_counts, mask_slots)
 
 
 def one_a_row(count: int) -> Packing:
@@ -68,7 +60,7 @@ def row_shapes(histogram: np.ndarray, samples_per_row: int) -> List[Tuple[Tuple[
     """The lengths in a row, longest first, and how many rows are so, for all samples of a histogram of lengths."""
     longest = len(histogram) - 1
     # open_rows[room]: shapes of rows with that much room that may take another sample, and how many rows have each.
-    open_rows = [{} for _ in range(longest + 1)]
+    open_rows: List[Dict[Tuple[int, ...], int]] = [{} for _ in range(longest + 1)]
     full = []
     for length in range(longest, 0, -1):
         left = int(histogram[length])
@@ -100,29 +92,26 @@ def row_shapes(histogram: np.ndarray, samples_per_row: int) -> List[Tuple[Tuple[
     return full + [item for shapes in open_rows for item in shapes.items()]
 
 
-def settle(lengths, mask_counts, row, place, mask_slots: int, samples_per_row: int) -> Packing:
-    """Starts, with rows numbered by their first sample; a row with too many masked tokens gives its last samples own
-    rows."""
-    rows = int(row.max()) + 1 if len(row) else 0
-    grid = np.full((rows, samples_per_row), -1)
-    grid[row, place] = np.arange(len(row))
+def packing_of(grid: np.ndarray, lengths: np.ndarray, mask_counts: np.ndarray, mask_slots: int) -> Packing:
+    """The packing of rows that hold the samples of `grid` [rows, S], -1 where there is none; rows are numbered anew, by
+    their first sample. The last samples of a row with too many masked tokens get rows of their own."""
     filled = grid >= 0
     masked_before = np.cumsum(np.where(filled, mask_counts[grid], 0), axis=1, dtype=np.int64)
     over = filled & (masked_before > mask_slots)
     if over.any():
         moved = grid[over]
         grid[over] = -1
-        alone = np.full((len(moved), samples_per_row), -1)
+        alone = np.full((len(moved), grid.shape[1]), -1)
         alone[:, 0] = moved
         grid = np.concatenate([grid, alone])
         filled = grid >= 0
-    grid = grid[np.argsort(np.where(filled, grid, len(row)).min(axis=1), kind="stable")]
+    grid = grid[np.argsort(np.where(filled, grid, len(lengths)).min(axis=1), kind="stable")]
     filled = grid >= 0
     starts = np.cumsum(np.where(filled, lengths[grid], 0), axis=1, dtype=np.int64)
     mask_starts = np.cumsum(np.where(filled, mask_counts[grid], 0), axis=1, dtype=np.int64)
     at_row, at_place = np.nonzero(filled)
     samples = grid[filled]
-    packing = Packing(len(grid), *(np.empty(len(row), np.int64) for _ in range(4)))
+    packing = Packing(len(grid), *(np.empty(len(lengths), np.int64) for _ in range(4)))
     packing.row[samples], packing.place[samples] = at_row, at_place
     packing.start[samples] = starts[filled] - lengths[samples]
     packing.mask_start[samples] = mask_starts[filled] - mask_counts[samples]

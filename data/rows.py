@@ -1,65 +1,103 @@
 """Rows: the batch format of the graph, on every device.
 
-Shape letters: R rows, L token slots of a row, M mask slots of a row, S samples of a row.
+Shape letters: R rows, L token slots of a row, M mask slots of a row, S samples of a row; T tokens, N samples in all.
 
-    input_ids, token_type_ids, position_ids, sample_ids [R, L] int32; sample_ids: 0 = padding, 1..S = which sample of
-    the row mlm_positions, mlm_labels [R, M] int32, mlm_weights [R, M] float32 cls_positions, nsp_labels [R, S] int32,
-    nsp_weights [R, S] float32
+    input_ids, token_type_ids, position_ids, sample_ids [R, L] int32; sample_ids: 0 = padding, 1..S = which sample
+    mlm_positions, mlm_labels [R, M] int32, mlm_weights [R, M] float32
+    cls_positions, nsp_labels [R, S] int32, nsp_weights [R, S] float32
 
 The weights of a global batch sum to 1 over its masked tokens and to 1 over its samples, so that summing the weighted
 losses over any cut into micro-batches gives the mean over the global batch, and its gradient.
 """
 
 from functools import lru_cache
-from typing import Dict, Tuple
+from typing import Any, Dict, NamedTuple, Sequence, Tuple
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from data.packing import mask_slots_of_row, pack
+from data.packing import pack
 from data.samples import Samples
 
 __all__ = [
-    "batch_layout",
-    "unpad",
+    "MLM",
+    "NSP",
+    "RowShape",
+    "Target",
     "fill_packed",
     "fill_unpacked",
-    "packed_batch",
-    "unpacked_batch",
     "normalize_weights",
+    "packed_batch",
+    "static_batch",
+    "unpacked_batch",
+    "unpad",
+    "unpadded_batch",
+    "weight_counts",
 ]
 
+TOKEN_FIELDS = ("input_ids", "token_type_ids", "position_ids")
 
-def batch_layout(rows: int, sequence_length: int, mask_slots: int, samples_per_row: int) -> Dict[str, tuple]:
-    """Name -> (shape, dtype) of each array of a batch."""
-    tokens, masks, samples = (rows, sequence_length), (rows, mask_slots), (rows, samples_per_row)
-    return {
-        "input_ids": (tokens, np.int32),
-        "token_type_ids": (tokens, np.int32),
-        "position_ids": (tokens, np.int32),
-        "sample_ids": (tokens, np.int32),
-        "mlm_positions": (masks, np.int32),
-        "mlm_labels": (masks, np.int32),
-        "mlm_weights": (masks, np.float32),
-        "cls_positions": (samples, np.int32),
-        "nsp_labels": (samples, np.int32),
-        "nsp_weights": (samples, np.float32),
-    }
+
+class RowShape(NamedTuple):
+    """What a row holds at most."""
+
+    tokens: int
+    """L, the sequence length"""
+    mask_slots: int
+    """M"""
+    samples: int
+    """S"""
+
+    @staticmethod
+    def of(sequence_length: int, mask_tokens: int, samples_per_row: int = 1) -> "RowShape":
+        """The shape of rows of samples with up to `mask_tokens` masked tokens.
+
+        Several samples have one slot more for each further one: 15 % of short ones are rounded up.
+        """
+        return RowShape(sequence_length, mask_tokens + samples_per_row - 1, samples_per_row)
+
+    def layout(self, rows: int) -> Dict[str, Tuple[Tuple[int, int], type]]:
+        """Name -> (shape, dtype) of each array of a batch of `rows` rows."""
+        tokens, masks, samples = [(rows, slots) for slots in self]
+        return {
+            "input_ids": (tokens, np.int32),
+            "token_type_ids": (tokens, np.int32),
+            "position_ids": (tokens, np.int32),
+            "sample_ids": (tokens, np.int32),
+            "mlm_positions": (masks, np.int32),
+            "mlm_labels": (masks, np.int32),
+            "mlm_weights": (masks, np.float32),
+            "cls_positions": (samples, np.int32),
+            "nsp_labels": (samples, np.int32),
+            "nsp_weights": (samples, np.float32),
+        }
+
+
+class Target(NamedTuple):
+    """The fields of a batch that say what is to be predicted where, and how much it counts."""
+
+    labels: str
+    positions: str
+    weights: str
+
+
+MLM = Target("mlm_labels", "mlm_positions", "mlm_weights")
+NSP = Target("nsp_labels", "cls_positions", "nsp_weights")
 
 
 def fill_unpacked(batch: Dict[str, np.ndarray], samples: Samples) -> None:
     """Writes R samples that were checked, one a row, into the arrays of `batch`, R rows with S = 1.
 
-    Their weights become 1 for each masked token and each sample; `normalize_weights` makes them the global batch's when all rows
-    are there.
+    Their weights become 1 for each masked token and each sample; `normalize_weights` makes them the global batch's when
+    all rows are there.
     """
     sequence_length, mask_slots = samples.input_ids.shape[1], samples.mlm_positions.shape[1]
     inside, types = batch["sample_ids"], batch["token_type_ids"]
     batch["input_ids"][:] = samples.input_ids
-    look_up(filled_slots(sequence_length), samples.lengths, inside)
-    look_up(filled_slots(sequence_length), samples.first_lengths, types)
+    copy_rows(filled_slots(sequence_length), samples.lengths, inside)
+    copy_rows(filled_slots(sequence_length), samples.first_lengths, types)
     np.subtract(inside, types, out=types)
-    look_up(slot_positions(sequence_length), samples.lengths, batch["position_ids"])
+    copy_rows(slot_positions(sequence_length), samples.lengths, batch["position_ids"])
     batch["mlm_positions"][:] = samples.mlm_positions
     batch["mlm_labels"][:] = samples.mlm_labels
     batch["mlm_weights"][:] = filled_slots(mask_slots)[samples.mlm_counts]
@@ -85,20 +123,20 @@ def fill_packed(
     length, slots = samples.input_ids.shape[1], samples.mlm_positions.shape[1]
     filled, used = filled_slots(length), filled_slots(slots)[samples.mlm_counts]
     inside, tokens = filled[samples.lengths], row * length + start
-    lay_out(batch["input_ids"], samples.input_ids, tokens)
-    lay_out(batch["token_type_ids"], inside - filled[samples.first_lengths], tokens)
-    lay_out(batch["position_ids"], slot_positions(length)[samples.lengths], tokens)
-    lay_out(batch["sample_ids"], inside * (place + 1).astype(np.int32)[:, None], tokens)
+    write_end_to_end(batch["input_ids"], samples.input_ids, tokens)
+    write_end_to_end(batch["token_type_ids"], inside - filled[samples.first_lengths], tokens)
+    write_end_to_end(batch["position_ids"], slot_positions(length)[samples.lengths], tokens)
+    write_end_to_end(batch["sample_ids"], inside * (place + 1).astype(np.int32)[:, None], tokens)
     masks = row * batch["mlm_weights"].shape[1] + mask_start
-    lay_out(batch["mlm_positions"], (samples.mlm_positions + start.astype(np.int32)[:, None]) * used, masks)
-    lay_out(batch["mlm_labels"], samples.mlm_labels, masks)
-    lay_out(batch["mlm_weights"], used, masks)
+    write_end_to_end(batch["mlm_positions"], (samples.mlm_positions + start.astype(np.int32)[:, None]) * used, masks)
+    write_end_to_end(batch["mlm_labels"], samples.mlm_labels, masks)
+    write_end_to_end(batch["mlm_weights"], used, masks)
     for name, value in (("cls_positions", start), ("nsp_labels", samples.nsp_labels), ("nsp_weights", 1)):
         batch[name][:] = 0
         batch[name][row, place] = value
 
 
-def lay_out(out: np.ndarray, values: np.ndarray, at: np.ndarray) -> None:
+def write_end_to_end(out: np.ndarray, values: np.ndarray, at: np.ndarray) -> None:
     # Each sample is written in its whole width, zeros after its end included, in the order of `at`: what the zeros run
     # over is written next. So a ragged copy is as fast as a plain one. Beside `out`, where the last sample may run over
     # its end.
@@ -108,21 +146,23 @@ def lay_out(out: np.ndarray, values: np.ndarray, at: np.ndarray) -> None:
     out[:] = flat[: out.size].reshape(out.shape)
 
 
-def normalize_weights(batch: Dict[str, np.ndarray]) -> Tuple[int, int]:
-    """Turns weights of 0 and 1 into those of a global batch, in place; returns its numbers of masked tokens and
-    samples."""
-    counts = []
-    for name in ("mlm_weights", "nsp_weights"):
-        counts.append(int(np.count_nonzero(batch[name])))
-        batch[name] *= np.float32(1 / max(1, counts[-1]))
-    return counts[0], counts[1]
+def weight_counts(batch: Dict[str, np.ndarray], targets: Sequence[Target] = (MLM, NSP)) -> Dict[str, int]:
+    """How many weights are not 0, by the name of their field."""
+    return {target.weights: int(np.count_nonzero(batch[target.weights])) for target in targets}
+
+
+def normalize_weights(batch: Dict[str, np.ndarray], targets: Sequence[Target] = (MLM, NSP)) -> Dict[str, int]:
+    """Turns weights of 0 and 1 into those of a global batch, in place; returns their `weight_counts`."""
+    counts = weight_counts(batch, targets)
+    for name, count in counts.items():
+        batch[name] *= np.float32(1 / max(1, count))
+    return counts
 
 
 def unpacked_batch(samples: Samples) -> Dict[str, np.ndarray]:
     """The global batch of these samples, one a row (S = 1)."""
-    (rows, sequence_length), mask_slots = samples.input_ids.shape, samples.mlm_positions.shape[1]
-    layout = batch_layout(rows, sequence_length, mask_slots, 1)
-    batch = {name: np.empty(shape, dtype) for name, (shape, dtype) in layout.items()}
+    shape = RowShape.of(samples.input_ids.shape[1], samples.mlm_positions.shape[1])
+    batch: Dict[str, np.ndarray] = {name: np.empty(*array) for name, array in shape.layout(len(samples)).items()}
     fill_unpacked(batch, samples)
     normalize_weights(batch)
     return batch
@@ -130,50 +170,75 @@ def unpacked_batch(samples: Samples) -> Dict[str, np.ndarray]:
 
 def packed_batch(samples: Samples, samples_per_row: int) -> Dict[str, np.ndarray]:
     """The global batch of these samples, up to `samples_per_row` in a row."""
-    length, slots = samples.input_ids.shape[1], mask_slots_of_row(samples.mlm_positions.shape[1], samples_per_row)
-    packing = pack(samples.lengths, samples.mlm_counts, length, slots, samples_per_row)
-    layout = batch_layout(packing.rows, length, slots, samples_per_row)
-    batch = {name: np.zeros(shape, dtype) for name, (shape, dtype) in layout.items()}
+    shape = RowShape.of(samples.input_ids.shape[1], samples.mlm_positions.shape[1], samples_per_row)
+    packing = pack(samples.lengths, samples.mlm_counts, *shape)
+    batch: Dict[str, np.ndarray] = {name: np.zeros(*array) for name, array in shape.layout(packing.rows).items()}
     order = np.lexsort((packing.place, packing.row))
     fill_packed(batch, samples.take(order), *(field[order] for field in packing[1:]))
     normalize_weights(batch)
     return batch
 
 
-def unpad(rows: Dict[str, np.ndarray], static: bool) -> Dict[str, np.ndarray]:
-    """The samples of these rows with their T tokens laid end to end, for kernels that take samples of any length.
+def unpad(rows: Dict[str, np.ndarray], static: bool, targets: Sequence[Target] = (MLM, NSP)) -> Dict[str, Any]:
+    """The samples of these rows with their T tokens end to end, for kernels that take samples of any length.
 
         input_ids, token_type_ids, position_ids [T] int32
-        starts [N + 1] int32: sample n has the tokens from starts[n] up to starts[n + 1]; longest: an int that no
-        sample's length exceeds mlm_positions, mlm_labels [K] int32, mlm_weights [K] float32: masked tokens; positions
-        are among the T cls_positions, nsp_labels [C] int32, nsp_weights [C] float32: samples
+        cu_seqlens [N + 1] int32: sample n has the tokens from cu_seqlens[n] up to cu_seqlens[n + 1]
+        max_seqlen: an int that no sample's length exceeds
+        of each target: positions [K] int32, which are among the T; labels [K] int32; weights [K] float32
 
-    Padding is left out. With `static` it stays, so that T = R L and N = R (S + 1) depend on the rows' shape alone: the
-    padding of a row is a sample of its own, and samples without tokens make up the number. Masked tokens and samples of
-    weight 0 are always left out.
+    Targets of weight 0 are left out. Padding is, too, or with `static` it stays: see `unpadded_batch`, `static_batch`.
     """
-    sample_ids = rows["sample_ids"]
-    count, length = sample_ids.shape
+    return (static_batch if static else unpadded_batch)(rows, targets)
+
+
+def unpadded_batch(rows: Dict[str, np.ndarray], targets: Sequence[Target]) -> Dict[str, Any]:
+    """`unpad` without padding."""
+    inside = rows["sample_ids"].ravel() != 0
+    kept, place = np.flatnonzero(inside), np.cumsum(inside) - 1
+    starts = place[first_slots(rows["sample_ids"]) & inside]
+    return {
+        **{name: rows[name].ravel()[kept] for name in TOKEN_FIELDS},
+        "cu_seqlens": np.append(starts, len(kept)).astype(np.int32),
+        "max_seqlen": rows["sample_ids"].shape[1],
+        **target_fields(rows, targets, place),
+    }
+
+
+def static_batch(rows: Dict[str, np.ndarray], targets: Sequence[Target]) -> Dict[str, Any]:
+    """`unpad` with padding, so that T = R L and N = R (S + 1) depend on the rows' shape alone: the padding of a row is
+    a sample of its own, and samples without tokens make up the number."""
+    count, length = rows["sample_ids"].shape
+    cu_seqlens = np.full(count * (rows["cls_positions"].shape[1] + 1) + 1, count * length, np.int32)
+    starts = np.flatnonzero(first_slots(rows["sample_ids"]))
+    cu_seqlens[: len(starts)] = starts
+    return {
+        **{name: rows[name].flatten() for name in TOKEN_FIELDS},
+        "cu_seqlens": cu_seqlens,
+        "max_seqlen": length,
+        **target_fields(rows, targets, np.arange(count * length)),
+    }
+
+
+def target_fields(rows: Dict[str, np.ndarray], targets: Sequence[Target], place: np.ndarray) -> Dict[str, np.ndarray]:
+    """The fields of the targets, whose positions are the `place` [R L] of their token slots."""
+    fields = {}
+    for target in targets:
+        row, slot = np.nonzero(rows[target.weights])
+        token = row * rows["sample_ids"].shape[1] + rows[target.positions][row, slot]
+        fields[target.positions] = place[token].astype(np.int32)
+        for name in (target.labels, target.weights):
+            fields[name] = rows[name][row, slot]
+    return fields
+
+
+def first_slots(sample_ids: np.ndarray) -> np.ndarray:
+    """[R L] bool, whether a sample or a row's padding begins at a slot."""
     ids = sample_ids.ravel()
-    first = np.empty(ids.size, bool)  # first tokens of samples and of padding
+    first = np.empty(ids.size, bool)
     first[:1], first[1:] = True, ids[1:] != ids[:-1]
-    first[::length] = True
-    kept = np.arange(ids.size) if static else np.flatnonzero(ids)
-    place = np.cumsum(ids != 0) - 1 if not static else kept
-    starts = np.append(place[np.flatnonzero(first if static else first & (ids != 0))], len(kept)).astype(np.int32)
-    if static:
-        missing = count * (rows["nsp_weights"].shape[1] + 1) + 1 - len(starts)
-        starts = np.concatenate([starts, np.full(missing, len(kept), np.int32)])
-    tokens = {name: rows[name].ravel()[kept] for name in ("input_ids", "token_type_ids", "position_ids")}
-    tokens.update(cu_seqlens=starts, max_seqlen=length)
-    for weights, positions, labels in (
-        ("mlm_weights", "mlm_positions", "mlm_labels"),
-        ("nsp_weights", "cls_positions", "nsp_labels"),
-    ):
-        row, slot = np.nonzero(rows[weights])
-        tokens[positions] = place[row * length + rows[positions][row, slot]].astype(np.int32)
-        tokens[labels], tokens[weights] = rows[labels][row, slot], rows[weights][row, slot]
-    return tokens
+    first[:: sample_ids.shape[1]] = True
+    return first
 
 
 @lru_cache(maxsize=None)
@@ -188,7 +253,7 @@ def slot_positions(slots: int) -> np.ndarray:
     return filled_slots(slots) * np.arange(slots, dtype=np.int32)
 
 
-def look_up(table: np.ndarray, index: np.ndarray, out: np.ndarray) -> None:
+def copy_rows(table: np.ndarray, index: np.ndarray, out: np.ndarray) -> None:
     # Copying rows of a small table beats comparing and casting; "clip" because "raise" would fill a copy of `out`
     # first.
     np.take(table, index, axis=0, out=out, mode="clip")

@@ -1,15 +1,15 @@
 """Samples on disk: the project's HDF5 shards.
 
 A shard holds N samples in contiguous, uncompressed datasets, one for each field of data/samples.py, of its shape and
-type. Attributes: format, schema_version, vocab_size, vocab_sha256, made_by (JSON: how the shard was made), and, where
-known, how it is masked: masking and mask_share, special_ids and continuations. `FORMAT.md` has all of it.
+type. Attributes: format, schema_version, vocab_size, vocab_sha256, segments, made_by (JSON: how the shard was made),
+and, where known, how it is masked (MASKING). `FORMAT.md` has all of it.
 """
 
 import glob
 import json
 import os
 from dataclasses import dataclass
-from typing import Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 import h5py
 
@@ -21,12 +21,8 @@ from data.samples import FIELDS, Samples, layout
 __all__ = ["ShardInfo", "expand", "open_shard", "read_samples", "write_shard"]
 
 FORMAT = "bert-pretraining-samples"
-
-
 SCHEMA_VERSION = 1
-
-
-MASKING = ("masking", "mask_share", "special_ids", "continuations")
+MASKING = ("masking", "mask_share", "special_ids", "continuations")  # with dynamic masking all of them are there
 
 
 @dataclass(frozen=True)
@@ -40,21 +36,30 @@ class ShardInfo:
     vocab_size: int
     vocab_sha256: str
     file_size: int  # bytes
-    offsets: Sequence[int]  # where in the file each data set begins, in the order of FIELDS
+    offsets: Sequence[int] = ()  # where in the file each data set begins, in the order of FIELDS; empty for NVIDIA's
+    is_nvidia: bool = False  # an HDF5 file as NVIDIA's script writes it: data/foreign/nvidia.py reads it
+    segments: int = 2  # of a sample: 1 or 2
     masking: str = "static"  # or "dynamic": nothing is masked yet, the loader masks anew in each epoch
     mask_share: float = 0.0  # of the tokens that are to be masked, or were; 0 when the file does not say
-    special_ids: Sequence[int] = ()  # of [PAD], [UNK], [CLS], [SEP] and [MASK]; with dynamic masking only
-    continuations: str = (
-        ""  # hexadecimal bits, one a word: whether it begins with ##; with dynamic masking of whole words only
-    )
+    # The rest with dynamic masking only:
+    masked_units: str = "tokens"  # what is masked together: a name in data.masking.CHOICES
+    special_ids: Sequence[int] = ()  # of [PAD], [UNK], [CLS], [SEP] and [MASK]
+    continuations: str = ""  # hexadecimal bits, one a token: whether it begins with ##; not for masked_units "tokens"
 
 
 def write_shard(
-    path: str, samples: Samples, vocab_size: int, vocab_hash: str, made_by: Dict, masking: Optional[Dict] = None
+    path: str,
+    samples: Samples,
+    vocab_size: int,
+    vocab_hash: str,
+    made_by: Dict,
+    masking: Optional[Dict] = None,
+    segments: int = 2,
 ) -> None:
     """Writes one shard; the file appears under its name whole or not at all.
 
-    `masking`: the attributes of how its samples are masked, or are to be (MASKING); without it the file does not say.
+    `masking`: the attributes of how its samples are masked, or are to be (MASKING and masked_units); without it the
+    file does not say. `segments`: of a sample, 1 or 2.
     Raises OSError that names the file when the disk is full.
     """
     with replacing(path) as temporary, new_hdf5(temporary) as file:
@@ -67,6 +72,8 @@ def write_shard(
                 "made_by": json.dumps(made_by),
             }
         )
+        if segments != 2:
+            file.attrs["segments"] = segments
         file.attrs.update(masking or {})
         for name in FIELDS:
             file.create_dataset(name, data=getattr(samples, name))
@@ -79,6 +86,7 @@ def expand(patterns: Sequence[str]) -> List[str]:
 
 
 def open_shard(path: str) -> ShardInfo:
+    """Raises InputError that names the file when it is no whole shard of this project."""
     if not os.path.exists(path):
         raise InputError(f"{path}: no such file")
     try:
@@ -86,73 +94,77 @@ def open_shard(path: str) -> ShardInfo:
     except OSError as error:
         raise InputError(f"{path}: cannot be read as HDF5 ({error}). It may be cut off: make it again")
     with file:
-        found = file.attrs.get("format")
-        if found != FORMAT or int(file.attrs.get("schema_version", 0)) != SCHEMA_VERSION:
-            raise InputError(
-                f"{path}: format {found!r} version {file.attrs.get('schema_version')}, expected {FORMAT!r} "
-                f"version {SCHEMA_VERSION}. Make shards with `python -m data.prepare`"
-            )
-        missing = [name for name in FIELDS if not isinstance(file.get(name), h5py.Dataset)]
-        if missing:
-            raise InputError(
-                f"{path}: the data set {missing[0]!r} is missing; found {sorted(file)}, expected {list(FIELDS)}"
-            )
-        missing = [name for name in ("vocab_size", "vocab_sha256") if name not in file.attrs]
-        if missing:
-            raise InputError(
-                f"{path}: the attribute {missing[0]!r} is missing. Make it again with `python -m data.prepare`"
-            )
-        if file["input_ids"].ndim != 2 or file["mlm_positions"].ndim != 2:
-            raise InputError(
-                f"{path}: input_ids and mlm_positions must have 2 dimensions, found {file['input_ids'].ndim} "
-                f"and {file['mlm_positions'].ndim}"
-            )
+        check_format(file, path)
+        check_datasets(file, path)
         count, sequence_length = file["input_ids"].shape
-        mask_tokens = file["mlm_positions"].shape[1]
-        vocab_size = int(file.attrs["vocab_size"])
-        for name, (shape, dtype) in layout(sequence_length, mask_tokens, vocab_size).items():
-            if file[name].shape != (count,) + shape or file[name].dtype != dtype:
-                raise InputError(
-                    f"{path}: data set {name!r} is {file[name].dtype} {file[name].shape}, expected {dtype} "
-                    f"{(count,) + shape}"
-                )
-            if file[name].size and file[name].id.get_offset() is None:
-                raise InputError(
-                    f"{path}: data set {name!r} is chunked or compressed, expected contiguous. Make it again "
-                    "with `python -m data.prepare`"
-                )
         return ShardInfo(
             path,
             count,
             sequence_length,
-            mask_tokens,
-            vocab_size,
+            file["mlm_positions"].shape[1],
+            int(file.attrs["vocab_size"]),
             str(file.attrs["vocab_sha256"]),
             os.path.getsize(path),
             tuple(file[name].id.get_offset() or 0 for name in FIELDS),
-            **masking_of(path, file.attrs),
+            segments=int(file.attrs.get("segments", 2)),
+            **read_masking(path, file.attrs),
         )
 
 
-def masking_of(path: str, attributes) -> Dict:
+def check_format(file: h5py.File, path: str) -> None:
+    name, version = file.attrs.get("format"), file.attrs.get("schema_version", 0)
+    if name != FORMAT or int(version) != SCHEMA_VERSION:
+        raise InputError(
+            f"{path}: format {name!r} version {version}, expected {FORMAT!r} version {SCHEMA_VERSION}. Make shards "
+            "with `python -m data.prepare`"
+        )
+    for name in ("vocab_size", "vocab_sha256"):
+        if name not in file.attrs:
+            raise InputError(f"{path}: the attribute {name!r} is missing. Make it again with `python -m data.prepare`")
+
+
+def check_datasets(file: h5py.File, path: str) -> None:
+    for name in FIELDS:
+        if not isinstance(file.get(name), h5py.Dataset):
+            raise InputError(f"{path}: the data set {name!r} is missing; found {sorted(file)}, expected {list(FIELDS)}")
+    dimensions = [file[name].ndim for name in ("input_ids", "mlm_positions")]
+    if dimensions != [2, 2]:
+        counts = " and ".join(map(str, dimensions))
+        raise InputError(f"{path}: input_ids and mlm_positions must have 2 dimensions, found {counts}")
+    count, sequence_length = file["input_ids"].shape
+    expected = layout(sequence_length, file["mlm_positions"].shape[1], int(file.attrs["vocab_size"]))
+    for name, (sample_shape, dtype) in expected.items():
+        data, shape = file[name], (count, *sample_shape)
+        if data.shape != shape or data.dtype != dtype:
+            raise InputError(f"{path}: data set {name!r} is {data.dtype} {data.shape}, expected {dtype} {shape}")
+        if data.size and data.id.get_offset() is None:
+            raise InputError(
+                f"{path}: data set {name!r} is chunked or compressed, expected contiguous. Make it again with "
+                "`python -m data.prepare`"
+            )
+
+
+def read_masking(path: str, attributes: Mapping) -> Dict[str, Any]:
     """The fields of ShardInfo that say how a shard is masked. Raises InputError when dynamic masking lacks one."""
-    found = {name: attributes[name] for name in MASKING if name in attributes}
-    kind = found.get("masking", "static")
+    kind = attributes.get("masking", "static")
     if kind not in ("static", "dynamic"):
         raise InputError(f"{path}: the attribute masking is {kind!r}, expected 'static' or 'dynamic'")
     if kind == "static":
-        return {"mask_share": float(found.get("mask_share", 0))}
-    missing = [name for name in MASKING if name not in found]
+        return {"mask_share": float(attributes.get("mask_share", 0))}
+    missing = [name for name in MASKING if name not in attributes]
     if missing:
         raise InputError(
-            f"{path}: the attribute {missing[0]!r} is missing, which dynamic masking needs. Make it again "
-            "with `python -m data.prepare --masking dynamic`"
+            f"{path}: the attribute {missing[0]!r} is missing, which dynamic masking needs. Make it again with "
+            "`python -m data.prepare --masking dynamic`"
         )
+    continuations = str(attributes["continuations"])
     return {
         "masking": kind,
-        "mask_share": float(found["mask_share"]),
-        "continuations": str(found["continuations"]),
-        "special_ids": tuple(int(number) for number in found["special_ids"]),
+        "mask_share": float(attributes["mask_share"]),
+        # Before there was this attribute, continuations were there for whole words only.
+        "masked_units": str(attributes.get("masked_units", "words" if continuations else "tokens")),
+        "special_ids": tuple(int(number) for number in attributes["special_ids"]),
+        "continuations": continuations,
     }
 
 

@@ -99,7 +99,7 @@ class IpuEngine:
     `ipu.replication_factor` replicas.
 
     `layout` gives the shape and type of each array of a global batch, all processes together (data/rows.py:
-    batch_layout); `precision` is "auto" for float16 or "float32". Under poprun each process feeds its share of the
+    RowShape.layout); `precision` is "auto" for float16 or "float32". Under poprun each process feeds its share of the
     rows, and its metrics are those of its share: `index` says which it is. A call does `steps_per_call` optimizer
     steps, on as many global batches one after the other.
     """

@@ -6,7 +6,7 @@ from typing import Callable, Dict
 import numpy as np
 import torch
 
-from data.rows import batch_layout
+from data.rows import RowShape
 
 __all__ = ["full_rows", "largest_that_fits", "peak_memory"]
 
@@ -39,7 +39,7 @@ def full_rows(rows: int, length: int, mask_slots: int, samples_per_row: int) -> 
     hold."""
     batch = {
         name: np.zeros(shape, dtype)
-        for name, (shape, dtype) in batch_layout(rows, length, mask_slots, samples_per_row).items()
+        for name, (shape, dtype) in RowShape(length, mask_slots, samples_per_row).layout(rows).items()
     }
     sample = np.arange(length) * samples_per_row // length
     batch["sample_ids"][:] = 1 + sample

@@ -18,7 +18,8 @@ from bert.plan.warnings import warnings_of
 from bert.run.training import duration
 from data.errors import InputError
 from data.loading.shard_files import open_shards
-from data.packing import mask_slots_of_row, pack
+from data.packing import pack
+from data.rows import RowShape
 from data.shards import read_samples
 
 __all__ = ["Speed", "calibrate", "ipu_report", "measured_report", "picture_path", "plan", "speed_of"]
@@ -117,17 +118,12 @@ def look_at_data(config: Config) -> DataFacts:
     skipped = {} if data.on_bad_shard == "skip" else None
     shards = open_shards(data.files, data.sequence_length, data.mask_tokens, config.model.vocab_size, skipped)
     samples = sum(shard.num_samples for shard in shards)
-    own = [shard for shard in shards if shard.offsets and shard.num_samples]
+    own = [shard for shard in shards if not shard.is_nvidia and shard.num_samples]
     if not own:  # NVIDIA's files do not say how long samples are before all of them is read
         return DataFacts(samples, None, None)
     first = read_samples(own[0].path, 0, min(SAMPLES_READ, own[0].num_samples))
-    packing = pack(
-        first.lengths,
-        first.mlm_counts,
-        data.sequence_length,
-        mask_slots_of_row(data.mask_tokens, data.samples_per_row),
-        data.samples_per_row,
-    )
+    shape = RowShape.of(data.sequence_length, data.mask_tokens, data.samples_per_row)
+    packing = pack(first.lengths, first.mlm_counts, *shape)
     return DataFacts(samples, float(first.lengths.mean()) / data.sequence_length, len(first) / packing.rows)
 
 

@@ -18,8 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bert.config import Config, samples_per_row
 from bert.model.graph import BertForPretraining
 from bert.model.stages import Stage, make_stages
-from data.packing import mask_slots_of_row
-from data.rows import batch_layout
+from data.rows import RowShape
 from ops.ipu import MATMULS, lowering
 
 __all__ = ["Operation", "Trace", "Value", "trace"]
@@ -90,9 +89,7 @@ def trace(config: Config) -> Trace:
     data, ipu = config.data, config.ipu
     stages = make_stages(ipu.layers_per_ipu, ipu.matmul_proportion)
     per_row = samples_per_row(config, "ipu")
-    layout = batch_layout(
-        ipu.micro_batch_size, data.sequence_length, mask_slots_of_row(data.mask_tokens, per_row), per_row
-    )
+    layout = RowShape.of(data.sequence_length, data.mask_tokens, per_row).layout(ipu.micro_batch_size)
     with torch.device("meta"):
         graph = BertForPretraining(
             config.model, stages, ipu.embedding_serialization_factor, ipu.recompute_checkpoint_every_layer

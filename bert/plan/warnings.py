@@ -7,7 +7,7 @@ from typing import Any, Dict, Iterator, List
 
 from bert.config import Config, samples_per_row
 from bert.plan.ipu_plan import IPU_BYTES, IpuPlan, make_ipu_plan
-from data.packing import mask_slots_of_row
+from data.rows import RowShape
 
 __all__ = ["warnings_of"]
 
@@ -70,7 +70,8 @@ def warnings_of(config: Config, found: IpuPlan) -> List[str]:
 
 def logits_of(config: Config) -> int:
     """Bytes of the MLM logits of a micro-batch."""
-    slots = mask_slots_of_row(config.data.mask_tokens, samples_per_row(config, "ipu"))
+    data = config.data
+    slots = RowShape.of(data.sequence_length, data.mask_tokens, samples_per_row(config, "ipu")).mask_slots
     return (
         config.ipu.micro_batch_size
         * slots

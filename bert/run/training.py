@@ -1,5 +1,6 @@
 """A run: shards -> loader -> engine -> metrics and checkpoints, from the first step or from where it stopped."""
 
+import collections
 import contextlib
 import dataclasses
 import glob
@@ -28,11 +29,10 @@ from bert.run.curve import draw_curve, read_metrics
 from bert.run.run_folder import claim, find_checkpoint
 from bert.signals import interruptible, protected
 from data.errors import InputError, LoaderDied
-from data.loading.loader import GlobalBatch, Loader, batches_in_order
+from data.loading.loader import GlobalBatch, Loader, LoaderSettings, batches_in_order
 from data.loading.shard_files import open_shards
-from data.packing import mask_slots_of_row
 from data.prepare import PrepareOptions, prepare
-from data.rows import batch_layout
+from data.rows import RowShape
 from data.shards import ShardInfo
 from data.tokenizer import read_vocab, vocab_sha256
 
@@ -252,15 +252,15 @@ def next_batch(loader: Loader, count: int) -> GlobalBatch:
     """The next `count` global batches, one after the other in one."""
     if count == 1:
         return loader.next()
-    arrays, samples, masked_tokens = [], 0, 0
+    arrays, counts = [], collections.Counter()
     for _ in range(count):
         batch = loader.next()
         arrays.append(
             {name: array.copy() for name, array in batch.arrays.items()}
         )  # the loader's memory is its own again with the next
-        samples, masked_tokens = samples + batch.samples, masked_tokens + batch.masked_tokens
+        counts.update(batch.counts)
     together = {name: np.concatenate([one[name] for one in arrays]) for name in arrays[0]}
-    return GlobalBatch(together, samples, masked_tokens, batch.position, batch.skipped)
+    return GlobalBatch(together, counts, batch.position, batch.skipped)
 
 
 def find_device(config: Config) -> Tuple[str, str]:
@@ -289,10 +289,8 @@ def make_engine(config: Config, device: str):
     initialize(graph, config.model.initializer_range, config.training.seed)
     data, optimizer, training = config.data, config.optimizer, config.training
     if device == "ipu":
-        per_row = samples_per_row(config, device)
-        layout = batch_layout(
-            training.global_batch_size, data.sequence_length, mask_slots_of_row(data.mask_tokens, per_row), per_row
-        )
+        shape = RowShape.of(data.sequence_length, data.mask_tokens, samples_per_row(config, device))
+        layout = shape.layout(training.global_batch_size)
         return IpuEngine(
             graph,
             stages,
@@ -323,13 +321,12 @@ def make_engine(config: Config, device: str):
         graph.bert.encoder["layer"],
     )
     if device == "cuda" and not training.micro_batch_size:
-        per_row = samples_per_row(config, device)
-        slots = mask_slots_of_row(data.mask_tokens, per_row)
+        shape = RowShape.of(data.sequence_length, data.mask_tokens, samples_per_row(config, device))
         moments = 8 * sum(master.numel() for master in engine.masters.values())
         free, _ = torch.cuda.mem_get_info()
         available = int(0.9 * (free + torch.cuda.memory_reserved())) - moments
         engine.micro_batch_size = largest_that_fits(
-            lambda rows: peak_memory(engine, full_rows(rows, data.sequence_length, slots, per_row)), available, rows
+            lambda rows: peak_memory(engine, full_rows(rows, *shape)), available, rows
         )
         if not engine.micro_batch_size:
             raise InputError(
@@ -412,7 +409,7 @@ def open_data(config: Config) -> Tuple[List[ShardInfo], List[str], Dict[str, str
                 f"{sorted(both)[0]}: is named by data.files and by data.held_out_files; expected different "
                 "files: --data.files '.../train-*.h5' and --data.held_out_files '.../held_out-*.h5'"
             )
-        for _ in batches_in_order(data.held_out_files, 4096, *expected):
+        for _ in batches_in_order(held_out, 4096):
             pass
     return shards, words, skipped
 
@@ -430,20 +427,15 @@ def open_loader(config: Config, shards: List[ShardInfo], state: Dict, device: st
     packing = data.packing
     if packing == "auto":  # the same samples either way; an IPU's shapes are static
         packing = "off" if device == "ipu" else "samples"
-    return Loader(
-        shards,
-        training.global_batch_size,
-        training.seed,
-        data.sequence_length,
-        data.mask_tokens,
-        config.model.vocab_size,
+    settings = LoaderSettings(
+        batch_size=training.global_batch_size,
+        seed=training.seed,
         packing=packing,
         samples_per_row=data.samples_per_row,
-        position=state["position"],
         skip_bad=data.on_bad_shard == "skip",
-        skipped=state["skipped"],
         workers=min(data.workers, os.cpu_count() or 1),
     )
+    return Loader(shards, settings, state["position"], state["skipped"])
 
 
 def read_state(checkpoint: Optional[str], data_set: Dict, may_lack_shards: bool) -> Dict:
@@ -581,25 +573,28 @@ def finish(config: Config, engine) -> None:
 
 def evaluate(config: Config, engine) -> Dict:
     """The metrics over all held-out samples, without dropout."""
-    data, totals, masked, samples = config.data, dict.fromkeys(METRICS, 0.0), 0, 0
-    shards = open_shards(data.held_out_files, vocab_size=config.model.vocab_size)
+    data, totals, counts = config.data, dict.fromkeys(METRICS, 0.0), collections.Counter()
+    shards = open_shards(data.held_out_files, data.sequence_length, data.mask_tokens, config.model.vocab_size)
     with tqdm(
         total=sum(shard.num_samples for shard in shards), unit="seq", desc="evaluating", disable=None, leave=False
     ) as bar:
-        for batch in batches_in_order(
-            data.held_out_files,
-            max(256, engine.micro_batch_size),
-            data.sequence_length,
-            data.mask_tokens,
-            config.model.vocab_size,
-        ):
+        for batch in batches_in_order(shards, max(256, engine.micro_batch_size)):
             found = engine.evaluate(batch.arrays)
             for name in METRICS:
-                totals[name] += found[name].item() * (batch.masked_tokens if name.startswith("mlm") else batch.samples)
-            masked, samples = masked + batch.masked_tokens, samples + batch.samples
+                totals[name] += found[name].item() * batch.counts[weights_of(name)]
+            counts.update(batch.counts)
             bar.update(batch.samples)
-    means = {name: totals[name] / max(1, masked if name.startswith("mlm") else samples) for name in METRICS}
-    return {"step": engine.steps_done, "samples": samples, "loss": means["mlm_loss"] + means["nsp_loss"], **means}
+    means = {name: totals[name] / max(1, counts[weights_of(name)]) for name in METRICS}
+    return {
+        "step": engine.steps_done,
+        "samples": counts["nsp_weights"],
+        "loss": means["mlm_loss"] + means["nsp_loss"],
+        **means,
+    }
+
+
+def weights_of(metric: str) -> str:
+    return "mlm_weights" if metric.startswith("mlm") else "nsp_weights"
 
 
 def say(line: str) -> None:

@@ -41,7 +41,7 @@ def open_nvidia(path: str, vocab_size: int) -> ShardInfo:
     """What `data.shards.open_shards` tells of a shard, with the vocabulary's size as given, for the file does not tell
     it.
 
-    `vocab_sha256` is "", unknown, and `offsets` is empty: the file is read with `read_nvidia`. Raises InputError that
+    `vocab_sha256` is "", unknown; the file is read with `read_nvidia`. Raises InputError that
     names the file: missing, not HDF5 or cut off, a data set missing or of another shape or type than integers.
     """
     try:
@@ -51,7 +51,7 @@ def open_nvidia(path: str, vocab_size: int) -> ShardInfo:
             mask_tokens = file["masked_lm_positions"].shape[1]
     except OSError as error:
         raise InputError(f"{path}: cannot be read as HDF5 ({error}). It may be cut off: get it again")
-    return ShardInfo(path, count, sequence_length, mask_tokens, vocab_size, "", os.path.getsize(path), ())
+    return ShardInfo(path, count, sequence_length, mask_tokens, vocab_size, "", os.path.getsize(path), is_nvidia=True)
 
 
 def check_datasets(file: h5py.File, path: str) -> None:

@@ -1,8 +1,7 @@
 """Global batches from shards: asynchronously and shuffled for training, plainly and in file order for evaluation.
 
 One process reads and assembles ahead of training, in threads, into a ring of slots in shared memory; the training
-thread takes a finished slot. A process, because Python's threads would get in the way of the training loop; one,
-started anew rather than forked, because it starts fast and takes nothing of the parent's with it.
+thread takes a finished slot. A process, because Python's threads would get in the way of the training loop.
 """
 
 import collections
@@ -10,120 +9,116 @@ import json
 import mmap
 import os
 import select
-import subprocess
-import sys
 from dataclasses import asdict, dataclass
-from typing import Dict, Iterator, Optional, Sequence, Union
+from typing import Any, Deque, Dict, Iterator, Optional, Sequence
 
 import numpy as np
 
 from data.errors import InputError, LoaderDied
 from data.loading.ring import ring_bytes, ring_slots, shared_file
-from data.loading.shard_files import open_shards, read_checked
-from data.packing import SAMPLES_PER_ROW, mask_slots_of_row
-from data.rows import batch_layout, unpacked_batch
+from data.loading.shard_files import read_checked
+from data.masking import choice_reference
+from data.packing import SAMPLES_PER_ROW
+from data.rows import NSP, RowShape, unpacked_batch, weight_counts
 from data.samples import Samples
 from data.shards import ShardInfo
-from data.subprocesses import PROJECT, end_process, how_it_ended
+from data.subprocesses import ChildProcess, encode
 
-__all__ = ["GlobalBatch", "Loader", "batches_in_order"]
+__all__ = ["GlobalBatch", "Loader", "LoaderSettings", "batches_in_order"]
 
 
 @dataclass
 class GlobalBatch:
-    """The rows of one optimizer step: arrays as `data.rows` describes them, the samples and masked tokens they hold,
-    and the position in the run's order after them and the shards left out by then (path -> why), from which another
-    loader goes on."""
+    """The rows of one optimizer step."""
 
     arrays: Dict[str, np.ndarray]
-    samples: int
-    masked_tokens: int
+    """as `data.rows` describes them"""
+    counts: Dict[str, int]
+    """of each field of weights, how many are not 0: "mlm_weights" the masked tokens, "nsp_weights" the samples"""
     position: int
+    """in the run's order after this batch, from which another loader goes on"""
     skipped: Dict[str, str]
+    """shards left out by then: path -> why"""
+
+    @property
+    def samples(self) -> int:
+        return self.counts[NSP.weights]
+
+
+@dataclass(frozen=True)
+class LoaderSettings:
+    """How shards become batches."""
+
+    batch_size: int
+    """samples, or rows where `packing` says so"""
+    seed: int
+    """of the order of samples, and of dynamic masking"""
+    packing: str = "off"
+    """off: a batch is `batch_size` rows of one sample. samples: it is `batch_size` samples in as few rows as they fit.
+    rows: it is `batch_size` rows with as many samples as fit, for static shapes"""
+    samples_per_row: int = SAMPLES_PER_ROW
+    """at most; not with `packing` off"""
+    skip_bad: bool = False
+    """leave out shards that turn out bad, instead of raising"""
+    workers: int = 2
+    """threads that read and assemble; batches do not depend on it"""
+    slots: int = 3
+    """batches in memory, the one in use among them; batches do not depend on it"""
+
+    def row_shape(self, shard: ShardInfo) -> RowShape:
+        per_row = 1 if self.packing == "off" else self.samples_per_row
+        return RowShape.of(shard.sequence_length, shard.mask_tokens, per_row)
+
+    def check(self) -> None:
+        """Raises InputError for a value out of range."""
+        least = {"batch_size": 1, "seed": 0, "samples_per_row": 1, "workers": 1, "slots": 2}
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise InputError(f"the loader's {name} is {getattr(self, name)}, expected {bound} or more")
 
 
 class Loader:
     """Global batches in the order of `data.loading.order`, assembled ahead of their use; without end.
 
-    `files`: paths and globs of shards, or shards that `open_shards` opened for this run. `packing`: "samples": a batch
-    is `batch_size` samples, in as few rows as they fit, up to `samples_per_row` in each; "rows": it is `batch_size`
-    rows, static shapes, with as many samples as fit, and the next batch goes on after them; "off": `batch_size` rows of
-    one sample. `position`: where to go on (a batch's `position`; 0: at the start). `skip_bad`: leave shards out that
-    turn out bad, instead of raising; a batch's `skipped` says which, and why, and `skipped` those that were left out
-    before. `workers`: threads that read and assemble. `slots`: global batches in memory, the one in use among them;
-    neither changes what is in a batch.
+    `shards`: as `open_shards` opened them for this run. `position`: where to go on (a batch's `position`; 0: at the
+    start). `skipped`: shards that were left out before.
 
-    Raises InputError, before a process is started, for shards that cannot be used (see `open_shards`), a value out of
-    range, and too little memory. A context manager: leaving it, or the end of this process in whatever way, ends the
-    loader's process.
+    Raises InputError, before a process is started, for a value out of range, masking that is not known, and too little
+    memory. A context manager: leaving it, or the end of this process in whatever way, ends the loader's process.
     """
 
     def __init__(
         self,
-        files: Sequence[Union[str, ShardInfo]],
-        batch_size: int,
-        seed: int,
-        sequence_length: int,
-        mask_tokens: int,
-        vocab_size: int,
-        packing: str = "off",
-        samples_per_row: int = SAMPLES_PER_ROW,
+        shards: Sequence[ShardInfo],
+        settings: LoaderSettings,
         position: int = 0,
-        skip_bad: bool = False,
         skipped: Optional[Dict[str, str]] = None,
-        workers: int = 2,
-        slots: int = 3,
     ):
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("seed", seed, 0),
-            ("position", position, 0),
-            ("samples_per_row", samples_per_row, 1),
-            ("workers", workers, 1),
-            ("slots", slots, 2),
-        ):
-            if value < least:
-                raise InputError(f"the loader's {name} is {value}, expected {least} or more")
-        self._left_out = dict(skipped or {})
-        shards = files
-        if not all(isinstance(file, ShardInfo) for file in files):
-            shards = open_shards(files, sequence_length, mask_tokens, vocab_size, self._left_out if skip_bad else None)
-        self.num_samples = sum(shard.num_samples for shard in shards)
-        per_row = 1 if packing == "off" else samples_per_row
-        layout = batch_layout(batch_size, sequence_length, mask_slots_of_row(mask_tokens, per_row), per_row)
-        size = ring_bytes(layout, slots)
+        settings.check()
+        if position < 0:
+            raise InputError(f"the loader's position is {position}, expected 0 or more")
+        first, self._skipped = shards[0], dict(skipped or {})
+        choose = choice_reference(first.masked_units, first.path)
+        layout = settings.row_shape(first).layout(settings.batch_size)
+        size = ring_bytes(layout, settings.slots)
         with shared_file(size) as memory:
-            self._slots = ring_slots(mmap.mmap(memory.fileno(), size), layout, slots)
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "data.loading.process"],
-                cwd=PROJECT,
-                pass_fds=[memory.fileno()],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-            )
-            self._in_use, self._messages, self._unread = None, collections.deque(), b""
+            self._slots = ring_slots(mmap.mmap(memory.fileno(), size), layout, settings.slots)
+            self._child: Optional[ChildProcess] = ChildProcess("data.loading.process", [memory.fileno()])
+            self._in_use: Optional[int] = None
+            self._messages: Deque[Dict] = collections.deque()
+            self._unread = b""
             self._send(
                 {
                     "shards": [asdict(shard) for shard in shards],
-                    "batch_size": batch_size,
-                    "packing": packing,
-                    "seed": seed,
-                    "layout": {name: (shape, np.dtype(dtype).str) for name, (shape, dtype) in layout.items()},
+                    "settings": asdict(settings),
+                    "choose": choose,
                     "position": position,
-                    "skip_bad": skip_bad,
-                    "skipped": {
-                        number: self._left_out[shard.path]
-                        for number, shard in enumerate(shards)
-                        if shard.path in self._left_out
-                    },
-                    "workers": workers,
-                    "slots": slots,
+                    "skipped": self._skipped,
                     "memory": memory.fileno(),
                     "folder": os.getcwd(),
-                    "parent": os.getpid(),
                 }
             )
-        for slot in range(slots):
+        for slot in range(settings.slots):
             self._send(slot)
 
     def next(self) -> GlobalBatch:
@@ -133,43 +128,27 @@ class Loader:
         what is needed for longer. Raises InputError when a shard turns out bad, cut off or removed (the message names
         it), LoaderDied when the loader's process ended (the message says how).
         """
-        if self._process is None:
-            raise RuntimeError("the loader is closed")
         if self._in_use is not None:
             self._send(self._in_use)
         while not self._messages:
             self._receive()
         message = self._messages.popleft()
-        self._in_use = message["slot"]
-        arrays = {name: array[: message["rows"]] for name, array in self._slots[self._in_use].items()}
-        return GlobalBatch(
-            arrays,
-            message["samples"],
-            message["masked_tokens"],
-            message["position"],
-            dict(self._left_out, **message["skipped"]),
-        )
+        self._in_use = slot = message["slot"]
+        arrays = {name: array[: message["rows"]] for name, array in self._slots[slot].items()}
+        skipped = {**self._skipped, **message["skipped"]}
+        return GlobalBatch(arrays, message["counts"], message["position"], skipped)
 
     def check(self) -> None:
         """Raises what `next` would, as soon as the loader's process has failed: for steps that take long."""
-        while self._process is not None and select.select([self._process.stdout], [], [], 0)[0]:
+        while self._child is not None and select.select([self._child.output], [], [], 0)[0]:
             self._receive()
-
-    def _receive(self) -> None:
-        data = os.read(self._process.stdout.fileno(), 1 << 16)
-        *lines, self._unread = (self._unread + data).split(b"\n")
-        self._messages.extend(map(json.loads, lines))
-        failed = [message for message in self._messages if "error" in message] or ([] if data else [self._obituary()])
-        if failed:  # batches that are ready are not used up first: a run should stop where it is
-            self.close()
-            raise (InputError if failed[0]["bad_input"] else LoaderDied)(failed[0]["error"])
 
     def close(self) -> None:
         """Ends the loader's process at once and gives its memory back; may be called again."""
-        if self._process is None:
-            return
-        process, self._process, self._slots = self._process, None, None
-        end_process(process)
+        if self._child is not None:
+            child, self._child, self._slots = self._child, None, []
+            self._messages.clear()
+            child.end()
 
     def __enter__(self) -> "Loader":
         return self
@@ -177,33 +156,37 @@ class Loader:
     def __exit__(self, *exception) -> None:
         self.close()
 
-    def _send(self, message) -> None:
-        try:
-            self._process.stdin.write(json.dumps(message).encode() + b"\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it ended: why is what `next` reads
+    def _send(self, message: Any) -> None:
+        self._open_child().send(encode(message))
 
-    def _obituary(self) -> Dict:
-        return {
-            "error": f"the loader's process {how_it_ended(self._process)}. Start again from the last checkpoint",
-            "bad_input": False,
-        }
+    def _receive(self) -> None:
+        child = self._open_child()
+        data = os.read(child.output.fileno(), 1 << 16)
+        *lines, self._unread = (self._unread + data).split(b"\n")
+        self._messages.extend(map(json.loads, lines))
+        failure = next((message for message in self._messages if "error" in message), None)
+        if failure is None and not data:
+            end = f"the loader's process {child.how_it_ended()}. Start again from the last checkpoint"
+            failure = {"error": end, "bad_input": False}
+        if failure is not None:  # batches that are ready are not used up first: a run should stop where it is
+            self.close()
+            raise (InputError if failure["bad_input"] else LoaderDied)(failure["error"])
+
+    def _open_child(self) -> ChildProcess:
+        if self._child is None:
+            raise RuntimeError("the loader is closed")
+        return self._child
 
 
-def batches_in_order(
-    files: Sequence[str], batch_size: int, sequence_length: int, mask_tokens: int, vocab_size: int
-) -> Iterator[GlobalBatch]:
-    """Every sample once, in file order, without processes; the last batch may be smaller. Weights sum to 1 over each
-    batch.
+def batches_in_order(shards: Sequence[ShardInfo], batch_size: int) -> Iterator[GlobalBatch]:
+    """Every sample of opened shards once, in file order, without processes; the last batch may be smaller. Weights sum
+    to 1 over each batch.
 
-    Samples that are masked anew in each epoch are masked as in epoch 0 under seed 0, the same each time.
-
-    Raises InputError as `Loader` does, about bad samples when their batch is reached.
+    Samples that are masked anew in each epoch are masked as in epoch 0 under seed 0, the same each time. Raises
+    InputError about bad samples when their batch is reached.
     """
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}, expected 1 or more")
-    shards = open_shards(files, sequence_length, mask_tokens, vocab_size)
     ends = np.cumsum([shard.num_samples for shard in shards]).tolist()
     for first in range(0, ends[-1], batch_size):
         parts = []
@@ -214,4 +197,4 @@ def batches_in_order(
                 parts.append(read_checked(shard, start, stop, begin))
         samples = Samples.concatenate(parts)
         arrays = unpacked_batch(samples)
-        yield GlobalBatch(arrays, len(samples), int(samples.mlm_counts.sum()), first + len(samples), {})
+        yield GlobalBatch(arrays, weight_counts(arrays), first + len(samples), {})

@@ -1,92 +1,60 @@
 """The process behind `data.loading.loader.Loader`: reads, shuffles and assembles global batches into shared memory,
 ahead of training.
 
-It speaks JSON lines. In: the settings (a dict), then the number of each slot that may be filled. Out: {"slot", "rows",
-"samples", "masked_tokens", "position", "skipped"} for each finished batch, or {"error", "bad_input"} once, then it
-ends. It ends too when its parent does. It imports neither torch nor anything that starts slowly.
+It gets the request of `Loader` and then the number of each slot that may be filled (`data.subprocesses` has the
+protocol). It sends {"slot", "rows", "counts", "position", "skipped"} for each finished batch, or {"error", "bad_input"}
+once, then it ends. It imports neither torch nor anything that starts slowly.
 """
 
-import functools
-import json
 import mmap
 import os
 import queue
-import signal
-import sys
 import threading
 import time
-import traceback
 from concurrent.futures import ThreadPoolExecutor
-from typing import Callable, Dict, Iterator, Optional, Tuple
+from typing import Callable, Dict, Iterator, List, Optional, Tuple
 
 import numpy as np
 
-from data.errors import InputError
+from data.loading.loader import LoaderSettings
 from data.loading.order import Order
 from data.loading.ring import ring_bytes, ring_slots
-from data.loading.windows import ShardFiles, Upcoming, read_windows
-from data.masking import mask_budget, mask_dynamic, mask_words_of
+from data.loading.windows import NextSamples, ShardFiles, read_windows
+from data.masking import load_choice, mask_budget, mask_dynamic, masking_of
 from data.packing import Packing, largest_prefix, one_a_row, pack
-from data.rows import fill_packed, fill_unpacked, normalize_weights
+from data.rows import RowShape, fill_packed, fill_unpacked, normalize_weights
+from data.samples import Samples
 from data.shards import ShardInfo
+from data.subprocesses import error_message, open_channel
 
 __all__ = ["main"]
 
 CHUNK_TOKENS = 2**18  # tokens that a thread assembles at a time: fewer would be all calls, more leave cores idle
 CHECK_SECONDS = 0.5  # between looks at whether the shards are still there
 
+Mask = Callable[[Samples, np.ndarray, np.ndarray], Samples]
+"""Masks samples that have these numbers in the data set and these positions in the run's order."""
+
 
 def main() -> None:
-    # A signal to the whole process group is the parent's to handle, which may want some more batches first.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints must not be taken for an answer
-    line = sys.stdin.readline()
-    if not line:
-        return  # the parent ended before it said what to do
-    settings = json.loads(line)
-    os.chdir(settings["folder"])
-    free = queue.Queue()
-    threading.Thread(target=listen, args=(free,), daemon=True).start()
-    threading.Thread(target=exit_with_parent, args=(settings["parent"],), daemon=True).start()
+    messages, reply = open_channel()
+    request = messages.get()
+    os.chdir(request["folder"])
 
-    lock = threading.Lock()
-
-    def say(**message) -> None:
-        with lock:
-            out.write(json.dumps(message) + "\n")
-            out.flush()
-
-    def do(work: Callable, *arguments) -> None:
+    def run(work: Callable, *arguments) -> None:
         try:
             work(*arguments)
-        except InputError as error:
-            say(error=str(error), bad_input=True)
-        except BaseException:
-            say(error=traceback.format_exc(), bad_input=False)
-        os._exit(1)  # no waiting for threads that may hang in a read
+        except BaseException as error:
+            reply(error_message(error))
+        os._exit(1)  # without waiting for threads, which may hang in a read
 
     def start() -> None:
-        skipped = {int(number): why for number, why in settings["skipped"].items()}
-        files = ShardFiles([ShardInfo(**shard) for shard in settings["shards"]], settings["skip_bad"], skipped)
-        threading.Thread(target=do, args=(watch, files), daemon=True).start()
-        serve(settings, files, free, say)
+        shards = [ShardInfo(**shard) for shard in request["shards"]]
+        files = ShardFiles(shards, request["settings"]["skip_bad"], request["skipped"])
+        threading.Thread(target=run, args=(watch, files), daemon=True).start()
+        serve(request, files, messages, reply)
 
-    do(start)
-
-
-def listen(free: "queue.Queue") -> None:
-    for line in sys.stdin:
-        free.put(json.loads(line))
-    os._exit(0)
-
-
-def exit_with_parent(parent: int) -> None:
-    # The end of stdin says so at once, unless another process that the parent forked holds the pipe open.
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(0)
+    run(start)
 
 
 def watch(files: ShardFiles) -> None:
@@ -95,133 +63,120 @@ def watch(files: ShardFiles) -> None:
         time.sleep(CHECK_SECONDS)
 
 
-def read_layout(described: Dict) -> Dict[str, tuple]:
-    return {name: (tuple(shape), np.dtype(dtype)) for name, (shape, dtype) in described.items()}
-
-
-def serve(settings: Dict, files: ShardFiles, free: "queue.Queue", say: Callable) -> None:
+def serve(request: Dict, files: ShardFiles, free_slots: queue.Queue, reply: Callable[[Dict], None]) -> None:
     """Fills slot after slot, as they get free, for ever. Raises InputError that names the file that cannot be used."""
-    info, workers, layout = files.shards[0], settings["workers"], read_layout(settings["layout"])
-    order = Order([shard.num_samples for shard in files.shards], settings["seed"], info.sequence_length)
-    stream = SampleStream(read_windows(files, order, settings["position"], workers))
-    masks = None
-    if info.masking == "dynamic":
-        masks = functools.partial(
-            mask_dynamic, seed=settings["seed"], words=mask_words_of(info), mask_share=info.mask_share
-        )
-    memory = mmap.mmap(settings["memory"], ring_bytes(layout, settings["slots"]))
-    slots = ring_slots(memory, layout, settings["slots"])
-    with ThreadPoolExecutor(workers) as threads:
+    settings, info = LoaderSettings(**request["settings"]), files.shards[0]
+    shape = settings.row_shape(info)
+    order = Order([shard.num_samples for shard in files.shards], settings.seed, info.sequence_length)
+    stream = SampleStream(read_windows(files, order, request["position"], settings.workers))
+    mask = make_mask(info, request["choose"], settings.seed, order.num_samples)
+    layout = shape.layout(settings.batch_size)
+    memory = mmap.mmap(request["memory"], ring_bytes(layout, settings.slots))
+    slots = ring_slots(memory, layout, settings.slots)
+    with ThreadPoolExecutor(settings.workers) as threads:
         while True:
-            slot = free.get()
-            chosen, packing = choose(stream, settings, layout, info)
-            batch = {name: array[: packing.rows] for name, array in slots[slot].items()}
-            assemble(threads, batch, chosen, packing, masks)
-            rows = packing.rows
-            if settings["packing"] == "rows":  # static shapes: the rows that the last sample did not fit are empty ones
-                rows = settings["batch_size"]
+            slot = free_slots.get()
+            chosen, packing = choose(stream, settings, shape, info)
+            rows, batch = packing.rows, {name: array[: packing.rows] for name, array in slots[slot].items()}
+            fill(threads, batch, chosen, packing, mask)
+            if settings.packing == "rows":  # static shapes: the rows that the last sample did not fit are empty ones
+                rows = settings.batch_size
                 for array in slots[slot].values():
-                    array[packing.rows : rows] = 0
-            masked_tokens, count = normalize_weights(batch)
-            stream.advance(count)
-            say(
-                slot=slot,
-                rows=rows,
-                samples=count,
-                masked_tokens=masked_tokens,
-                position=int(chosen.ends[-1]),
-                skipped={files.shards[number].path: why for number, why in chosen.skipped.items()},
-            )
+                    array[packing.rows :] = 0
+            counts = normalize_weights(batch)
+            stream.advance(len(packing.row))
+            skipped = {files.shards[number].path: why for number, why in chosen.skipped.items()}
+            reply(dict(slot=slot, rows=rows, counts=counts, position=int(chosen.ends[-1]), skipped=skipped))
+
+
+def make_mask(info: ShardInfo, choose_reference: str, seed: int, num_samples: int) -> Optional[Mask]:
+    """Masks anew in each epoch; None for samples that are masked already."""
+    if info.masking != "dynamic":
+        return None
+    masking = masking_of(info, load_choice(choose_reference))
+    return lambda samples, numbers, ends: mask_dynamic(samples, numbers, seed, (ends - 1) // num_samples, masking)
 
 
 class SampleStream:
     """The samples of one window after the other, to be looked at ahead and taken from the front."""
 
-    def __init__(self, windows: Iterator[Upcoming]):
+    def __init__(self, windows: Iterator[NextSamples]):
         self._windows = windows
-        self._held = []  # of earlier windows, not taken yet: copies, for the windows' buffers are used again
+        self._held: List[
+            NextSamples
+        ] = []  # of earlier windows, not taken yet: copies, for their buffers are used again
         self._window = next(windows)
 
-    def peek(self, count: int) -> Upcoming:
+    def peek(self, count: int) -> NextSamples:
         """The next `count` samples, valid until the following call."""
-        while sum(len(part.index) for part in self._held) + len(self._window.index) < count:
+        while sum(len(part.indices) for part in self._held) + len(self._window.indices) < count:
             self._held.append(self._window.copy())
             self._window = next(self._windows)
         if not self._held:
             return self._window.first(count)
-        return Upcoming.concatenate(self._held + [self._window.first(count)]).first(count)
+        return NextSamples.concatenate(self._held + [self._window.first(count)]).first(count)
 
     def advance(self, count: int) -> None:
         """Takes the next `count` samples away."""
         while self._held and count:
-            taken = min(count, len(self._held[0].index))
+            taken = min(count, len(self._held[0].indices))
             self._held[0] = self._held[0].after(taken)
             count -= taken
-            if len(self._held[0].index) == 0:
+            if len(self._held[0].indices) == 0:
                 del self._held[0]
         self._window = self._window.after(count)
 
 
-def choose(stream: SampleStream, settings: Dict, layout: Dict, info: ShardInfo) -> Tuple[Upcoming, Packing]:
+def choose(
+    stream: SampleStream, settings: LoaderSettings, shape: RowShape, info: ShardInfo
+) -> Tuple[NextSamples, Packing]:
     """The samples of the next batch and their packing."""
-    batch_size, (_, mask_slots), (_, per_row) = settings["batch_size"], layout["mlm_labels"][0], layout["nsp_labels"][0]
-    next_ones = stream.peek(batch_size)
-    if settings["packing"] == "off":
-        return next_ones, one_a_row(batch_size)
-    length = info.sequence_length
-    limits = (length, mask_slots, per_row)
-    if settings["packing"] == "rows":
+    count = settings.batch_size
+    chosen = stream.peek(count)
+    if settings.packing == "off":
+        return chosen, one_a_row(count)
+    if settings.packing == "rows":
         # More samples, until there are enough tokens to fill the rows.
-        count = batch_size
-        while (
-            count < batch_size * per_row
-            and next_ones.samples.lengths[next_ones.index].sum(dtype=np.int64) < batch_size * length
-        ):
-            count = min(count + count // 4 + 1, batch_size * per_row)
-            next_ones = stream.peek(count)
-    lengths, counts = next_ones.samples.lengths[next_ones.index], next_ones.samples.mlm_counts[next_ones.index]
+        slots, most = settings.batch_size * shape.tokens, settings.batch_size * shape.samples
+        while count < most and chosen.lengths().sum(dtype=np.int64) < slots:
+            count = min(count + count // 4 + 1, most)
+            chosen = stream.peek(count)
+    lengths, mask_counts = chosen.lengths(), chosen.samples.mlm_counts[chosen.indices]
     if info.masking == "dynamic":
-        counts = mask_budget(lengths, info.mask_share, info.mask_tokens)
-    if settings["packing"] == "rows":
-        packing = largest_prefix(lengths, counts, batch_size, *limits)
+        mask_counts = mask_budget(lengths, info.mask_share, info.mask_tokens)
+    if settings.packing == "rows":
+        packing = largest_prefix(lengths, mask_counts, settings.batch_size, *shape)
     else:
-        packing = pack(lengths, counts, *limits)
-    return next_ones.first(len(packing.row)), packing
+        packing = pack(lengths, mask_counts, *shape)
+    return chosen.first(len(packing.row)), packing
 
 
-def assemble(
+def fill(
     threads: ThreadPoolExecutor,
     batch: Dict[str, np.ndarray],
-    chosen: Upcoming,
+    chosen: NextSamples,
     packing: Packing,
-    mask: Optional[Callable] = None,
+    mask: Optional[Mask],
 ) -> None:
-    """Writes the chosen samples into `batch`, where `packing` puts them, masked by `mask(samples, numbers,
-    epoch=epochs)` if given."""
+    """Writes the chosen samples into `batch`, where `packing` puts them, masked if there is a `mask`."""
     per_row = batch["nsp_weights"].shape[1]
     order = np.argsort(packing.row * per_row + packing.place, kind="stable")
     rows = packing.row[order]
     chunk = max(1, CHUNK_TOKENS // batch["input_ids"].shape[1])
 
-    def fill(first: int) -> None:
+    def fill_chunk(first: int) -> None:
         part = {name: array[first : first + chunk] for name, array in batch.items()}
         here = order[np.searchsorted(rows, first) : np.searchsorted(rows, first + chunk)]
-        samples = chosen.samples.take(chosen.index[here])
+        samples = chosen.samples.take(chosen.indices[here])
         if mask is not None:
-            samples = mask(samples, chosen.numbers[here], epoch=chosen.epochs[here])
+            samples = mask(samples, chosen.numbers[here], chosen.ends[here])
         if per_row == 1:
             fill_unpacked(part, samples)
         else:
-            fill_packed(
-                part,
-                samples,
-                packing.row[here] - first,
-                packing.place[here],
-                packing.start[here],
-                packing.mask_start[here],
-            )
+            row, *places = (field[here] for field in packing[1:])
+            fill_packed(part, samples, row - first, *places)
 
-    list(threads.map(fill, range(0, packing.rows, chunk)))
+    list(threads.map(fill_chunk, range(0, packing.rows, chunk)))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import mmap
 import os
 import shutil
 import tempfile
-from typing import BinaryIO, Dict, List
+from typing import BinaryIO, Dict, List, cast
 
 import numpy as np
 
@@ -49,7 +49,10 @@ def shared_file(size: int) -> BinaryIO:
     )
     if size > available:
         raise InputError(shortage)
-    file = os.fdopen(os.memfd_create("bert-batches"), "w+b") if in_memory else tempfile.TemporaryFile()
+    if in_memory:
+        file: BinaryIO = os.fdopen(os.memfd_create("bert-batches"), "w+b")
+    else:
+        file = cast(BinaryIO, tempfile.TemporaryFile())  # noqa: SIM115 - the caller closes it
     try:
         os.ftruncate(file.fileno(), size)
         if hasattr(os, "posix_fallocate"):  # without this a full disk would be a SIGBUS in the middle of a batch

@@ -8,18 +8,18 @@ import contextlib
 import os
 import resource
 from concurrent.futures import ThreadPoolExecutor
-from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import h5py
 import numpy as np
 
 from data.errors import InputError
 from data.foreign.nvidia import read_nvidia
-from data.loading.order import Order
+from data.loading.order import Order, Window
 from data.samples import FIELDS, Samples, check_samples, find_bad_sample
 from data.shards import ShardInfo
 
-__all__ = ["ShardFiles", "Upcoming", "read_windows"]
+__all__ = ["NextSamples", "ShardFiles", "locate", "read_windows"]
 
 GROUP = 16  # blocks that one thread reads and checks at a time
 
@@ -29,17 +29,18 @@ class ShardFiles:
     opened.
 
     With `skip_bad`, a shard that turns out bad is kept in `skipped` (number -> why) and read no more, unless all are.
-    `skipped` has those that were left out before.
+    `left_out`: those that were skipped before, by their paths.
     """
 
-    def __init__(self, shards: Sequence[ShardInfo], skip_bad: bool = False, skipped: Optional[Dict[int, str]] = None):
-        self.shards, self.skipped, self._skip_bad = shards, dict(skipped or {}), skip_bad
+    def __init__(self, shards: Sequence[ShardInfo], skip_bad: bool = False, left_out: Optional[Dict[str, str]] = None):
+        self.shards, self._skip_bad, left_out = shards, skip_bad, left_out or {}
+        self.skipped = {number: left_out[shard.path] for number, shard in enumerate(shards) if shard.path in left_out}
         allow_open_files(len(shards) + 64)
-        self._files = [open_file(shard.path) if shard.offsets else h5py.File(shard.path, "r") for shard in shards]
+        self._files: List[Any] = [h5py.File(one.path, "r") if one.is_nvidia else open_file(one.path) for one in shards]
 
     @contextlib.contextmanager
-    def tolerate(self, shard: int):
-        """An InputError inside is raised, or where bad shards are skipped, noted: this one is read no more."""
+    def skipping_bad(self, shard: int) -> Iterator[None]:
+        """What InputError the body raises is raised, or, where bad shards are skipped, kept in `skipped`."""
         try:
             yield
         except InputError as error:
@@ -52,17 +53,18 @@ class ShardFiles:
     def read(self, shard: int, start: int, stop: int, into: Samples) -> None:
         """Reads samples [start, stop) of one shard. Raises InputError that names the file when they are not all
         there."""
-        info = self.shards[shard]
-        if not info.offsets:
-            found = read_nvidia(info.path, start, stop, info.vocab_size, self._files[shard])
+        info, file = self.shards[shard], self._files[shard]
+        if info.is_nvidia:
+            samples = read_nvidia(info.path, start, stop, info.vocab_size, file)
             for name in FIELDS:
-                getattr(into, name)[:] = getattr(found, name)
+                getattr(into, name)[:] = getattr(samples, name)
+            return
         for name, offset in zip(FIELDS, info.offsets):
             data = getattr(into, name).reshape(-1).view(np.uint8)
             offset += start * (len(data) // (stop - start))
             while len(data):
                 try:
-                    count = os.preadv(self._files[shard], [data], offset)
+                    count = os.preadv(file, [data], offset)
                 except OSError as error:
                     raise InputError(f"{info.path}: cannot read samples {start} to {stop} ({error})")
                 if count == 0:
@@ -75,39 +77,52 @@ class ShardFiles:
         """Raises InputError that names a shard that was removed or has another size than at the start."""
         for number, shard in enumerate(self.shards):
             if number not in self.skipped:
-                with self.tolerate(number):
+                with self.skipping_bad(number):
                     check_unchanged(shard)
 
 
-class Upcoming(NamedTuple):
+class NextSamples(NamedTuple):
     """The next N samples, in order."""
 
     samples: Samples  # what holds them, among others
     skipped: Dict[int, str]  # shards that are left out by now
-    index: np.ndarray  # [N] int64: which of `samples` each is
+    indices: np.ndarray  # [N] int64: which of `samples` each is
     ends: np.ndarray  # [N] int64: the position in the run's order after each, where a run goes on
     numbers: np.ndarray  # [N] int64: which sample of the data set each is, through the shards in turn
-    epochs: np.ndarray  # [N] int64
 
-    def first(self, count: int) -> "Upcoming":
-        return Upcoming(self.samples, self.skipped, *(field[:count] for field in self[2:]))
+    def lengths(self) -> np.ndarray:
+        return self.samples.lengths[self.indices]
 
-    def after(self, count: int) -> "Upcoming":
-        return Upcoming(self.samples, self.skipped, *(field[count:] for field in self[2:]))
+    def first(self, count: int) -> "NextSamples":
+        return NextSamples(self.samples, self.skipped, *(field[:count] for field in self[2:]))
 
-    def copy(self) -> "Upcoming":
+    def after(self, count: int) -> "NextSamples":
+        return NextSamples(self.samples, self.skipped, *(field[count:] for field in self[2:]))
+
+    def copy(self) -> "NextSamples":
         """The same in memory of its own."""
-        return Upcoming(self.samples.take(self.index), self.skipped, np.arange(len(self.index)), *self[3:])
+        return NextSamples(self.samples.take(self.indices), self.skipped, np.arange(len(self.indices)), *self[3:])
 
     @staticmethod
-    def concatenate(parts: Sequence["Upcoming"]) -> "Upcoming":
-        copies = [part.copy() for part in parts]
-        samples = Samples.concatenate([part.samples for part in copies])
-        fields = [np.concatenate(parts) for parts in list(zip(*copies))[3:]]
-        return Upcoming(samples, copies[-1].skipped, np.arange(len(samples)), *fields)
+    def concatenate(parts: Sequence["NextSamples"]) -> "NextSamples":
+        samples = Samples.concatenate([part.samples.take(part.indices) for part in parts])
+        ends, numbers = [np.concatenate(fields) for fields in list(zip(*parts))[3:]]
+        return NextSamples(samples, parts[-1].skipped, np.arange(len(samples)), ends, numbers)
 
 
-def read_windows(files: ShardFiles, order: Order, position: int, workers: int) -> Iterator[Upcoming]:
+def locate(window: Window, first_numbers: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
+    """Of each sample of a window, which of its blocks it is in, and its number in the data set, both [N].
+
+    `first_numbers`: the number of each shard's first sample, counted through the shards in turn.
+    """
+    shard, start, stop = window.blocks.T
+    sizes = stop - start
+    first_rows = np.cumsum(sizes) - sizes
+    block = np.repeat(np.arange(len(sizes)), sizes)[window.rows]
+    return block, (first_numbers[shard] + start - first_rows)[block] + window.rows
+
+
+def read_windows(files: ShardFiles, order: Order, position: int, workers: int) -> Iterator[NextSamples]:
     """Yields what is left of the window at `position`, then one window after the other, without end; samples of shards
     that are skipped are left out.
 
@@ -118,27 +133,20 @@ def read_windows(files: ShardFiles, order: Order, position: int, workers: int) -
     capacity = min(order.window_samples, order.num_samples)
     buffers = [Samples.empty(capacity, info.sequence_length, info.mask_tokens, info.vocab_size) for _ in range(2)]
     windows = order.windows(position)
-    before = np.cumsum([0] + [shard.num_samples for shard in files.shards])
+    sizes = np.array([shard.num_samples for shard in files.shards])
+    first_numbers = np.cumsum(sizes) - sizes
     with ThreadPoolExecutor(workers) as readers, ThreadPoolExecutor(1) as ahead:
 
-        def read_next(buffer: Samples, position: int) -> Tuple[Upcoming, int]:
+        def read_next(buffer: Samples, position: int) -> Tuple[NextSamples, int]:
             window = next(windows)
-            sizes = window.blocks[:, 2] - window.blocks[:, 1]
-            block_ends = np.cumsum(sizes)
-            groups = [
-                (window.blocks[at : at + GROUP].tolist(), block_ends[at : at + GROUP].tolist())
-                for at in range(0, len(block_ends), GROUP)
-            ]
-            list(readers.map(lambda group: read_group(files, buffer, *group), groups))
-            block_of = np.repeat(np.arange(len(sizes)), sizes)[window.rows]
-            numbers = (before[window.blocks[:, 0]] + window.blocks[:, 1] - block_ends + sizes)[block_of] + window.rows
-            ends = position + 1 + np.arange(len(window.rows))
-            fields = (window.rows, ends, numbers, np.full(len(numbers), position // order.num_samples))
-            skipped = dict(files.skipped)
+            list(readers.map(lambda blocks: read_blocks(files, *blocks), groups_of_blocks(window, buffer)))
+            block, numbers = locate(window, first_numbers)
+            end, skipped = position + len(window.rows), dict(files.skipped)
+            fields = [window.rows, np.arange(position + 1, end + 1), numbers]
             if skipped:
-                kept = ~np.isin(window.blocks[block_of, 0], list(skipped))
-                fields = tuple(field[kept] for field in fields)
-            return Upcoming(buffer.take(slice(0, int(block_ends[-1]))), skipped, *fields), int(ends[-1])
+                kept = ~np.isin(window.blocks[block, 0], list(skipped))
+                fields = [field[kept] for field in fields]
+            return NextSamples(buffer, skipped, *fields), end
 
         pending = ahead.submit(read_next, buffers[0], position)
         while True:
@@ -148,20 +156,33 @@ def read_windows(files: ShardFiles, order: Order, position: int, workers: int) -
             yield current
 
 
-def read_group(files: ShardFiles, buffer: Samples, blocks: List[List[int]], ends: List[int]) -> None:
-    parts = []
-    for (shard, start, stop), end in zip(blocks, ends):
-        parts.append(buffer.take(slice(end - (stop - start), end)))
-        with files.tolerate(shard):
+def groups_of_blocks(window: Window, buffer: Samples) -> Iterator[Tuple[List[List[int]], Samples]]:
+    """GROUP blocks at a time, and the part of the buffer that they go to."""
+    ends = np.cumsum(window.blocks[:, 2] - window.blocks[:, 1])
+    blocks, start = window.blocks.tolist(), 0
+    for at in range(0, len(blocks), GROUP):
+        end = int(ends[at : at + GROUP][-1])
+        yield blocks[at : at + GROUP], buffer.take(slice(start, end))
+        start = end
+
+
+def read_blocks(files: ShardFiles, blocks: List[List[int]], into: Samples) -> None:
+    """Reads blocks (shard, first sample, one past the last) end to end, and checks them. A bad one is raised, or its
+    shard is skipped."""
+    parts, end = [], 0
+    for shard, start, stop in blocks:
+        parts.append(into.take(slice(end, end + stop - start)))
+        end += stop - start
+        with files.skipping_bad(shard):
             if shard not in files.skipped:
                 files.read(shard, start, stop, parts[-1])
-    begin = ends[0] - len(parts[0])
     vocab_size = files.shards[0].vocab_size
-    if find_bad_sample(buffer.take(slice(begin, ends[-1])), vocab_size) is not None:
-        for (shard, start, _), part in zip(blocks, parts):
-            with files.tolerate(shard):
-                if shard not in files.skipped:
-                    check_samples(part, vocab_size, files.shards[shard].path, start)
+    if find_bad_sample(into, vocab_size) is None:
+        return
+    for (shard, start, _), part in zip(blocks, parts):
+        with files.skipping_bad(shard):
+            if shard not in files.skipped:
+                check_samples(part, vocab_size, files.shards[shard].path, start)
 
 
 def check_unchanged(shard: ShardInfo) -> None:

@@ -9,7 +9,8 @@ import pytest
 from benchmarks.synthetic import draw_lengths
 from bert.config import OptimizerConfig, flatten, learning_rate_at, parse_command_line
 from data.errors import InputError
-from data.packing import largest_prefix, mask_slots_of_row
+from data.packing import largest_prefix
+from data.rows import RowShape
 from run_pretraining import main
 
 
@@ -143,9 +144,8 @@ def test_packed_configs_differ_in_their_rows_which_hold_the_recipes_samples(larg
     lengths = draw_lengths("wikipedia", samples, length, np.random.default_rng(0))
     counts = np.clip(np.round(0.15 * lengths), 1, mask_tokens).astype(np.int64)
     per_row = packed.data.samples_per_row
-    fitting = largest_prefix(
-        lengths, counts, packed.training.global_batch_size, length, mask_slots_of_row(mask_tokens, per_row), per_row
-    )
+    shape = RowShape.of(length, mask_tokens, per_row)
+    fitting = largest_prefix(lengths, counts, packed.training.global_batch_size, *shape)
     assert len(fitting.row) == pytest.approx(plain.training.global_batch_size, rel=0.03)
 
 

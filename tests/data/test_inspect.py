@@ -11,7 +11,8 @@ from data import inspect as inspect_module
 from data.errors import InputError
 from data.foreign.nvidia import write_nvidia
 from data.inspect import InspectOptions, inspect, main, readable
-from data.packing import SAMPLES_PER_ROW, mask_slots_of_row, pack
+from data.packing import SAMPLES_PER_ROW, pack
+from data.rows import RowShape
 from data.samples import Samples
 from data.shards import write_shard
 from data.tokenizer import vocab_sha256
@@ -71,6 +72,33 @@ def test_samples_that_the_loader_masks_are_good_and_said_to_be_bare(tmp_path):
     assert found.masking == "dynamic" and found.masked == 0 and "masked      nothing yet" in str(found)
 
 
+def test_samples_of_one_segment_are_told_shown_and_checked(tmp_path, capsys):
+    samples = bert_samples(np.random.default_rng(0), 20)
+    samples.input_ids[np.arange(20), samples.first_lengths - 1] = 9  # the [SEP] of the first segment
+    samples.first_lengths[:], samples.nsp_labels[:], samples.mlm_counts[:] = samples.lengths, 0, 0
+    samples.input_ids[np.arange(20), samples.lengths - 1] = 3
+    samples.mlm_positions[:], samples.mlm_labels[:] = 0, 0
+    (tmp_path / "vocab.txt").write_text("\n".join(WORDS) + "\n")
+    path = str(tmp_path / "train-00000.h5")
+
+    def write_one_segment():
+        write_shard(path, samples, len(WORDS), vocab_sha256(WORDS), {}, segments=1)
+
+    write_one_segment()
+    result = look(path, check=True)
+    report = str(result)
+    assert result.segments == 1 and "NSP         none: a sample is one segment" in report
+    assert "second segment" not in report and "sample is good" in report
+    samples.nsp_labels[3] = 1
+    write_one_segment()
+    assert main([path, "--check"]) == 2
+    assert "sample 3: nsp_labels holds 1, expected 0: the sample has one segment" in capsys.readouterr().err
+    samples.nsp_labels[3], samples.first_lengths[2] = 0, samples.lengths[2] - 1
+    write_one_segment()
+    assert main([path, "--check"]) == 2
+    assert "sample 2: first_lengths holds" in capsys.readouterr().err
+
+
 def test_packing_saves_padding(tmp_path):
     found = look(write(tmp_path, bert_samples(np.random.default_rng(0), 300, 32, 6)))
     assert 0 <= found.padding_packed < found.padding / 2 and "when packed" in str(found)
@@ -82,7 +110,7 @@ def test_as_many_samples_are_packed_as_are_said_whatever_the_sizes_of_shards(tmp
     for number in range(3):
         write(tmp_path, samples.take(slice(100 * number, 100 * number + 100)), f"train-{number}.h5")
     lengths, counts = samples.lengths[:250], samples.mlm_counts[:250]
-    rows = pack(lengths, counts, 32, mask_slots_of_row(6, SAMPLES_PER_ROW), SAMPLES_PER_ROW).rows
+    rows = pack(lengths, counts, *RowShape.of(32, 6, SAMPLES_PER_ROW)).rows
     assert look(tmp_path / "*.h5").padding_packed == pytest.approx(1 - lengths.sum() / (32 * rows))
 
 
@@ -193,7 +221,7 @@ def test_check_exits_2_and_names_the_first_bad_sample(tmp_path, damage, message,
         (lambda folder: write(folder, bert_samples(np.random.default_rng(0), 0)), "holds no samples"),
         (
             lambda folder: write_nvidia(str(folder / "train-1.h5"), [bert_samples(np.random.default_rng(0), 3, 32)]),
-            "train-1.h5: sequence length 32, 4 masked tokens; .*train-00000.h5 has 16, 4",
+            "train-1.h5: its sequence_length is 32, that of .*train-00000.h5 is 16. Inspect them one after",
         ),
     ],
 )

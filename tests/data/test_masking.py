@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.masking import MaskWords, mask, mask_dynamic, random_32, sample_keys
+from data.masking import Masking, choose_tokens, choose_words, mask, mask_dynamic, random_32, sample_keys
 from data.samples import FIELDS, Samples
 
 VOCAB = 500
@@ -33,7 +33,8 @@ def clean_samples(rng, count, sequence_length=64, mask_tokens=10, full=False):
 
 def masked(samples, indices=None, seed=1, epoch=0, share=0.15, continues=None):
     indices = np.arange(len(samples)) if indices is None else indices
-    return mask_dynamic(samples, indices, seed, epoch, MaskWords.of(VOCAB, SPECIAL, continues), share)
+    choose = choose_tokens if continues is None else choose_words
+    return mask_dynamic(samples, indices, seed, epoch, Masking.of(choose, share, VOCAB, SPECIAL, continues))
 
 
 def same(one, two):
@@ -126,7 +127,6 @@ def test_masking_in_place_gives_the_types_of_a_shard():
         samples.first_lengths,
         np.arange(10, dtype=np.uint64),
         10,
-        0.15,
-        MaskWords.of(VOCAB, SPECIAL),
+        Masking.of(choose_tokens, 0.15, VOCAB, SPECIAL),
     )
     assert (positions.dtype, labels.dtype, counts.dtype) == (np.uint16,) * 3 and (samples.input_ids == MASK).any()

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.packing import largest_prefix, mask_slots_of_row, pack
-from data.rows import batch_layout, fill_packed, unpacked_batch
+from data.packing import largest_prefix, pack
+from data.rows import RowShape, fill_packed, unpacked_batch
 from tests.make_samples import random_samples
 
 
@@ -60,10 +60,10 @@ def test_rows_are_at_least_97_percent_full_on_lengths_like_wikipedias(length, ma
     count = 2**23 // length
     lengths = np.where(rng.random(count) < full, length, rng.integers(5, length + 1, count)).astype(np.uint16)
     counts = np.maximum(1, np.minimum(mask_tokens, np.round(0.15 * lengths))).astype(np.uint16)
-    slots = mask_slots_of_row(mask_tokens, 6)
-    packing = pack(lengths, counts, length, slots, 6)
+    shape = RowShape.of(length, mask_tokens, 6)
+    packing = pack(lengths, counts, *shape)
     assert lengths.sum() / (packing.rows * length) > 0.97
-    packing = largest_prefix(lengths, counts, count // 4, length, slots, 6)
+    packing = largest_prefix(lengths, counts, count // 4, *shape)
     assert lengths[: len(packing.row)].sum() / (count // 4 * length) > 0.97
 
 
@@ -102,12 +102,10 @@ def samples_of(batch):
 @given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.integers(1, 4))
 def test_packed_rows_hold_the_samples_of_unpacked_ones(seed, count, samples_per_row):
     samples = random_samples(np.random.default_rng(seed), count, 32, 5, 90)
-    slots = mask_slots_of_row(5, samples_per_row)
-    packing = pack(samples.lengths, samples.mlm_counts, 32, slots, samples_per_row)
-    layout = batch_layout(packing.rows, 32, slots, samples_per_row)
-    batch = {
-        name: np.full(shape, 77, dtype) for name, (shape, dtype) in layout.items()
-    }  # what is there must all be written over
+    shape = RowShape.of(32, 5, samples_per_row)
+    packing = pack(samples.lengths, samples.mlm_counts, *shape)
+    # What is there must all be written over.
+    batch = {name: np.full(size, 77, dtype) for name, (size, dtype) in shape.layout(packing.rows).items()}
     order = np.lexsort((packing.place, packing.row))
     fill_packed(batch, samples.take(order), *(field[order] for field in packing[1:]))
     plain = unpacked_batch(samples)

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.rows import batch_layout, fill_unpacked, normalize_weights, unpacked_batch, unpad
+from data.rows import MLM, NSP, RowShape, fill_unpacked, normalize_weights, unpacked_batch, unpad
 from tests.make_samples import random_samples
 
 SHAPES = st.tuples(st.integers(1, 40), st.integers(2, 40), st.integers(1, 8), st.sampled_from([50, 30522, 70000]))
@@ -12,7 +12,7 @@ SHAPES = st.tuples(st.integers(1, 40), st.integers(2, 40), st.integers(1, 8), st
 def slow_batch(samples):
     """The batch format written down sample by sample."""
     (rows, length), masks = samples.input_ids.shape, samples.mlm_positions.shape[1]
-    batch = {name: np.zeros(shape, dtype) for name, (shape, dtype) in batch_layout(rows, length, masks, 1).items()}
+    batch = {name: np.zeros(shape, dtype) for name, (shape, dtype) in RowShape.of(length, masks).layout(rows).items()}
     masked = sum(int(count) for count in samples.mlm_counts)
     for row in range(rows):
         for position in range(samples.lengths[row]):
@@ -49,10 +49,12 @@ def test_a_batch_filled_in_pieces_is_the_same(shape, seed, data):
     samples = random_samples(np.random.default_rng(seed), *shape)
     cut = data.draw(st.integers(0, len(samples)))
     rows, length, masks = shape[:3]
-    batch = {name: np.full(shape, 77, dtype) for name, (shape, dtype) in batch_layout(rows, length, masks, 1).items()}
+    batch = {
+        name: np.full(shape, 77, dtype) for name, (shape, dtype) in RowShape.of(length, masks).layout(rows).items()
+    }
     for piece in (slice(cut, rows), slice(0, cut)):
         fill_unpacked({name: array[piece] for name, array in batch.items()}, samples.take(piece))
-    assert normalize_weights(batch) == (int(samples.mlm_counts.sum()), rows)
+    assert normalize_weights(batch) == {"mlm_weights": int(samples.mlm_counts.sum()), "nsp_weights": rows}
     assert_same(batch, unpacked_batch(samples))
 
 
@@ -90,7 +92,8 @@ def test_tokens_end_to_end_are_those_of_the_rows(rows, static, seed):
     length, slots, per_row = 28, 6, 4
     rng = np.random.default_rng(seed)
     batch = {
-        name: np.zeros(shape, dtype) for name, (shape, dtype) in batch_layout(len(rows), length, slots, per_row).items()
+        name: np.zeros(shape, dtype)
+        for name, (shape, dtype) in RowShape(length, slots, per_row).layout(len(rows)).items()
     }
     samples = []  # of each its row, its tokens' slots
     for r, lengths in enumerate(rows):
@@ -129,12 +132,10 @@ def test_tokens_end_to_end_are_those_of_the_rows(rows, static, seed):
     for (r, slot), place in where.items():
         for name in ("input_ids", "token_type_ids", "position_ids"):
             assert found[name][place] == batch[name][r, slot]
-    for weights, positions, labels in (
-        ("mlm_weights", "mlm_positions", "mlm_labels"),
-        ("nsp_weights", "cls_positions", "nsp_labels"),
-    ):
+    for labels, positions, weights in (MLM, NSP):
         expected = [
             (where[r, batch[positions][r, m]], batch[labels][r, m], batch[weights][r, m])
             for r, m in zip(*np.nonzero(batch[weights]))
         ]
         assert list(zip(found[positions], found[labels], found[weights])) == expected
+    assert unpad(batch, static, [MLM]).keys() == found.keys() - set(NSP)

@@ -7,8 +7,7 @@ import torch
 from bert.config import parse_command_line
 from bert.engines.micro_batch import full_rows
 from bert.run.training import make_engine
-from data.packing import mask_slots_of_row
-from data.rows import packed_batch
+from data.rows import RowShape, packed_batch
 from ops.attention import CuSeqlens, attention, same_sample_mask
 from tests.cuda import on_cuda
 from tests.make_samples import random_samples
@@ -73,10 +72,10 @@ def test_the_micro_batch_that_is_found_fits_and_trains():
     config = parse_command_line(["--device", "cuda", "--config", "gpu_phase1.json", "--training.compile", "off"])
     free, _ = torch.cuda.mem_get_info()
     engine = make_engine(config, "cuda")
-    length, slots = config.data.sequence_length, mask_slots_of_row(config.data.mask_tokens, config.data.samples_per_row)
+    shape = RowShape.of(config.data.sequence_length, config.data.mask_tokens, config.data.samples_per_row)
     assert engine.micro_batch_size >= 64 and torch.cuda.memory_allocated() < 2e9
     torch.cuda.reset_peak_memory_stats()
-    batch = full_rows(2 * engine.micro_batch_size, length, slots, config.data.samples_per_row)
+    batch = full_rows(2 * engine.micro_batch_size, *shape)
     for step in (1, 2):
         engine.step(batch, 0.0, step)
     assert torch.cuda.max_memory_allocated() < 0.95 * free

@@ -12,8 +12,7 @@ from bert.config import parse_command_line
 from bert.engines.ipu import INPUTS, IpuModel
 from bert.model.graph import BertForPretraining
 from bert.model.stages import make_stages, placement
-from data.packing import mask_slots_of_row
-from data.rows import batch_layout
+from data.rows import RowShape
 from tests.poptorch_contract import sdk
 from tests.poptorch_contract.operators import check
 
@@ -30,9 +29,7 @@ def trace(poptorch, name, training=True):
         graph, poptorch, ipu.gradient_accumulation_steps * ipu.replication_factor, ipu.operation_proportions
     ).train(training)
     per_row = data.samples_per_row if data.packing == "rows" else 1
-    layout = batch_layout(
-        ipu.micro_batch_size, data.sequence_length, mask_slots_of_row(data.mask_tokens, per_row), per_row
-    )
+    layout = RowShape.of(data.sequence_length, data.mask_tokens, per_row).layout(ipu.micro_batch_size)
     inputs = [torch.from_numpy(np.zeros(*layout[name])).to("meta") for name in INPUTS]
     assert {tensor.dtype for tensor in inputs} == {torch.int32, torch.float32}
     strategy = poptorch.PipelinedExecution(*(poptorch.Stage(*stage.blocks).ipu(stage.ipu) for stage in stages))

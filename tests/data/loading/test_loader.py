@@ -12,20 +12,27 @@ import pytest
 
 from data.errors import InputError, LoaderDied
 from data.foreign.nvidia import write_nvidia
-from data.loading.loader import PROJECT, Loader, batches_in_order
-from data.loading.order import Order
+from data.loading.loader import Loader, LoaderSettings, batches_in_order
+from data.loading.order import Order, Window
 from data.loading.shard_files import open_shards
-from data.loading.windows import ShardFiles
-from data.masking import mask_dynamic, mask_words_of
+from data.loading.windows import ShardFiles, locate
+from data.masking import CHOICES, mask_dynamic, masking_of
 from data.rows import unpacked_batch
 from data.samples import Samples
 from data.shards import read_samples, write_shard
+from data.subprocesses import PROJECT
 from tests.data.test_packing import samples_of
 from tests.make_samples import bert_samples, write_random_shards
 
 SIZES = [700, 0, 300, 500, 1]
 TOTAL = sum(SIZES)
-RUN = dict(sequence_length=16, mask_tokens=4, vocab_size=100)
+
+
+def open_loader(files, batch_size, position=0, skipped=None, **settings):
+    """A loader of 100 tokens' shards, under seed 5 if nothing else is asked for."""
+    skipped = dict(skipped or {})
+    shards = open_shards(files, vocab_size=100, skipped=skipped if settings.get("skip_bad") else None)
+    return Loader(shards, LoaderSettings(batch_size, **{"seed": 5, **settings}), position, skipped)
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +64,12 @@ def reference_batch(files, batch_size, seed, index, samples_seen=0):
 
 def stream(files, batch_size, count, **options):
     """`count` batches of a loader, copied."""
-    with Loader(files, batch_size, **{**RUN, "seed": 5, **options}) as loader:
+    with open_loader(files, batch_size, **options) as loader:
         batches = []
         for _ in range(count):
             batch = loader.next()
             assert batch.samples == batch_size
-            assert batch.masked_tokens == np.count_nonzero(batch.arrays["mlm_weights"])
+            assert batch.counts["mlm_weights"] == np.count_nonzero(batch.arrays["mlm_weights"])
             batches.append({name: array.copy() for name, array in batch.arrays.items()})
         return batches
 
@@ -100,7 +107,9 @@ def test_windows_are_read_one_after_another(files, monkeypatch):
     code = "import data.loading.order, data.loading.process as p; data.loading.order.WINDOW_TOKENS = 512 * 16; p.main()"
     start = subprocess.Popen
     with monkeypatch.context() as patched:
-        patched.setattr(subprocess, "Popen", lambda command, **options: start([sys.executable, "-c", code], **options))
+        patched.setattr(
+            subprocess, "Popen", lambda command, **options: start([sys.executable, "-c", code, command[-1]], **options)
+        )
         found = stream(files, 200, 20)
     monkeypatch.setattr("data.loading.order.WINDOW_TOKENS", 512 * 16)
     assert Order(SIZES, 5, 16).window_samples < TOTAL / 2
@@ -126,7 +135,7 @@ def test_a_batch_may_be_larger_than_the_data_set(files):
         assert_same(batch, reference_batch(files, 4000, 5, index))
 
 
-def test_the_loader_knows_the_size_of_the_data_set_and_works_from_any_folder(files, tmp_path, monkeypatch):
+def test_the_loader_works_from_any_folder(files, tmp_path, monkeypatch):
     # A folder with packages of the same name, and shards named relative to it.
     for name in ("data", "numpy"):
         os.makedirs(str(tmp_path / name))
@@ -134,13 +143,12 @@ def test_the_loader_knows_the_size_of_the_data_set_and_works_from_any_folder(fil
     for path in files:
         shutil.copy(path, str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    with Loader(["shard-*.hdf5"], 64, 5, **RUN) as loader:
-        assert loader.num_samples == TOTAL
+    with open_loader(["shard-*.hdf5"], 64) as loader:
         assert_same(loader.next().arrays, reference_batch(files, 64, 5, 0))
 
 
 def test_arrays_stay_as_they_are_until_the_next_call(files):
-    with Loader(files, 64, 5, slots=2, **RUN) as loader:
+    with open_loader(files, 64, slots=2) as loader:
         loader.next()
         batch = loader.next()
         before = {name: array.copy() for name, array in batch.arrays.items()}
@@ -153,8 +161,8 @@ def test_arrays_stay_as_they_are_until_the_next_call(files):
 def test_closing_leaves_no_process_no_file_and_no_open_pipe(files):
     shared = set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
     before = set(os.listdir("/proc/self/fd"))
-    loader = Loader(files, 64, 5, **RUN)
-    pid = loader._process.pid
+    loader = open_loader(files, 64)
+    pid = loader._child.process.pid
     loader.next()
     loader.close()
     loader.close()
@@ -177,23 +185,23 @@ def drain(loader):
 
 @pytest.mark.parametrize("after", [0, 3])
 def test_a_killed_loader_process_is_an_error_that_says_so(files, after):
-    with Loader(files, 64, 5, **RUN) as loader:
+    with open_loader(files, 64) as loader:
         for _ in range(after):
             loader.next()
-        process = loader._process
+        process = loader._child.process
         os.kill(process.pid, signal.SIGKILL)
         assert "was killed by SIGKILL: the machine may have run out of memory" in str(drain(loader))
         assert process.returncode == -signal.SIGKILL and not is_running(process.pid)
 
 
 def test_a_loader_process_that_cannot_start_is_an_error_that_says_so(files, monkeypatch):
-    monkeypatch.setattr("data.loading.loader.PROJECT", os.path.dirname(PROJECT))
-    with Loader(files, 64, 5, **RUN) as loader:
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    with open_loader(files, 64) as loader:
         assert "ended with exit status 1" in str(drain(loader))
 
 
 def test_an_unforeseen_error_comes_with_its_traceback(files):
-    with Loader(files, 64, 5, **RUN) as loader:
+    with open_loader(files, 64) as loader:
         loader.next()
         loader._send("not a slot")
         error = drain(loader)
@@ -201,10 +209,10 @@ def test_an_unforeseen_error_comes_with_its_traceback(files):
 
 
 def test_interrupts_are_the_parents_to_handle(files):
-    with Loader(files, 64, 5, **RUN) as loader:
+    with open_loader(files, 64) as loader:
         loader.next()
         for number in (signal.SIGINT, signal.SIGTERM):
-            os.kill(loader._process.pid, number)
+            os.kill(loader._child.process.pid, number)
         for index in range(1, 6):
             assert_same(loader.next().arrays, reference_batch(files, 64, 5, index))
 
@@ -212,13 +220,14 @@ def test_interrupts_are_the_parents_to_handle(files):
 PARENT = f"""
 import json, os, sys, time
 sys.path.insert(0, {PROJECT!r})
-from data.loading.loader import Loader
-loader = Loader(json.loads(sys.argv[1]), 64, 5, **json.loads(sys.argv[2]))
+from data.loading.loader import Loader, LoaderSettings
+from data.loading.shard_files import open_shards
+loader = Loader(open_shards(json.loads(sys.argv[1])), LoaderSettings(64, 5))
 loader.next()
-if sys.argv[3] == "forks" and os.fork() == 0:
+if sys.argv[2] == "forks" and os.fork() == 0:
     time.sleep(60)
-print(loader._process.pid, flush=True)
-if sys.argv[3] != "ends":
+print(loader._child.process.pid, flush=True)
+if sys.argv[2] != "ends":
     time.sleep(60)
 """
 
@@ -226,7 +235,7 @@ if sys.argv[3] != "ends":
 @pytest.mark.parametrize("how", ["is killed", "forks", "ends"])
 def test_the_loader_process_ends_with_its_parent_however_that_ends(files, how):
     parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT, json.dumps(files), json.dumps(RUN), how],
+        [sys.executable, "-c", PARENT, json.dumps(files), how],
         stdout=subprocess.PIPE,
         start_new_session=True,
     )
@@ -243,7 +252,7 @@ def test_the_loader_process_ends_with_its_parent_however_that_ends(files, how):
 
 
 def test_a_removed_file_is_named(own_files):
-    with Loader(own_files, 64, 5, **RUN) as loader:
+    with open_loader(own_files, 64) as loader:
         loader.next()
         os.remove(own_files[2])
         error = drain(loader)
@@ -251,7 +260,7 @@ def test_a_removed_file_is_named(own_files):
 
 
 def test_a_file_that_is_cut_off_is_named(own_files):
-    with Loader(own_files, 64, 5, **RUN) as loader:
+    with open_loader(own_files, 64) as loader:
         loader.next()
         os.truncate(own_files[2], 3000)
         error = drain(loader)
@@ -267,9 +276,10 @@ def test_a_short_read_is_an_error_that_names_the_file(own_files):
 
 LIMITED = """
 import json, resource, sys
-resource.setrlimit(resource.RLIMIT_NOFILE, (40, int(sys.argv[3])))
-from data.loading.loader import Loader
-with Loader(json.loads(sys.argv[1]), 64, 5, **json.loads(sys.argv[2])) as loader:
+resource.setrlimit(resource.RLIMIT_NOFILE, (40, int(sys.argv[2])))
+from data.loading.loader import Loader, LoaderSettings
+from data.loading.shard_files import open_shards
+with Loader(open_shards(json.loads(sys.argv[1])), LoaderSettings(64, 5)) as loader:
     print(loader.next().samples)
 """
 
@@ -278,7 +288,7 @@ with Loader(json.loads(sys.argv[1]), 64, 5, **json.loads(sys.argv[2])) as loader
 def test_more_shards_than_open_files_work_up_to_the_hard_limit(tmp_path, hard_limit, code, answer):
     paths = write_random_shards(tmp_path, [5] * 60)
     ended = subprocess.run(
-        [sys.executable, "-c", LIMITED, json.dumps(paths), json.dumps(RUN), str(hard_limit)],
+        [sys.executable, "-c", LIMITED, json.dumps(paths), str(hard_limit)],
         cwd=PROJECT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -297,11 +307,10 @@ def test_more_shards_than_open_files_work_up_to_the_hard_limit(tmp_path, hard_li
 def test_a_bad_sample_is_named_before_the_first_batch(own_files, name, place, message):
     with h5py.File(own_files[3], "a") as file:
         file[name][place] = 60000
-    with Loader(own_files, 64, 5, **RUN) as loader:
-        with pytest.raises(InputError, match="shard-0003.hdf5: " + message):
-            loader.next()
+    with open_loader(own_files, 64) as loader, pytest.raises(InputError, match="shard-0003.hdf5: " + message):
+        loader.next()
     with pytest.raises(InputError, match="shard-0003.hdf5: " + message):
-        list(batches_in_order(own_files, 64, **RUN))
+        list(batches_in_order(open_shards(own_files), 64))
 
 
 @pytest.mark.parametrize(
@@ -312,14 +321,12 @@ def test_a_bad_sample_is_named_before_the_first_batch(own_files, name, place, me
         (dict(position=-1), "position is -1"),
         (dict(workers=0), "workers is 0"),
         (dict(slots=1), "slots is 1, expected 2"),
-        (dict(sequence_length=32), "data.sequence_length is 32"),
-        (dict(files=["/no/such.hdf5"]), "/no/such.hdf5: no such file"),
     ],
 )
-def test_bad_options_and_shards_are_refused_before_a_process_starts(files, monkeypatch, option, message):
+def test_bad_options_are_refused_before_a_process_starts(files, monkeypatch, option, message):
     monkeypatch.setattr(subprocess, "Popen", None)
     with pytest.raises(InputError, match=message):
-        Loader(**{"files": files, "batch_size": 64, "seed": 5, **RUN, **option})
+        open_loader(files, **{"batch_size": 64, **option})
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
@@ -327,7 +334,7 @@ def test_too_large_a_batch_says_how_much_memory_it_needs(files, monkeypatch, in_
     if not in_memory:
         monkeypatch.delattr(os, "memfd_create", raising=False)
     with pytest.raises(InputError, match=r"need \d+\.\d MB in .*, \d+\.\d MB are available"):
-        Loader(files, 10**12, 5, **RUN)
+        open_loader(files, 10**12)
 
 
 def test_it_works_without_files_in_memory(files, monkeypatch):
@@ -339,9 +346,9 @@ def test_it_works_without_files_in_memory(files, monkeypatch):
 def test_evaluation_sees_every_sample_once_in_file_order(files, batch_size):
     expected = Samples.concatenate([read_samples(path, 0, size) for path, size in zip(files, SIZES)])
     first = 0
-    for batch in batches_in_order(files, batch_size, **RUN):
+    for batch in batches_in_order(open_shards(files), batch_size):
         samples = expected.take(slice(first, first + batch_size))
-        assert batch.samples == len(samples) and batch.masked_tokens == samples.mlm_counts.sum()
+        assert batch.counts == {"nsp_weights": len(samples), "mlm_weights": samples.mlm_counts.sum()}
         assert_same(batch.arrays, unpacked_batch(samples))
         first += len(samples)
     assert first == TOTAL
@@ -349,7 +356,7 @@ def test_evaluation_sees_every_sample_once_in_file_order(files, batch_size):
 
 def test_evaluation_refuses_an_empty_batch(files):
     with pytest.raises(InputError, match="batch_size is 0"):
-        next(batches_in_order(files, 0, **RUN))
+        next(batches_in_order(open_shards(files), 0))
 
 
 def test_the_data_package_imports_without_torch():
@@ -361,7 +368,7 @@ def test_the_data_package_imports_without_torch():
 
 def packed_stream(files, batch_size, count, **options):
     found = []
-    with Loader(files, batch_size, **{**RUN, "seed": 5, **options}) as loader:
+    with open_loader(files, batch_size, **options) as loader:
         for _ in range(count):
             batch = loader.next()
             found.append(({name: array.copy() for name, array in batch.arrays.items()}, batch.samples, batch.position))
@@ -402,7 +409,7 @@ def test_bad_shards_are_left_out_where_that_is_asked_for(own_files):
     with pytest.raises(InputError, match="shard-0003"):
         packed_stream(own_files, 50, 1)
     good = [own_files[0], own_files[4]]
-    with Loader(own_files, 701, **RUN, seed=5, skip_bad=True) as loader:
+    with open_loader(own_files, 701, skip_bad=True) as loader:
         for _ in range(2):
             batch = loader.next()
             expected = unpacked_batch(
@@ -413,13 +420,12 @@ def test_bad_shards_are_left_out_where_that_is_asked_for(own_files):
     os.remove(own_files[0])
     with h5py.File(own_files[4], "a") as file:
         file["lengths"][0] = 99
-    with pytest.raises(InputError, match="every shard is bad"):
-        with Loader(own_files, 10, **RUN, seed=5, skip_bad=True) as loader:
-            loader.next()
+    with open_loader(own_files, 10, skip_bad=True) as loader, pytest.raises(InputError, match="every shard is bad"):
+        loader.next()
 
 
 def test_a_shard_that_is_cut_off_while_in_use_is_left_out_where_that_is_asked_for(own_files, monkeypatch):
-    with Loader(own_files, 100, **RUN, seed=5, skip_bad=True, slots=2) as loader:
+    with open_loader(own_files, 100, skip_bad=True, slots=2) as loader:
         loader.next()
         os.truncate(own_files[3], 1000)
         deadline, skipped = time.monotonic() + 10, {}
@@ -440,15 +446,17 @@ def test_what_was_left_out_stays_out_when_a_run_goes_on(own_files, monkeypatch):
         file["input_ids"][bad, 1] = 60000
     code = "import data.loading.order, data.loading.process as p; data.loading.order.WINDOW_TOKENS = 512 * 16; p.main()"
     start = subprocess.Popen
-    monkeypatch.setattr(subprocess, "Popen", lambda command, **options: start([sys.executable, "-c", code], **options))
-    options = dict(seed=5, skip_bad=True, packing="samples")
-    with Loader(own_files, 90, **RUN, **options) as loader:
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda command, **options: start([sys.executable, "-c", code, command[-1]], **options)
+    )
+    options = dict(skip_bad=True, packing="samples")
+    with open_loader(own_files, 90, **options) as loader:
         batches = [
             (samples_of(batch.arrays), batch.position, batch.skipped) for batch in (loader.next() for _ in range(30))
         ]
     assert len({len(skipped) for _, _, skipped in batches}) == 2  # found on the way
     for first in range(0, 24, 5):
-        with Loader(own_files, 90, **RUN, **options, position=batches[first][1], skipped=batches[first][2]) as loader:
+        with open_loader(own_files, 90, *batches[first][1:], **options) as loader:
             assert [samples_of(loader.next().arrays) for _ in range(5)] == [
                 batch for batch, _, _ in batches[first + 1 : first + 6]
             ]
@@ -456,12 +464,12 @@ def test_what_was_left_out_stays_out_when_a_run_goes_on(own_files, monkeypatch):
 
 @pytest.mark.parametrize("fault", ["kill", "remove"])
 def test_a_long_step_learns_within_two_seconds_that_the_loader_failed(own_files, fault):
-    with Loader(own_files, 100, **RUN, seed=5) as loader:
+    with open_loader(own_files, 100) as loader:
         loader.next()
         time.sleep(0.3)  # all slots are full
         loader.check()
         if fault == "kill":
-            loader._process.kill()
+            loader._child.kill()
         else:
             os.remove(own_files[2])
         began = time.monotonic()
@@ -479,9 +487,11 @@ def test_nvidias_files_are_loaded_as_they_are(files, tmp_path):
     for path, samples in zip(paths, whole):
         write_nvidia(path, [samples])
     expected = samples_of(unpacked_batch(Samples.concatenate(whole)))
-    with Loader(paths, 300, **RUN, seed=5, packing="samples") as loader:
+    with open_loader(paths, 300, packing="samples") as loader:
         assert samples_of(loader.next().arrays) == samples_of(loader.next().arrays) == expected
-    assert [samples_of(batch.arrays) for batch in batches_in_order(paths, 300, **RUN)] == [expected]
+    assert [samples_of(batch.arrays) for batch in batches_in_order(open_shards(paths, vocab_size=100), 300)] == [
+        expected
+    ]
 
 
 @pytest.fixture
@@ -503,7 +513,6 @@ def unmasked_file(tmp_path):
 
 @pytest.mark.parametrize("packing", ["off", "samples", "rows"])
 def test_masking_anew_is_a_function_of_epoch_and_sample_alone(unmasked_file, packing):
-    run = dict(sequence_length=32, mask_tokens=5, vocab_size=100, seed=5, packing=packing)
     info = open_shards([unmasked_file])[0]
     order = Order([400], 5, 32)
     plain = read_samples(unmasked_file, 0, 400)
@@ -512,11 +521,11 @@ def test_masking_anew_is_a_function_of_epoch_and_sample_alone(unmasked_file, pac
     for epoch in range(2):
         window = next(windows)
         numbers = np.concatenate([np.arange(start, stop) for _, start, stop in window.blocks])[window.rows]
-        expected.append(mask_dynamic(plain.take(numbers), numbers, 5, epoch, mask_words_of(info), 0.15))
+        expected.append(mask_dynamic(plain.take(numbers), numbers, 5, epoch, masking_of(info)))
     expected = Samples.concatenate(expected)
     assert (expected.mlm_counts > 0).all()
     for workers in (1, 3):
-        with Loader([unmasked_file], 130, **run, workers=workers) as loader:
+        with open_loader([unmasked_file], 130, packing=packing, workers=workers) as loader:
             position = 0
             while position < 540:
                 batch = loader.next()
@@ -527,8 +536,38 @@ def test_masking_anew_is_a_function_of_epoch_and_sample_alone(unmasked_file, pac
 
 
 def test_evaluation_masks_unmasked_samples_the_same_each_time(unmasked_file):
-    run = dict(sequence_length=32, mask_tokens=5, vocab_size=100)
-    one, other = [
-        [samples_of(batch.arrays) for batch in batches_in_order([unmasked_file], size, **run)] for size in (400, 400)
-    ]
+    shards = open_shards([unmasked_file])
+    one, other = [[samples_of(batch.arrays) for batch in batches_in_order(shards, 400)] for _ in range(2)]
     assert one == other and all(sample[2] for sample in one[0])
+
+
+def test_where_the_samples_of_a_window_are():
+    # Shards of 10, 0, 5 and 300 samples, of which the window has three blocks.
+    blocks = np.array([[3, 256, 300], [0, 0, 10], [2, 0, 5]])
+    block, numbers = locate(Window(blocks, np.array([0, 43, 44, 58, 54, 53])), np.array([0, 10, 10, 15]))
+    assert block.tolist() == [0, 0, 1, 2, 2, 1]
+    assert numbers.tolist() == [15 + 256, 15 + 299, 0, 14, 10, 9]
+
+
+def choose_first_tokens(candidates):
+    """The first tokens of a sample, as many as its budget."""
+    place = np.cumsum(~candidates.special, axis=1)
+    rows, positions = np.nonzero(~candidates.special & (place <= candidates.budget[:, None]))
+    return rows, positions
+
+
+def test_another_way_to_choose_tokens_reaches_the_loaders_process(unmasked_file, monkeypatch):
+    with h5py.File(unmasked_file, "a") as file:
+        file.attrs["masked_units"] = "first"
+    with pytest.raises(InputError, match="dynamic.h5: 'first' .* expected tokens or words"):
+        open_loader([unmasked_file], 100)
+    monkeypatch.setitem(CHOICES, "first", choose_first_tokens)
+    with open_loader([unmasked_file], 100) as loader:
+        batch = loader.next().arrays
+    used = batch["mlm_weights"] > 0
+    assert used.any(axis=1).all() and (batch["mlm_positions"][:, 0] == 1).all()
+    sep = batch["token_type_ids"].argmax(axis=1)[:, None] - 1
+    for slot in range(1, used.shape[1]):
+        step = batch["mlm_positions"][:, slot] - batch["mlm_positions"][:, slot - 1]
+        expected = 1 + (batch["mlm_positions"][:, slot - 1] + 1 == sep[:, 0])
+        assert (step == expected)[used[:, slot]].all()
