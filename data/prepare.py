@@ -16,7 +16,7 @@ import sys
 from collections import deque
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
-from itertools import chain, islice
+from itertools import chain, groupby, islice
 from typing import Any, Deque, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
@@ -224,7 +224,10 @@ def make_groups(
     tokens: Sequence[str],
     made_by: Dict[str, Any],
 ) -> List[Dict[str, Any]]:
-    """Makes the parts and shards of all chunks; gives the groups' records."""
+    """Makes what is missing of the parts and then of the shards of each group of chunks; gives the groups' records.
+
+    A record has the counts of the group's parts, and the number of its shards by split.
+    """
     workers = options.workers or len(os.sched_getaffinity(0))
     settings = {
         "tokens": tokens,
@@ -232,85 +235,68 @@ def make_groups(
         "choose": choice_reference(options.units),
         "made_by": made_by,
     }
-    first = list(islice(chunks, 2))
+    fields = layout(options.sequence_length, options.mask_tokens, len(tokens)).values()
+    sample_bytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in fields)
+    shards_at_once = max(1, min(workers, SHARDS_BYTES // (options.samples_per_shard * sample_bytes)))
+    first, records = list(islice(chunks, 2)), staging.groups()
     few = len(first) < 2 or workers == 1
     pool = InlineWorker(settings) if few else Workers(settings, workers, staging.lock)
     with contextlib.closing(pool):
-        maker = GroupMaker(staging, pool, workers, options, len(tokens))
-        maker.make(chain(first, chunks))
-    return maker.groups
-
-
-class GroupMaker:
-    """Has the parts and shards made that are still missing, group after group.
-
-    `groups`: the records of those that are done, each the counts of its parts and the number of its shards by split.
-    """
-
-    def __init__(self, staging: Staging, pool: Any, workers: int, options: PrepareOptions, vocab_size: int):
-        self.staging, self.options, self.groups = staging, options, staging.groups()
-        fields = layout(options.sequence_length, options.mask_tokens, vocab_size).values()
-        sample_bytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in fields)
-        shards_at_once = SHARDS_BYTES // (options.samples_per_shard * sample_bytes)
-        self.parts = TaskQueue(pool, workers + 2)
-        self.shards = TaskQueue(pool, max(1, min(workers, shards_at_once)))
-
-    def make(self, chunks: Iterable[Tuple[int, List[Document]]]) -> None:
-        waiting = 0  # chunks of the group that is not done yet
-        for number, (split, texts) in enumerate(chunks):
-            if number < len(self.groups) * GROUP_CHUNKS:
+        for group, numbered in groupby(enumerate(chain(first, chunks)), lambda pair: pair[0] // GROUP_CHUNKS):
+            if group < len(records):
                 continue
-            path, waiting = self.staging.part(number), waiting + 1
+            parts: List[str] = []
+            run_all(part_tasks(numbered, staging, parts), pool, workers + 2)
+            record, tasks = shard_tasks(parts, staging, options, records)
+            run_all(tasks, pool, shards_at_once)
+            staging.end_group(group, record, parts)
+            records.append(record)
+    return records
+
+
+def part_tasks(
+    numbered: Iterable[Tuple[int, Tuple[int, List[Document]]]], staging: Staging, parts: List[str]
+) -> Iterator[Dict[str, Any]]:
+    """The tasks that make the missing parts of a group of numbered chunks; appends the paths of all to `parts`."""
+    for number, (split, texts) in numbered:
+        path = staging.part(number)
+        parts.append(path)
+        if not os.path.exists(path):
+            yield {"do": "make_part", "path": path, "number": number, "split": split, "documents": texts}
+
+
+def shard_tasks(
+    parts: Sequence[str], staging: Staging, options: PrepareOptions, records: Sequence[Dict[str, Any]]
+) -> Tuple[Dict[str, Any], List[Dict[str, Any]]]:
+    """A group's record, and the tasks that spread the samples of its parts over shards of about equal size.
+
+    Each part is in random order, so that its k-th stretch is a random share of it.
+    """
+    record: Dict[str, Any] = {"parts": [read_part_counts(path) for path in parts], "shards": []}
+    tasks = []
+    for split, name in enumerate(SHARD_NAMES):
+        samples = {path: counts["samples"] for path, counts in zip(parts, record["parts"]) if counts["split"] == split}
+        shards = -(-sum(samples.values()) // options.samples_per_shard)
+        before = sum(earlier["shards"][split] for earlier in records)
+        for shard in range(shards):
+            path = os.path.join(staging.data, f"{name}-{before + shard:05}.h5")
             if not os.path.exists(path):
-                self.parts.add({"do": "make_part", "path": path, "number": number, "split": split, "documents": texts})
-            if waiting == GROUP_CHUNKS:
-                self.make_shards(waiting)
-                waiting = 0
-        if waiting:
-            self.make_shards(waiting)
-
-    def make_shards(self, count: int) -> None:
-        """Spreads the samples of a group's `count` parts over shards of about equal size.
-
-        Each part is in random order, so that its k-th stretch is a random share of it.
-        """
-        self.parts.wait()
-        group = len(self.groups)
-        paths = [self.staging.part(group * GROUP_CHUNKS + place) for place in range(count)]
-        record: Dict[str, Any] = {"parts": [read_part_counts(path) for path in paths], "shards": []}
-        for split, name in enumerate(SHARD_NAMES):
-            samples = {
-                path: counts["samples"] for path, counts in zip(paths, record["parts"]) if counts["split"] == split
-            }
-            shards = -(-sum(samples.values()) // self.options.samples_per_shard)
-            before = sum(earlier["shards"][split] for earlier in self.groups)
-            for shard in range(shards):
-                path = os.path.join(self.staging.data, f"{name}-{before + shard:05}.h5")
-                if not os.path.exists(path):
-                    pieces = [(part, shard * n // shards, (shard + 1) * n // shards) for part, n in samples.items()]
-                    seed = [self.options.seed, split, before + shard]
-                    self.shards.add({"do": "make_shard", "path": path, "pieces": pieces, "seed": seed})
-            record["shards"].append(shards)
-        self.shards.wait()
-        self.staging.end_group(group, record, paths)
-        self.groups.append(record)
+                pieces = [(part, shard * n // shards, (shard + 1) * n // shards) for part, n in samples.items()]
+                seed = [options.seed, split, before + shard]
+                tasks.append({"do": "make_shard", "path": path, "pieces": pieces, "seed": seed})
+        record["shards"].append(shards)
+    return record, tasks
 
 
-class TaskQueue:
-    """Tasks for a pool of workers, at most `limit` under way at a time."""
-
-    def __init__(self, pool: Any, limit: int):
-        self.pool, self.limit = pool, limit
-        self.pending: Deque[Future[None]] = deque()
-
-    def add(self, task: Dict[str, Any]) -> None:
-        if len(self.pending) >= self.limit:
-            self.pending.popleft().result()
-        self.pending.append(self.pool.submit(task))
-
-    def wait(self) -> None:
-        while self.pending:
-            self.pending.popleft().result()
+def run_all(tasks: Iterable[Dict[str, Any]], pool: Union[InlineWorker, Workers], limit: int) -> None:
+    """Has tasks done, at most `limit` at a time."""
+    pending: Deque[Future[None]] = deque()
+    for task in tasks:
+        if len(pending) >= limit:
+            pending.popleft().result()
+        pending.append(pool.submit(task))
+    for future in pending:
+        future.result()
 
 
 def summarize(options: PrepareOptions, vocab_size: int, groups: Sequence[Dict[str, Any]]) -> Summary:

@@ -288,14 +288,16 @@ import json, os, signal, sys
 from data import prepare as module
 from data.preparing import splits
 splits.CHUNK_CHARACTERS, module.GROUP_CHUNKS = 2000, 3
-last, real = int(sys.argv[2]), module.TaskQueue.add
-calls = []
-def add(queue, task):
-    calls.append(task)
-    if len(calls) > last:
-        os.kill(os.getpid(), signal.SIGKILL)
-    real(queue, task)
-module.TaskQueue.add = add
+last, calls = int(sys.argv[2]), []
+def killing(real):
+    def submit(pool, task):
+        calls.append(task)
+        if len(calls) > last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(pool, task)
+    return submit
+for kind in (module.InlineWorker, module.Workers):
+    kind.submit = killing(kind.submit)
 module.prepare(module.PrepareOptions(**json.loads(sys.argv[1])), progress=False)
 """
 
