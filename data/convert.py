@@ -28,7 +28,7 @@ from data.loading.shard_files import open_shards, read_checked
 from data.preparing.staging import Staging, check_output, open_staging
 from data.samples import Samples
 from data.shards import ShardInfo, expand, write_shard
-from data.tokenizer import read_vocab, vocab_sha256, write_tokenizer_files
+from data.tokenizer import find_vocab, read_vocab, vocab_sha256, write_tokenizer_files
 
 __all__ = ["FORMATS", "Conversion", "ConvertOptions", "convert", "main", "recognise"]
 
@@ -133,13 +133,12 @@ def convert(options: ConvertOptions, progress: bool = True) -> Conversion:
     check_options(options)
     files = find_files(options)
     check_output(options.output, options.vocab)
-    tokens = None if options.vocab is None else read_vocab(options.vocab)
-    reader = Reader(files, tokens, options.mask_tokens, progress)
+    reader = Reader(files, options, progress)
     run = {
         "command": "data.convert",
         "input": [os.path.realpath(file.path) for file in files],
         "to": options.target,
-        "vocabulary": vocab_sha256(tokens or []),
+        "vocabulary": vocab_sha256(reader.tokens or []),
     }
     # Another run may differ in these, for it begins anew; but they say whether a data set that is there is its own.
     arguments = {
@@ -203,21 +202,20 @@ def recognise(path: str) -> str:
 class Reader:
     """Reads files as blocks of samples, and shows their bytes on a bar.
 
-    `tokens`: the vocabulary's; None for shards of this project. `mask_tokens`: a sample's mask slots, or None for the
-    input's.
+    `tokens`: the vocabulary's; None where shards of this project need none. `mask_tokens`: a sample's mask slots; None
+    where they are the first block's.
     """
 
-    def __init__(
-        self, files: Sequence[InputFile], tokens: Optional[Sequence[str]], mask_tokens: Optional[int], progress: bool
-    ):
-        self.files, self.tokens, self.progress = files, tokens, progress
+    def __init__(self, files: Sequence[InputFile], options: ConvertOptions, progress: bool):
+        self.files, self.progress = files, progress
+        self.tokens = tokens = None if options.vocab is None else read_vocab(options.vocab)
         self.formats = tuple(sorted({file.format for file in files}))
-        shards = open_own([file.path for file in files if file.format == NATIVE], tokens)
+        shards = open_own([file.path for file in files if file.format == NATIVE], options.vocab)
         self.vocab_size = shards[0].vocab_size if shards else len(tokens or ())
         shards += [open_nvidia(file.path, self.vocab_size) for file in files if file.format == "nvidia"]
         self.shards = {shard.path: shard for shard in shards}
         self.readers: Dict[str, Callable] = {"tfrecord": read_plain, "packed-tfrecord": read_packed}
-        tables = [file.path for file in files if file.format == "hub"]
+        mask_tokens, tables = options.mask_tokens, [file.path for file in files if file.format == "hub"]
         if tables:
             bar = partial(tqdm, unit="file", desc="masked tokens", disable=not progress)
             mask_tokens = mask_tokens or largest_mask_count(tables, bar)
@@ -257,8 +255,8 @@ class Reader:
             first += len(samples)
 
 
-def open_own(paths: Sequence[str], tokens: Optional[Sequence[str]]) -> List[ShardInfo]:
-    """Opens shards of this project, and checks that they are masked and made with this vocabulary, if it is given."""
+def open_own(paths: Sequence[str], vocab: Optional[str]) -> List[ShardInfo]:
+    """Opens shards of this project; checks that they are masked, and made with the vocabulary `vocab` if it is given."""
     shards = open_shards(paths) if paths else []
     for shard in shards:
         if shard.masking != "static":
@@ -266,11 +264,8 @@ def open_own(paths: Sequence[str], tokens: Optional[Sequence[str]]) -> List[Shar
                 f"{shard.path}: its masking is {shard.masking}: nothing is masked yet, and NVIDIA's layout needs "
                 "masked samples. Prepare the text with --masking static"
             )
-        if tokens is not None and vocab_sha256(tokens) != shard.vocab_sha256:
-            raise InputError(
-                f"{shard.path}: was made with another vocabulary than --vocab. Leave --vocab out, or give the "
-                "vocab.txt beside the shards"
-            )
+    if vocab is not None and shards:
+        find_vocab(vocab, shards)
     return shards
 
 

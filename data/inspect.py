@@ -5,7 +5,6 @@ Shape letters: N samples, L sequence length, M mask slots.
 
 import dataclasses
 import json
-import os
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from data.packing import SAMPLES_PER_ROW, pack
 from data.rows import RowShape
 from data.samples import Samples, find_bad_sample
 from data.shards import ShardInfo, expand, open_shard, read_samples
-from data.tokenizer import read_vocab, vocab_sha256
+from data.tokenizer import find_vocab
 
 __all__ = ["InspectOptions", "Inspection", "inspect", "main", "readable", "restored_ids"]
 
@@ -173,16 +172,7 @@ def open_all(options: InspectOptions) -> Tuple[List[str], List[ShardInfo]]:
     """The vocabulary's tokens and the shards, checked against it and each other."""
     paths = expand(options.files)
     shards = [open_nvidia(path, 65536) if is_nvidia(path) else open_shard(path) for path in paths]
-    vocab = options.vocab or os.path.join(os.path.dirname(paths[0]), "vocab.txt")
-    if not os.path.exists(vocab):
-        raise InputError(f"{vocab}: no such file. Give --vocab, the vocabulary that the samples were made with")
-    tokens = read_vocab(vocab)
-    for shard in shards:
-        if shard.vocab_sha256 not in ("", vocab_sha256(tokens)):
-            raise InputError(
-                f"{vocab}: is not the vocabulary that {shard.path} was made with (their hashes differ). Give that one "
-                "with --vocab"
-            )
+    tokens, _ = find_vocab(options.vocab, shards)
     for name in ("sequence_length", "mask_tokens", "segments", "masking"):
         for shard in shards:
             value, other = getattr(shard, name), getattr(shards[0], name)

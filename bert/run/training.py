@@ -34,7 +34,7 @@ from data.loading.shard_files import open_shards
 from data.prepare import PrepareOptions, prepare
 from data.rows import RowShape
 from data.shards import ShardInfo
-from data.tokenizer import read_vocab, vocab_sha256
+from data.tokenizer import find_vocab, read_vocab, vocab_sha256
 
 __all__ = ["make_engine", "train"]
 
@@ -388,21 +388,15 @@ def open_data(config: Config) -> Tuple[List[ShardInfo], List[str], Dict[str, str
     expected = (data.sequence_length, data.mask_tokens, config.model.vocab_size)
     skipped = {}
     shards = open_shards(data.files, *expected, skipped=skipped if data.on_bad_shard == "skip" else None)
-    path = data.vocab or os.path.join(os.path.dirname(shards[0].path), "vocab.txt")
-    if not os.path.exists(path):
-        raise InputError(
-            f"{path}: no such vocabulary. Name the one that the shards were made with: --data.vocab vocab.txt"
-        )
-    words = read_vocab(path)
+    words, path = find_vocab(data.vocab, shards, "--data.vocab")
     if len(words) > config.model.vocab_size:
         raise InputError(
             f"{path}: has {len(words)} words, model.vocab_size is {config.model.vocab_size}. Set "
             f"model.vocab_size to {len(words)}"
         )
-    check_vocabulary(words, path, shards[0])
     if data.held_out_files:
         held_out = open_shards(data.held_out_files, *expected)
-        check_vocabulary(words, path, held_out[0])
+        find_vocab(path, held_out, "--data.vocab")
         both = {os.path.realpath(shard.path) for shard in shards} & {os.path.realpath(shard.path) for shard in held_out}
         if both:
             raise InputError(
@@ -412,14 +406,6 @@ def open_data(config: Config) -> Tuple[List[ShardInfo], List[str], Dict[str, str
         for _ in batches_in_order(held_out, 4096):
             pass
     return shards, words, skipped
-
-
-def check_vocabulary(words: List[str], path: str, shard: ShardInfo) -> None:
-    if shard.vocab_sha256 and vocab_sha256(words) != shard.vocab_sha256:  # NVIDIA's files do not say it
-        raise InputError(
-            f"{path}: its words have the hash {vocab_sha256(words)[:12]}, {shard.path} was made with "
-            f"{shard.vocab_sha256[:12]}. Name the vocabulary of the shards: --data.vocab"
-        )
 
 
 def open_loader(config: Config, shards: List[ShardInfo], state: Dict, device: str) -> Loader:

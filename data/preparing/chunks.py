@@ -20,7 +20,7 @@ from data.preparing.options import PrepareOptions
 from data.preparing.splits import TRAIN
 from data.samples import Samples
 from data.shards import read_samples, write_shard
-from data.tokenizer import SPECIAL_WORDS, TextEncoder, vocab_sha256
+from data.tokenizer import SPECIAL_TOKENS, TextEncoder, vocab_sha256
 
 __all__ = ["ChunkMaker", "read_part_counts"]
 
@@ -41,7 +41,7 @@ class ChunkMaker:
         self.encoder = TextEncoder(tokens)
         self.vocab_size, self.vocab_hash = len(tokens), vocab_sha256(tokens)
         ids = {token: number for number, token in enumerate(tokens)}
-        self.special_ids = [ids[token] for token in SPECIAL_WORDS]
+        self.special_ids = [ids[token] for token in SPECIAL_TOKENS]
         share, units = self.options.mask_share, self.options.units
         self.attributes = {"masking": self.options.masking, "mask_share": share, "special_ids": self.special_ids}
         continuations = None
@@ -61,8 +61,8 @@ class ChunkMaker:
         options, seed = self.options, self.options.seed
         chunk, counts = self.encode(documents)
         parts, dropped = [self.empty_samples(0)], 0
-        # Evaluation needs each held-out text once.
-        for duplicate in range(options.duplicates if split == TRAIN and len(chunk.tokens) else len(chunk.tokens) > 0):
+        duplicates = options.duplicates if split == TRAIN else 1  # evaluation needs each text once
+        for duplicate in range(duplicates if len(chunk.tokens) else 0):
             blocks, dropped = make_samples(
                 chunk,
                 self.special_ids,

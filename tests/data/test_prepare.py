@@ -25,7 +25,7 @@ from data.preparing.corpus import Document
 from data.rows import unpacked_batch
 from data.samples import FIELDS, check_samples
 from data.shards import read_samples
-from data.tokenizer import SPECIAL_WORDS, read_vocab, vocab_sha256
+from data.tokenizer import SPECIAL_TOKENS, read_vocab, vocab_sha256
 from tests import ROOT
 
 SHARED = os.path.join(os.path.dirname(ROOT), "shared", "data")
@@ -49,7 +49,7 @@ def corpus(tmp_path_factory):
             ]
             texts.append("\n".join(lines))
         (folder / (f"{file}.txt")).write_text("\n\n".join(texts) + "\n", encoding="utf-8")
-    words = list(SPECIAL_WORDS) + [word for number in range(40) for word in document_words(number)]
+    words = list(SPECIAL_TOKENS) + [word for number in range(40) for word in document_words(number)]
     (folder / "vocab").write_text("\n".join(words) + "\n", encoding="utf-8")
     return folder
 
@@ -242,7 +242,7 @@ def test_lines_without_a_token_and_unknown_words_are_counted(corpus, tmp_path):
 def test_chunks_hold_no_line_and_no_document_without_a_token():
     texts = [Document(0, ["a a", "\x07", "a"]), Document(1, ["\x07"]), Document(2, ["\x07", "a"])]
     maker = ChunkMaker(
-        list(SPECIAL_WORDS) + ["a"], asdict(PrepareOptions([], "", **SIZES)), "data.masking:choose_tokens", {}
+        list(SPECIAL_TOKENS) + ["a"], asdict(PrepareOptions([], "", **SIZES)), "data.masking:choose_tokens", {}
     )
     chunk, counts = maker.encode(texts)
     assert chunk.unit_starts.tolist() == [0, 2, 3] and chunk.document_starts.tolist() == [0, 3, 4]
@@ -527,7 +527,7 @@ def test_dynamic_masking_leaves_the_text_whole_and_tells_the_loader_what_it_need
 
 
 def test_whole_words_are_masked_together(tmp_path):
-    words = list(SPECIAL_WORDS) + ["play", "##ing", "##s", "the"]
+    words = list(SPECIAL_TOKENS) + ["play", "##ing", "##s", "the"]
     (tmp_path / "vocab").write_text("\n".join(words))
     (tmp_path / "text").write_text("\n".join(["playing the plays playings the"] * 50 + ["", "the playing"]))
     files = {"input": [str(tmp_path / "text")], "vocab": str(tmp_path / "vocab")}

@@ -12,10 +12,10 @@ from bert.model.graph import BertForPretraining, initialize
 from bert.model.stages import make_stages
 from bert.run.checkpoint import list_checkpoints, load_weights, save_checkpoint
 from data.errors import InputError
-from data.tokenizer import SPECIAL_WORDS
+from data.tokenizer import SPECIAL_TOKENS
 from tests.bert.model.test_graph import make_graph, random_batch, small_config
 
-WORDS = list(SPECIAL_WORDS) + ["hello", "world", "##s", "!"] + [f"word{i}" for i in range(202)]
+WORDS = list(SPECIAL_TOKENS) + ["hello", "world", "##s", "!"] + [f"word{i}" for i in range(202)]
 
 
 def save(folder, graph, config, step=1, keep=3):

@@ -20,7 +20,7 @@ from bert.signals import interruptible, protected
 from data.loading.shard_files import open_shards
 from data.rows import unpacked_batch
 from data.shards import read_samples, write_shard
-from data.tokenizer import SPECIAL_WORDS, vocab_sha256
+from data.tokenizer import SPECIAL_TOKENS, vocab_sha256
 from run_pretraining import main
 from tests import ROOT
 from tests.make_samples import random_samples
@@ -44,7 +44,7 @@ def shards(tmp_path):
 
 def make_shards(folder, samples=100, seed=0, length=LENGTH, masks=MASKS):
     folder.mkdir()
-    words = list(SPECIAL_WORDS) + [f"word{i}" for i in range(VOCAB - len(SPECIAL_WORDS))]
+    words = list(SPECIAL_TOKENS) + [f"word{i}" for i in range(VOCAB - len(SPECIAL_TOKENS))]
     (folder / "vocab.txt").write_text("".join(word + "\n" for word in words))
     rng = np.random.default_rng(seed)
     for i, count in enumerate((samples - 33, 33)):
