@@ -225,9 +225,8 @@ class Reader:
     def blocks(self) -> Iterator[Block]:
         cls_id = None if self.tokens is None else self.tokens.index("[CLS]")
         sizes = {path: os.path.getsize(path) for _, path in self.files}
-        with tqdm(
-            total=sum(sizes.values()), unit="B", unit_scale=True, desc="samples", disable=not self.progress
-        ) as bar:
+        total = sum(sizes.values())
+        with tqdm(total=total, unit="B", unit_scale=True, desc="samples", disable=not self.progress) as bar:
             for file in self.files:
                 before, first = bar.n, 0
                 for samples, place in self.blocks_of(file):
@@ -256,7 +255,7 @@ class Reader:
 
 
 def open_own(paths: Sequence[str], vocab: Optional[str]) -> List[ShardInfo]:
-    """Opens shards of this project; checks that they are masked, and made with the vocabulary `vocab` if it is given."""
+    """Opens shards of this project; checks that they are masked, and made with the vocabulary `vocab`, if given."""
     shards = open_shards(paths) if paths else []
     for shard in shards:
         if shard.masking != "static":

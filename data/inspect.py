@@ -224,10 +224,8 @@ def used_slots(samples: Samples) -> np.ndarray:
 
 
 def count_masks(samples: Samples, mask_id: int) -> Dict[str, int]:
-    used, shown = (
-        used_slots(samples),
-        np.take_along_axis(samples.input_ids, samples.mlm_positions.astype(np.intp), axis=1),
-    )
+    used = used_slots(samples)
+    shown = np.take_along_axis(samples.input_ids, samples.mlm_positions.astype(np.intp), axis=1)
     special = 2 * len(samples) + (samples.first_lengths < samples.lengths).sum()
     return {
         "maskable": int(samples.lengths.sum(dtype=np.int64) - special),
@@ -257,23 +255,19 @@ def find_fault(samples: Samples, ids: Dict[str, int], segments: int) -> Optional
     For samples that `data.samples.find_bad_sample` found good. `ids` are those of [PAD], [CLS], [SEP] and [MASK],
     `segments` how many a sample has.
     """
-    shown, before, lengths, first_lengths = (
-        samples.input_ids,
-        restored_ids(samples),
-        samples.lengths,
-        samples.first_lengths,
-    )
-    places, labels, used = samples.mlm_positions, samples.mlm_labels, used_slots(samples)
+    shown, before, used = samples.input_ids, restored_ids(samples), used_slots(samples)
+    lengths, first_lengths = samples.lengths, samples.first_lengths
+    places, labels = samples.mlm_positions, samples.mlm_labels
     position, last, first_last = np.arange(shown.shape[1]), lengths[:, None] - 1, first_lengths[:, None] - 1
     inside, end = position <= last, (position == last) | (position == first_last)
     in_text = (places > 0) & (places != last) & (places != first_last)
     ascending = places[:, 1:] > places[:, :-1]
-    whole, one = (first_lengths == lengths) | (segments > 1), (samples.nsp_labels == 0) | (segments > 1)
+    pairs = segments > 1
     checks = [
         ("lengths", lengths, "at least 2: [CLS] and [SEP]", lengths >= 2),
         ("first_lengths", first_lengths, "at least 2: [CLS] and [SEP]", first_lengths >= 2),
-        ("first_lengths", first_lengths, "the sample's length: it has one segment", whole),
-        ("nsp_labels", samples.nsp_labels, "0: the sample has one segment", one),
+        ("first_lengths", first_lengths, "the sample's length: it has one segment", pairs | (first_lengths == lengths)),
+        ("nsp_labels", samples.nsp_labels, "0: the sample has one segment", pairs | (samples.nsp_labels == 0)),
         ("input_ids", shown, f"{ids['[CLS]']}, [CLS], at the start", (position > 0) | (shown == ids["[CLS]"])),
         ("input_ids", shown, f"{ids['[SEP]']}, [SEP], at a segment's end", ~end | (shown == ids["[SEP]"])),
         ("input_ids", shown, "0 behind the sample's end", inside | (shown == 0)),

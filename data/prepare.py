@@ -170,7 +170,7 @@ def prepare(options: PrepareOptions, progress: bool = True) -> Summary:
 
 def made_by(options: PrepareOptions, files: Sequence[str]) -> Dict[str, Any]:
     """What the shards say of how they were made."""
-    return {
+    entries = {
         "command": "data.prepare",
         "input": [os.path.basename(path) for path in files[:NAMED_FILES]],
         "input_files": len(files),
@@ -182,9 +182,12 @@ def made_by(options: PrepareOptions, files: Sequence[str]) -> Dict[str, Any]:
         "seed": options.seed,
         "masking": options.masking,
         "whole_word_masking": options.units == "words",
-        **({} if options.units in ("tokens", "words") else {"masked_units": options.units}),
-        **({} if options.nsp else {"nsp": False}),
     }
+    if options.units not in ("tokens", "words"):
+        entries["masked_units"] = options.units
+    if not options.nsp:
+        entries["nsp"] = False
+    return entries
 
 
 def what_decides_the_bytes(

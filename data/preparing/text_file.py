@@ -46,7 +46,7 @@ def read_lines(path: str, on_bytes: Callable[[int], object], cut_long: bool = Tr
 
 def text_blocks(path: str, on_bytes: Callable[[int], object]) -> Iterator[bytes]:
     """A file's decompressed bytes in blocks, none of them empty."""
-    decompress = gzip_blocks if path.endswith(".gz") else zstandard_blocks if path.endswith(".zst") else plain_blocks
+    decompress = zstandard_blocks if path.endswith(".zst") else plain_or_gzip_blocks
     with open(path, "rb") as file:
         read = 0
         for block in decompress(path, file):
@@ -56,15 +56,11 @@ def text_blocks(path: str, on_bytes: Callable[[int], object]) -> Iterator[bytes]
         on_bytes(file.tell() - read)
 
 
-def plain_blocks(path: str, file: BinaryIO) -> Iterator[bytes]:
-    return iter(lambda: file.read(READ_BYTES), b"")
-
-
-def gzip_blocks(path: str, file: BinaryIO) -> Iterator[bytes]:
-    contents = gzip.GzipFile(fileobj=file)
+def plain_or_gzip_blocks(path: str, file: BinaryIO) -> Iterator[bytes]:
+    contents = gzip.GzipFile(fileobj=file) if path.endswith(".gz") else file
     try:
         yield from iter(lambda: contents.read(READ_BYTES), b"")
-    except (OSError, EOFError, zlib.error) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise damaged(path, "gzip", error)
 
 
