@@ -101,7 +101,7 @@ def find_bad_sample(samples: Samples, vocab_size: int) -> Optional[Tuple[int, st
     ]
     for name, expected, good in checks:
         if not good.all():
-            index, *rest = np.unravel_index(int(np.argmin(good)), good.shape)
-            place, value = "".join(f"[{i}]" for i in rest), getattr(samples, name)[(index, *rest)]
-            return int(index), f"{name}{place} is {value}, expected {expected}"
+            place = np.unravel_index(int(np.argmin(good)), good.shape)
+            value, slot = getattr(samples, name)[place], "".join(f"[{index}]" for index in place[1:])
+            return int(place[0]), f"{name}{slot} is {value}, expected {expected}"
     return None

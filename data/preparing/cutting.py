@@ -186,22 +186,18 @@ def make_samples(
         for start in range(0, len(cuts.nsp_labels), BLOCK):
             block = Cuts(**{name: values[start : start + BLOCK] for name, values in vars(cuts).items()})
             input_ids, lengths = assemble(chunk.tokens, block, sequence_length, special_ids[2], special_ids[3])
-            first_lengths, count = block.first_lengths + 2, len(lengths)
-            if masking is None:
-                masks = (
-                    np.zeros((count, mask_tokens), np.uint16),
-                    np.zeros((count, mask_tokens), input_ids.dtype),
-                    np.zeros(count, np.uint16),
-                )
-            else:
-                keys = rng.integers(0, 1 << 64, count, np.uint64)
-                masks = mask(input_ids, lengths, first_lengths, keys, mask_tokens, masking)
-            yield Samples(
+            count = len(lengths)
+            samples = Samples(
                 input_ids,
                 lengths.astype(np.uint16),
-                first_lengths.astype(np.uint16),
-                *masks,
+                (block.first_lengths + 2).astype(np.uint16),
+                np.zeros((count, mask_tokens), np.uint16),
+                np.zeros((count, mask_tokens), input_ids.dtype),
+                np.zeros(count, np.uint16),
                 block.nsp_labels.astype(np.uint8),
             )
+            if masking is not None:
+                mask(samples, rng.integers(0, 1 << 64, count, np.uint64), masking)
+            yield samples
 
     return blocks(), dropped
