@@ -173,8 +173,7 @@ def make_samples(
     """The samples of a chunk in blocks, as an iterator, and the number of tokens that are in none of them.
 
     `special_ids`: of [PAD], [UNK], [CLS], [SEP] and [MASK]. `masking`: None leaves the samples unmasked, for the
-    loader to mask. The chunk's tokens have the vocabulary's type
-    (`data.samples.token_dtype`).
+    loader to mask. The chunk's tokens have the vocabulary's type (`data.samples.token_dtype`).
     """
     sequence_length, mask_tokens = options.sequence_length, options.mask_tokens
     if options.nsp:
