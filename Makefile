@@ -1,13 +1,23 @@
-# `make quickstart` pre-trains a small BERT on real text; `make test` runs the tests. Both set up .venv first.
+# The words that everybody tries. Each sets up .venv first.
 PYTHON ?= python3
 
-.PHONY: quickstart test
+.PHONY: quickstart lint test benchmark
 
+# Pre-trains a small BERT on real text.
 quickstart: .venv/run
 	.venv/bin/python run_pretraining.py --config quickstart.json --resume auto
 
+lint: .venv/dev
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
 test: .venv/dev
 	.venv/bin/python -m pytest tests
+
+# Sequences/s of the recipe's step on this machine, beside transformers; benchmarks/README.md has the others.
+benchmark: .venv/dev
+	.venv/bin/python benchmarks/pretraining.py --config pod16_phase1.json --lengths wikipedia --rounds 1 --against transformers
 
 .venv/run: requirements.txt
 	$(PYTHON) -m venv .venv

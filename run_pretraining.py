@@ -2,10 +2,9 @@
 
 import sys
 
-from data.commands import run_command
-
 from bert.command_line import parse_command_line
 from bert.errors import Diverged
+from data.commands import run_command
 
 
 def main(arguments=None, **parts) -> int:

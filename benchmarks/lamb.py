@@ -17,9 +17,8 @@ import sys
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from benchmarks.pretraining import timed
 from benchmarks.report import median, print_table, write_json
-from benchmarks.timing import cuda_or_cpu
+from benchmarks.timing import cuda_or_cpu, timed
 from bert.command_line import parse_command_line
 from bert.engines import make_engine
 from data.errors import InputError
@@ -29,16 +28,18 @@ from ops.lamb import Lamb, lamb_groups
 def make_ways(groups):
     """Optimizers over the same parameters and gradients, each with moments of its own."""
 
-    def lamb(implementation, with_copies=False):
+    def lamb(implementation, rounded=False):
         optimizer = Lamb([dict(group) for group in groups], lr=1e-4, implementation=implementation)
-        if with_copies:
-            optimizer.copies.update((p, p.detach().to(torch.bfloat16)) for group in groups for p in group["params"])
+        if rounded:
+            optimizer.compute_weights.update(
+                (p, p.detach().to(torch.bfloat16)) for group in groups for p in group["params"]
+            )
         return optimizer
 
     options = ("params", "weight_decay")
     return {
         "this project": lamb("auto"),
-        "this project, with bfloat16 copies": lamb("auto", with_copies=True),
+        "this project, with bfloat16 compute weights": lamb("auto", rounded=True),
         "foreach": lamb("foreach"),
         "plain": lamb("plain"),
         "torch.optim.AdamW(fused=True)": torch.optim.AdamW(
@@ -59,7 +60,7 @@ def run(own, config):
     count, ways = sum(p.numel() for p in parameters), make_ways(groups)
     source, target = torch.randn(count, device=device), torch.zeros(count, device=device)
     copies, seconds = [], {name: [] for name in ways}
-    for number in range(own.rounds + 1):  # the first one allocates and compiles
+    for _ in range(own.rounds + 1):  # the first one allocates and compiles
         copies.append(timed(device, lambda: target.copy_(source)))
         for name, optimizer in ways.items():
             seconds[name].append(timed(device, optimizer.step))
@@ -90,11 +91,11 @@ def run(own, config):
         [
             [
                 name,
-                f"{1e3 * one['seconds']:.2f}",
-                f"{one['seconds'] / ours:.2f}",
-                f"{100 * one['share_of_copy_bandwidth']:.0f} %",
+                f"{1e3 * figures['seconds']:.2f}",
+                f"{figures['seconds'] / ours:.2f}",
+                f"{100 * figures['share_of_copy_bandwidth']:.0f} %",
             ]
-            for name, one in results["ways"].items()
+            for name, figures in results["ways"].items()
         ],
     )
     write_json(

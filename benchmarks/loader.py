@@ -24,7 +24,7 @@ from benchmarks.report import median, print_table, write_json
 from benchmarks.synthetic import write_data_set
 from data.foreign.bert_layout import BERT_FEATURES
 from data.foreign.nvidia import write_nvidia
-from data.loading.loader import Loader
+from data.loading.loader import Loader, LoaderSettings
 from data.loading.shard_files import open_shards
 from data.samples import FIELDS, layout
 from data.shards import expand, read_samples
@@ -85,22 +85,16 @@ def sample_tensors(ids, length, first, positions, labels, count, nsp):
     )
 
 
-def measure_loader(arguments, shards, packing, seconds):
-    info, batch_size = shards[0], arguments.batch_size
-    with Loader(
-        arguments.files,
-        batch_size,
-        0,
-        info.sequence_length,
-        info.mask_tokens,
-        info.vocab_size,
-        packing=packing,
-        workers=arguments.workers,
-    ) as loader:
+def open_loader(arguments, shards, packing):
+    return Loader(shards, LoaderSettings(arguments.batch_size, 0, packing, workers=arguments.workers))
+
+
+def measure_loader(arguments, shards, packing):
+    with open_loader(arguments, shards, packing) as loader:
         for _ in range(4):  # the first batches wait for a window, and were made ahead
             loader.next()
         began, count = time.perf_counter(), 0
-        while time.perf_counter() - began < seconds:
+        while time.perf_counter() - began < arguments.seconds:
             count += loader.next().samples
         return count / (time.perf_counter() - began)
 
@@ -111,18 +105,9 @@ def measure_cold(arguments, shards):
         with open(shard.path, "rb") as file:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    info, total = shards[0], sum(shard.num_samples for shard in shards)
+    total = sum(shard.num_samples for shard in shards)
     began, count = time.perf_counter(), 0
-    with Loader(
-        arguments.files,
-        arguments.batch_size,
-        0,
-        info.sequence_length,
-        info.mask_tokens,
-        info.vocab_size,
-        packing="samples",
-        workers=arguments.workers,
-    ) as loader:
+    with open_loader(arguments, shards, "samples") as loader:
         for _ in range(max(1, min(32, total // arguments.batch_size))):
             count += loader.next().samples
     return count / (time.perf_counter() - began)
@@ -168,9 +153,9 @@ def run(arguments, folder):
     nvidia_shard = os.path.join(folder, "nvidia.hdf5")
     write_nvidia(nvidia_shard, [read_samples(shards[0].path, 0, shards[0].num_samples)])
     ways = {
-        "loader, packed": lambda: measure_loader(arguments, shards, "samples", arguments.seconds),
-        "loader, packed, fixed rows": lambda: measure_loader(arguments, shards, "rows", arguments.seconds),
-        "loader, one sample a row": lambda: measure_loader(arguments, shards, "off", arguments.seconds),
+        "loader, packed": lambda: measure_loader(arguments, shards, "samples"),
+        "loader, packed, fixed rows": lambda: measure_loader(arguments, shards, "rows"),
+        "loader, one sample a row": lambda: measure_loader(arguments, shards, "off"),
         "loader, packed, cold": lambda: measure_cold(arguments, shards),
         "DataLoader over h5py, 0 workers": lambda: measure_data_loader(H5pyDataset(shards), 256, 0, arguments.seconds),
         "DataLoader over h5py, 2 workers": lambda: measure_data_loader(H5pyDataset(shards), 256, 2, arguments.seconds),
@@ -179,14 +164,15 @@ def run(arguments, folder):
     if any(in_memory(shard.path) for shard in shards):
         del ways["loader, packed, cold"]
         print("cold is not measured: the shards are on tmpfs, in memory")
-    found = {name: [] for name in ways}
+    rounds = {name: [] for name in ways}
     for _ in range(arguments.rounds):
         for name, measure in ways.items():
-            found[name].append(measure())
-    rates = {name: median(values) for name, values in found.items()}
+            rounds[name].append(measure())
+    rates = {name: median(values) for name, values in rounds.items()}
+    total = sum(shard.num_samples for shard in shards)
     print(
-        f"{sum(shard.num_samples for shard in shards)} samples of length {info.sequence_length}, {size} bytes "
-        f"each; global batch {arguments.batch_size}; medians of {arguments.rounds} rounds"
+        f"{total} samples of length {info.sequence_length}, {size} bytes each; global batch {arguments.batch_size}; "
+        f"medians of {arguments.rounds} rounds"
     )
     print_table(
         ["", "samples/s", "GB/s", "loader is faster by"],
@@ -202,7 +188,7 @@ def run(arguments, folder):
             "batch_size": arguments.batch_size,
             "sequence_length": info.sequence_length,
             "samples_per_second": rates,
-            "rounds": found,
+            "rounds": rounds,
         },
         torch=torch.__version__,
         h5py=h5py.__version__,

@@ -69,7 +69,8 @@ def attention_case(rows, length, random):
 
     ways = {"plain": plain, "rows with a mask": in_rows}
     if has_varlen_kernel(query.device.type, query.dtype, HIDDEN // HEADS):
-        ways["end to end"] = lambda: attention(query, key, value, CuSeqlens(starts, int(lengths.max())), HEADS, DROPOUT)
+        cu_seqlens = CuSeqlens(starts, int(lengths.max()))
+        ways["unpadded"] = lambda: attention(query, key, value, cu_seqlens, HEADS, DROPOUT)
     return Case(ways, [query, key, value], flops=12 * HIDDEN * np.square(lengths, dtype=np.float64).sum())
 
 
@@ -93,11 +94,8 @@ def linear_gelu_case(rows, length, random):
 
 
 def linear_norm_case(rows, length, random):
-    x, residual, weight = (
-        random(rows * length, 4 * HIDDEN),
-        random(rows * length, HIDDEN),
-        random(HIDDEN, 4 * HIDDEN, std=0.02),
-    )
+    x, residual = random(rows * length, 4 * HIDDEN), random(rows * length, HIDDEN)
+    weight = random(HIDDEN, 4 * HIDDEN, std=0.02)
     arguments = x, weight, random(HIDDEN), residual, random(HIDDEN), random(HIDDEN), 1e-3, DROPOUT
     return Case(
         {
@@ -112,10 +110,7 @@ def linear_norm_case(rows, length, random):
 def mlm_loss_case(rows, length, random):
     slots = int(0.15 * rows * length)
     hidden, decoder, bias = random(slots, HIDDEN), random(VOCAB, HIDDEN, std=0.02), random(VOCAB, std=0.02)
-    labels, weights = (
-        torch.randint(VOCAB, (slots,), device=hidden.device),
-        torch.rand(slots, device=hidden.device) / slots,
-    )
+    labels, weights = torch.randint(VOCAB, (slots,)).to(hidden.device), torch.rand(slots, device=hidden.device) / slots
     ways = {"plain": lambda: linear_cross_entropy_plain(hidden, decoder, bias, labels, weights)[0]}
     for way, factor in (("this project's", None), ("in 1 part", 1), ("in 4 parts", 4)):
         ways[way] = lambda factor=factor: linear_cross_entropy(hidden, decoder, bias, labels, weights, factor)[0]
@@ -182,29 +177,24 @@ def run(arguments):
                     "phase": phase,
                     "rows": rows,
                     "length": length,
-                    "ways": {
-                        way: {"seconds": one, "flops_per_second": case.flops / one} for way, one in seconds.items()
-                    },
+                    "ways": {way: {"seconds": s, "flops_per_second": case.flops / s} for way, s in seconds.items()},
                 }
             )
     gemm = median(rates)
     for case in cases:
-        plain = case["ways"]["plain"]["seconds"]
-        for way, one in case["ways"].items():
-            one["share_of_gemm_rate"], one["times_as_fast"] = one["flops_per_second"] / gemm, plain / one["seconds"]
-            table.append(
-                [
-                    "{operation}, {rows} x {length}, ".format(**case) + way,
-                    f"{1e3 * one['seconds']:.3f}",
-                    f"{one['times_as_fast']:.2f}",
-                    f"{one['flops_per_second'] / 1e12:.3g}",
-                    f"{100 * one['share_of_gemm_rate']:.0f} %",
-                ]
-            )
-            faster.setdefault("{operation}, {phase}".format(**case), {})[way] = one["times_as_fast"]
+        operation, plain = case["operation"], case["ways"]["plain"]["seconds"]
+        for way, figures in case["ways"].items():
+            figures["share_of_gemm_rate"] = share = figures["flops_per_second"] / gemm
+            figures["times_as_fast"] = times = plain / figures["seconds"]
+            name = f"{operation}, {case['rows']} x {case['length']}, {way}"
+            teraflops = figures["flops_per_second"] / 1e12
+            milliseconds = 1e3 * figures["seconds"]
+            table.append([name, f"{milliseconds:.3f}", f"{times:.2f}", f"{teraflops:.3g}", f"{100 * share:.0f} %"])
+            faster.setdefault(f"{operation}, {case['phase']}", {})[way] = times
+    rows, common, columns = GEMM_SHAPE[device]
     print(
-        "matrix product: %.4g TFLOP/s, %d x %d by %d x %d, %s; medians of %d rounds"
-        % ((gemm / 1e12,) + GEMM_SHAPE[device][:2] + GEMM_SHAPE[device][1:] + (dtype, arguments.rounds))
+        f"matrix product: {gemm / 1e12:.4g} TFLOP/s, {rows} x {common} by {common} x {columns}, {dtype}; "
+        f"medians of {arguments.rounds} rounds"
     )
     print_table(["forward and backward", "ms", "plain / it", "TFLOP/s", "of the matrix rate"], table)
     if arguments.plot:

@@ -26,7 +26,7 @@ import tokenizers
 from tqdm import tqdm
 
 from benchmarks.report import median, print_table, write_json
-from data.prepare import prepare
+from data.prepare import PrepareOptions, prepare
 from data.preparing.corpus import FORMATS, documents, find_files
 from data.tokenizer import make_tokenizer, read_vocab, train_vocab
 
@@ -229,17 +229,11 @@ def main():
             file.writelines(word + "\n" for word in words)
 
         def ours(number):
-            summary = prepare(
-                options.input,
-                os.path.join(folder, f"set-{number}"),
-                options.format,
-                vocab=vocab,
-                sequence_length=LENGTH,
-                mask_tokens=MASKS,
-                duplicates=DUPLICATES,
-                progress=False,
+            output, sizes = os.path.join(folder, f"set-{number}"), {"sequence_length": LENGTH, "mask_tokens": MASKS}
+            settings = PrepareOptions(
+                options.input, output, options.format, vocab=vocab, duplicates=DUPLICATES, **sizes
             )
-            samples["prepare"] = summary.train_samples
+            samples["prepare"] = prepare(settings, progress=False).train_samples
 
         def theirs(name):
             samples[name] = peer(texts, words, os.path.join(folder, "peer.h5"), name == "peer_fast")

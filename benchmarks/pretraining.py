@@ -284,10 +284,9 @@ def run(own, config, named_files):
         f"{len(samples)} samples of mean length {mean_length:.1f} of {config.data.sequence_length} "
         f"({origin}); medians of {own.rounds} rounds"
     )
-    print(
-        "matrix product: %.4g TFLOP/s, %d x %d by %d x %d, %s"
-        % ((gemm["flops_per_second"] / 1e12,) + gemm["shape"][:2] + gemm["shape"][1:] + (gemm["dtype"],))
-    )
+    rows_, common, columns = gemm["shape"]
+    rate = f"{gemm['flops_per_second'] / 1e12:.4g} TFLOP/s"
+    print(f"matrix product: {rate}, {rows_} x {common} by {common} x {columns}, {gemm['dtype']}")
     parts = [f"{part}, s" for part in PARTS]
     print_table(["", "sequences/s", "tokens/s", "of that rate"] + parts + ["peak, GB", "ours is faster by"], rows)
     about = {

@@ -9,7 +9,7 @@ import numpy as np
 
 from data.samples import Samples, token_dtype
 from data.shards import write_shard
-from data.tokenizer import SPECIAL_WORDS, vocab_sha256, write_tokenizer_files
+from data.tokenizer import SPECIAL_TOKENS, vocab_sha256, write_tokenizer_files
 
 __all__ = ["length_distribution", "random_samples", "write_data_set"]
 
@@ -64,13 +64,13 @@ def random_samples(distribution, count, longest, mask_tokens, vocab_size, rng):
 def write_data_set(folder, distribution, count, longest, mask_tokens, vocab_size):
     """Shards of random samples and their vocabulary, for a run; returns the pattern of the shards."""
     rng = np.random.default_rng(0)
-    words = list(SPECIAL_WORDS) + [f"word{number}" for number in range(len(SPECIAL_WORDS), vocab_size)]
-    write_tokenizer_files(folder, words)
+    tokens = list(SPECIAL_TOKENS) + [f"word{number}" for number in range(len(SPECIAL_TOKENS), vocab_size)]
+    write_tokenizer_files(folder, tokens)
     for number, first in enumerate(range(0, count, SAMPLES_OF_SHARD)):
         samples = random_samples(
             distribution, min(SAMPLES_OF_SHARD, count - first), longest, mask_tokens, vocab_size, rng
         )
         write_shard(
-            os.path.join(folder, f"train-{number:05}.h5"), samples, vocab_size, vocab_sha256(words), {"random": 0}
+            os.path.join(folder, f"train-{number:05}.h5"), samples, vocab_size, vocab_sha256(tokens), {"random": 0}
         )
     return os.path.join(folder, "train-*.h5")

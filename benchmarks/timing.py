@@ -14,7 +14,7 @@ __all__ = ["Stopwatch", "cuda_or_cpu", "gemm_rate", "timed"]
 
 
 def cuda_or_cpu(config: Config) -> str:
-    """The device of the config, which is not to be an IPU: there a step cannot be taken apart."""
+    """The config's device. Raises InputError for an IPU: there a step cannot be taken apart."""
     device, _ = choose_device(config.device)
     if device == "ipu":
         raise InputError(
@@ -46,12 +46,9 @@ def gemm_rate(device, shape, dtype):
     `shape`: rows, common size, columns.
     """
     rows, common, columns = shape
-    a, b = (
-        torch.randn(rows, common, device=device, dtype=dtype),
-        torch.randn(common, columns, device=device, dtype=dtype),
-    )
-    product = torch.empty(rows, columns, device=device, dtype=dtype)
-    work = functools.partial(torch.mm, a, b, out=product)
+    options = dict(device=device, dtype=dtype)
+    a, b = torch.randn(rows, common, **options), torch.randn(common, columns, **options)
+    work = functools.partial(torch.mm, a, b, out=torch.empty(rows, columns, **options))
     timed(device, work)
     repeat = max(1, int(0.1 / timed(device, work)))
     return 2 * rows * common * columns / min(timed(device, work, repeat) for _ in range(5))

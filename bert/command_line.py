@@ -69,7 +69,7 @@ def parse_command_line(arguments: Sequence[str]) -> Config:
     data = values["data"]
     data.update({key: [data[key]] for key in ("files", "held_out_files", "text") if isinstance(data[key], str)})
     config = Config(**{key: SECTIONS[key](**value) if key in SECTIONS else value for key, value in values.items()})
-    if config.training.output is None:
+    if not config.training.output:
         config.training.output = os.path.join("runs", os.path.splitext(os.path.basename(name or "run"))[0])
     validate(config, source)
     return config

@@ -144,7 +144,7 @@ class TrainingConfig:
     """Of the initial weights, the order of samples, and dropout."""
     start_from: Optional[str] = None
     """Folder with the weights to start from: a checkpoint of a run, or any BERT of transformers in safetensors."""
-    output: Optional[str] = None
+    output: str = ""
     """The run's folder; by default runs/ and the config's name."""
     precision: Literal["auto", "float32", "bfloat16", "float8"] = "auto"
     """Of matrix products; auto: bfloat16 on a CUDA card that has it, float16 on IPUs, else float32. float8: bfloat16,

@@ -76,7 +76,7 @@ class NamedOptimizer:
         self.skipped = torch.zeros((), dtype=torch.int64, device=named_parameters[0][1].device)
         for optimizer in self.optimizers:
             if isinstance(optimizer, Lamb):
-                optimizer.copies, optimizer.skipped = self.compute_weights, self.skipped
+                optimizer.compute_weights, optimizer.skipped = self.compute_weights, self.skipped
 
     def step(self, learning_rate: float) -> None:
         """One update with the gradients that the parameters have."""

@@ -25,19 +25,14 @@ from data.shards import ShardInfo
 __all__ = [
     "CHOICES",
     "Candidates",
+    "Choose",
     "Masking",
-    "apply_masks",
     "choice_reference",
     "choose_tokens",
     "choose_words",
     "load_choice",
-    "mask",
-    "mask_budget",
-    "mask_dynamic",
-    "masking_of",
-    "random_32",
-    "sample_keys",
 ]
+__all__ += ["mask", "mask_budget", "mask_dynamic", "masking_of", "random_32", "sample_keys"]
 
 BLOCK = 1024  # samples masked at a time: their temporaries stay in the cache
 GOLDEN = 0x9E3779B97F4A7C15
@@ -188,10 +183,10 @@ def mask_dynamic(samples: Samples, sample_indices: np.ndarray, seed: int, epoch,
     each's. The given samples are left as they are; those returned share all arrays with them but `input_ids` and the
     three of `mlm_`.
     """
-    input_ids, keys = samples.input_ids.copy(), sample_keys(seed, epoch, sample_indices)
-    mask_tokens = samples.mlm_positions.shape[1]
-    positions, labels, counts = mask(input_ids, samples.lengths, samples.first_lengths, keys, mask_tokens, masking)
-    return replace(samples, input_ids=input_ids, mlm_positions=positions, mlm_labels=labels, mlm_counts=counts)
+    masks = {name: np.zeros_like(getattr(samples, name)) for name in ("mlm_positions", "mlm_labels", "mlm_counts")}
+    masked = replace(samples, input_ids=samples.input_ids.copy(), **masks)
+    mask(masked, sample_keys(seed, epoch, sample_indices), masking)
+    return masked
 
 
 def sample_keys(seed: int, epoch, sample_indices: np.ndarray) -> np.ndarray:
@@ -231,37 +226,21 @@ def random_32(keys: np.ndarray, counters: np.ndarray) -> np.ndarray:
     return state
 
 
-def mask(
-    input_ids: np.ndarray,
-    lengths: np.ndarray,
-    first_lengths: np.ndarray,
-    keys: np.ndarray,
-    mask_tokens: int,
-    masking: Masking,
-) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Masks samples in place; returns mlm_positions [N, M] uint16, mlm_labels [N, M] and mlm_counts [N] uint16.
+def mask(samples: Samples, keys: np.ndarray, masking: Masking) -> None:
+    """Masks samples in place, whose `mlm_` arrays are zeros. `keys` [N] uint64: each sample's randomness.
 
-    `input_ids` [N, L], `lengths` [N] and `first_lengths` [N] as in Samples; `keys` [N] uint64, one random key a sample.
-
-    Of a sample of n tokens, masking.share x n, at least 1 and at most `mask_tokens`, are masked; with whole words, as
-    many as fit, so maybe fewer. In 80 % a masked token becomes [MASK], in 10 % a random token, in 10 % it stays.
+    Of each sample `masking.share` of its tokens are chosen, at least 1 and at most M, never its [CLS] and [SEP]; maybe
+    fewer, where units of several tokens do not fit. 80 % of the chosen become [MASK], 10 % a random token, 10 % stay.
     """
-    count = len(input_ids)
-    positions = np.zeros((count, mask_tokens), np.uint16)
-    labels = np.zeros((count, mask_tokens), input_ids.dtype)
-    counts = np.zeros(count, np.uint16)
-    for start in range(0, count, BLOCK):
+    for start in range(0, len(samples), BLOCK):
         block = slice(start, start + BLOCK)
-        candidates = make_candidates(
-            input_ids[block], lengths[block], first_lengths[block], keys[block], mask_tokens, masking
-        )
-        rows, chosen = masking.choose(candidates)
-        counts[block] = apply_masks(
-            input_ids[block], rows, chosen, keys[block], masking, positions[block], labels[block]
-        )
-        if (counts[block] > candidates.budget).any():
+        part = samples.take(block)
+        candidates = candidates_of(part, keys[block], masking)
+        rows, positions = masking.choose(candidates)
+        part.mlm_counts[:] = np.bincount(rows, minlength=len(part))
+        if (part.mlm_counts > candidates.budget).any():
             raise ValueError(f"{masking.choose.__name__} chose more tokens of a sample than its budget")
-    return positions, labels, counts
+        apply_masks(part, rows, positions, keys[block], masking)
 
 
 def mask_budget(lengths: np.ndarray, mask_share: float, mask_tokens: int) -> np.ndarray:
@@ -270,51 +249,34 @@ def mask_budget(lengths: np.ndarray, mask_share: float, mask_tokens: int) -> np.
     return np.clip(np.rint(mask_share * lengths), 1, np.clip(lengths - 3, 0, mask_tokens)).astype(np.int32)
 
 
-def make_candidates(
-    input_ids: np.ndarray,
-    lengths: np.ndarray,
-    first_lengths: np.ndarray,
-    keys: np.ndarray,
-    mask_tokens: int,
-    masking: Masking,
-) -> Candidates:
-    sequence_length = input_ids.shape[1]
-    position, last = np.arange(sequence_length, dtype=np.uint16), lengths.astype(np.int32) - 1
-    special = position >= last[:, None].astype(np.uint16)
+def candidates_of(samples: Samples, keys: np.ndarray, masking: Masking) -> Candidates:
+    length, lengths = samples.input_ids.shape[1], samples.lengths.astype(np.int32)
+    position = np.arange(length, dtype=np.uint16)
+    special = position >= (lengths - 1)[:, None].astype(np.uint16)
     special[:, 0] = True
-    special[np.arange(len(lengths)), first_lengths.astype(np.int32) - 1] = True
-    position_bits = np.uint32((1 << max(1, (sequence_length - 1).bit_length())) - 1)
+    special[np.arange(len(samples)), samples.first_lengths.astype(np.int32) - 1] = True
+    position_bits = np.uint32((1 << max(1, (length - 1).bit_length())) - 1)
     order = random_32(keys[:, None], position.astype(np.uint32))
     order &= ~position_bits
     order |= position
-    budget = mask_budget(lengths, masking.share, mask_tokens)
-    return Candidates(input_ids, special, budget, order, position_bits, keys, masking.continuations)
+    budget = mask_budget(lengths, masking.share, samples.mlm_positions.shape[1])
+    return Candidates(samples.input_ids, special, budget, order, position_bits, keys, masking.continuations)
 
 
-def apply_masks(
-    input_ids: np.ndarray,
-    rows: np.ndarray,
-    chosen: np.ndarray,
-    keys: np.ndarray,
-    masking: Masking,
-    positions: np.ndarray,
-    labels: np.ndarray,
-) -> np.ndarray:
-    """Replaces the chosen tokens in `input_ids` [N, L] and notes them in `positions` and `labels` [N, M], which are
-    zero; gives how many each sample has, [N]."""
-    sequence_length, mask_tokens = input_ids.shape[1], positions.shape[1]
-    counts = np.bincount(rows, minlength=len(input_ids))
+def apply_masks(samples: Samples, rows: np.ndarray, positions: np.ndarray, keys: np.ndarray, masking: Masking) -> None:
+    """Replaces the chosen tokens, `mlm_counts` of each sample, and notes them in mlm_positions and mlm_labels."""
+    counts = samples.mlm_counts.astype(np.int64)
     slots = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
-    tokens = rows * sequence_length + chosen
-    flat_ids, mask_slots = input_ids.reshape(-1), rows * mask_tokens + slots
-    positions.reshape(-1)[mask_slots] = chosen
-    labels.reshape(-1)[mask_slots] = flat_ids[tokens]
+    tokens = rows * samples.input_ids.shape[1] + positions
+    mask_slots = rows * samples.mlm_positions.shape[1] + slots
+    flat_ids = samples.input_ids.reshape(-1)
+    samples.mlm_positions.reshape(-1)[mask_slots] = positions
+    samples.mlm_labels.reshape(-1)[mask_slots] = flat_ids[tokens]
 
     token_keys = keys[rows]
-    dice = random_32(token_keys, chosen.astype(np.uint32) + np.uint32(DICE))
+    dice = random_32(token_keys, positions.astype(np.uint32) + np.uint32(DICE))
     flat_ids[tokens[dice < EIGHT_TENTHS]] = masking.mask_id
     other = np.flatnonzero((dice >= EIGHT_TENTHS) & (dice < NINE_TENTHS))
-    draw = random_32(token_keys[other], chosen[other].astype(np.uint32) + np.uint32(RANDOM_TOKEN)).astype(np.uint64)
+    draw = random_32(token_keys[other], positions[other].astype(np.uint32) + np.uint32(RANDOM_TOKEN)).astype(np.uint64)
     drawn = draw * np.uint64(len(masking.random_ids)) >> np.uint64(32)
     flat_ids[tokens[other]] = masking.random_ids[drawn.astype(np.int64)]
-    return counts

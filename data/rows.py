@@ -80,7 +80,8 @@ class Target(NamedTuple):
     positions: str
     weights: str
     used: str = ""
-    """Of rows, whose slots are many: the field that names the slots whose weight is not 0, for no others to be computed"""
+    """Of rows, whose slots are many: the field that names the slots whose weight is not 0, for no others to be
+    computed"""
 
 
 MLM = Target("mlm_labels", "mlm_positions", "mlm_weights", used="mlm_used")

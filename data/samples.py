@@ -12,7 +12,7 @@ V is uint16 for a vocabulary of up to 65,536 tokens, else uint32. Masking is app
 """
 
 from dataclasses import dataclass
-from typing import Dict, Optional, Sequence, Tuple
+from typing import Dict, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -36,7 +36,7 @@ class Samples:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def take(self, index) -> "Samples":
+    def take(self, index: Union[slice, np.ndarray]) -> "Samples":
         """The samples at `index`, in that order: views for a slice, copies for an integer array."""
         if isinstance(index, slice):
             return Samples(*[getattr(self, name)[index] for name in FIELDS])
@@ -45,12 +45,8 @@ class Samples:
     @staticmethod
     def empty(count: int, sequence_length: int, mask_tokens: int, vocab_size: int) -> "Samples":
         """Room for `count` samples, uninitialised."""
-        return Samples(
-            **{
-                name: np.empty((count,) + shape, dtype)
-                for name, (shape, dtype) in layout(sequence_length, mask_tokens, vocab_size).items()
-            }
-        )
+        arrays = layout(sequence_length, mask_tokens, vocab_size)
+        return Samples(**{name: np.empty((count, *shape), dtype) for name, (shape, dtype) in arrays.items()})
 
     @staticmethod
     def concatenate(parts: Sequence["Samples"]) -> "Samples":
@@ -61,7 +57,7 @@ FIELDS = tuple(Samples.__dataclass_fields__)
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The smallest type that holds the ids of a vocabulary: uint16 up to 65,536 words, else uint32."""
+    """The smallest type that holds the ids of a vocabulary: uint16 up to 65,536 tokens, else uint32."""
     return np.dtype(np.uint16 if vocab_size <= 65536 else np.uint32)
 
 
@@ -106,10 +102,6 @@ def find_bad_sample(samples: Samples, vocab_size: int) -> Optional[Tuple[int, st
     for name, expected, good in checks:
         if not good.all():
             place = np.unravel_index(int(np.argmin(good)), good.shape)
-            return int(place[0]), "%s%s is %d, expected %s" % (
-                name,
-                "".join("[%d]" % i for i in place[1:]),
-                getattr(samples, name)[place],
-                expected,
-            )
+            value, slot = getattr(samples, name)[place], "".join(f"[{index}]" for index in place[1:])
+            return int(place[0]), f"{name}{slot} is {value}, expected {expected}"
     return None

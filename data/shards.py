@@ -69,10 +69,11 @@ def write_shard(
                 "schema_version": SCHEMA_VERSION,
                 "vocab_size": vocab_size,
                 "vocab_sha256": vocab_hash,
-                "segments": segments,
                 "made_by": json.dumps(made_by),
             }
         )
+        if segments != 2:
+            file.attrs["segments"] = segments
         file.attrs.update(masking or {})
         for name in FIELDS:
             file.create_dataset(name, data=getattr(samples, name))

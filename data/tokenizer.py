@@ -8,7 +8,7 @@ import json
 import os
 from collections import Counter, defaultdict
 from itertools import islice
-from typing import Callable, Iterable, List, Sequence, Tuple
+from typing import Callable, DefaultDict, Dict, Iterable, List, Optional, Sequence, Tuple
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -16,10 +16,12 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from data.errors import InputError
 from data.files import replacing
 from data.samples import token_dtype
+from data.shards import ShardInfo
 
 __all__ = [
-    "SPECIAL_WORDS",
+    "SPECIAL_TOKENS",
     "TextEncoder",
+    "find_vocab",
     "make_tokenizer",
     "read_vocab",
     "train_vocab",
@@ -27,7 +29,7 @@ __all__ = [
     "write_tokenizer_files",
 ]
 
-SPECIAL_WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 MINIMUM_VOCAB_SIZE = 100
 MOST_LETTERS = 1000
@@ -35,63 +37,84 @@ CACHE_BYTES = 64 << 20  # of one process
 
 
 def read_vocab(path: str) -> List[str]:
-    """The words of a vocabulary file, one a line; a word's id is its place.
+    """The tokens of a vocabulary file, one a line; a token's id is its place.
 
-    Raises InputError that names the file and what is wrong: missing, not UTF-8, empty, an empty line or a word twice
-    (their lines are named), one of the five special words missing, or no other words.
+    Raises InputError that names the file and what is wrong: missing, not UTF-8, empty, an empty line or a token twice
+    (their lines are named), one of the five special tokens missing, or no other tokens.
     """
     try:
         with open(path, "rb") as file:
             text = file.read().decode("utf-8")
     except OSError as error:
         raise InputError(
-            f"{path}: the vocabulary cannot be read ({error.strerror}); expected a file with one word a line"
+            f"{path}: the vocabulary cannot be read ({error.strerror}); expected a file with one token a line"
         )
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: byte {error.start} is not UTF-8; expected a vocabulary with one word a line")
+        raise InputError(f"{path}: byte {error.start} is not UTF-8; expected a vocabulary with one token a line")
     lines = text.split("\n")
-    words = [line[:-1] if line.endswith("\r") else line for line in (lines if lines[-1] else lines[:-1])]
-    if not words:
+    tokens = [line[:-1] if line.endswith("\r") else line for line in (lines if lines[-1] else lines[:-1])]
+    if not tokens:
         raise InputError(
-            f"{path}: the vocabulary is empty; expected one word a line, such as bert-base-uncased's vocab.txt"
+            f"{path}: the vocabulary is empty; expected one token a line, such as bert-base-uncased's vocab.txt"
         )
-    first_line = {}
-    for number, word in enumerate(words, 1):
-        if not word:
-            raise InputError(f"{path}: line {number} is empty; expected one word a line, for a word's id is its line")
-        if first_line.setdefault(word, number) != number:
+    first_line: Dict[str, int] = {}
+    for number, token in enumerate(tokens, 1):
+        if not token:
+            raise InputError(f"{path}: line {number} is empty; expected one token a line, for its id is its line")
+        if first_line.setdefault(token, number) != number:
             raise InputError(
-                f"{path}: line {number} repeats {word!r} of line {first_line[word]}; expected each word once. "
-                "Use the vocabulary as it was published, or leave out --vocab to train one"
+                f"{path}: line {number} repeats {token!r} of line {first_line[token]}; expected each token once. Use "
+                "the vocabulary as it was published, or leave out --vocab to train one"
             )
-    missing = [word for word in SPECIAL_WORDS if word not in first_line]
+    missing = [token for token in SPECIAL_TOKENS if token not in first_line]
     if missing:
         raise InputError(
-            f"{path}: the vocabulary of {len(words)} words has no {', '.join(missing)}; expected all of "
-            f"{' '.join(SPECIAL_WORDS)}. Use a BERT vocabulary, or leave out --vocab to train one"
+            f"{path}: the vocabulary of {len(tokens)} tokens has no {', '.join(missing)}; expected all of "
+            f"{' '.join(SPECIAL_TOKENS)}. Use a BERT vocabulary, or leave out --vocab to train one"
         )
-    if len(words) == len(SPECIAL_WORDS):
-        raise InputError(f"{path}: the vocabulary has no words but the special ones; expected WordPieces, one a line")
-    return words
+    if len(tokens) == len(SPECIAL_TOKENS):
+        raise InputError(f"{path}: the vocabulary has no tokens but the special ones; expected WordPieces, one a line")
+    return tokens
 
 
-def make_tokenizer(words: Sequence[str]) -> Tokenizer:
-    """bert-base-uncased's tokenizer over these words: the same ids for the same text and vocabulary."""
-    ids = {word: number for number, word in enumerate(words)}
+def find_vocab(vocab: Optional[str], shards: Sequence[ShardInfo], option: str = "--vocab") -> Tuple[List[str], str]:
+    """The tokens and the path of the vocabulary that shards were made with: the file `vocab`, or vocab.txt beside the
+    first shard.
+
+    `option` sets `vocab`, messages say. Raises InputError when there is no such file, it is no vocabulary, or its hash
+    is not that of the shards; NVIDIA's files do not say theirs.
+    """
+    path = vocab or os.path.join(os.path.dirname(shards[0].path), "vocab.txt")
+    if not os.path.exists(path):
+        raise InputError(f"{path}: no such file. Give {option}, the vocabulary that the samples were made with")
+    tokens = read_vocab(path)
+    own_hash = vocab_sha256(tokens)
+    for shard in shards:
+        if shard.vocab_sha256 not in ("", own_hash):
+            raise InputError(
+                f"{path}: is not the vocabulary that {shard.path} was made with: its hash is {own_hash[:12]}, expected "
+                f"{shard.vocab_sha256[:12]}. Give that one with {option}"
+            )
+    return tokens, path
+
+
+def make_tokenizer(tokens: Sequence[str]) -> Tokenizer:
+    """bert-base-uncased's tokenizer over these tokens: the same ids for the same text and vocabulary."""
+    ids = {token: number for number, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.WordPiece(vocab=ids, unk_token="[UNK]", max_input_chars_per_word=100))
-    tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in SPECIAL_WORDS])
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS]:0 $A:0 [SEP]:0",
         pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
-        special_tokens=[(word, ids[word]) for word in ("[CLS]", "[SEP]")],
+        special_tokens=[(token, ids[token]) for token in ("[CLS]", "[SEP]")],
     )
     tokenizer.decoder = decoders.WordPiece(prefix="##")
     return tokenizer
 
 
-def write_tokenizer_files(folder: str, words: Sequence[str], longest: int = 512) -> None:
+def write_tokenizer_files(folder: str, tokens: Sequence[str], longest: int = 512) -> None:
     """Writes vocab.txt, tokenizer.json and tokenizer_config.json, from which transformers' AutoTokenizer loads the
     folder.
 
@@ -110,8 +133,8 @@ def write_tokenizer_files(folder: str, words: Sequence[str], longest: int = 512)
         "mask_token": "[MASK]",
     }
     contents = {
-        "vocab.txt": "".join(word + "\n" for word in words),
-        "tokenizer.json": make_tokenizer(words).to_str(pretty=True) + "\n",
+        "vocab.txt": "".join(token + "\n" for token in tokens),
+        "tokenizer.json": make_tokenizer(tokens).to_str(pretty=True) + "\n",
         "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
     }
     for name, text in contents.items():
@@ -121,7 +144,7 @@ def write_tokenizer_files(folder: str, words: Sequence[str], longest: int = 512)
 
 
 def train_vocab(read_texts: Callable[[], Iterable[List[str]]], vocab_size: int) -> List[str]:
-    """A WordPiece vocabulary of at most `vocab_size` words, the five special words first; the same for the same text.
+    """A WordPiece vocabulary of at most `vocab_size` tokens, the five special ones first; the same for the same text.
 
     `read_texts` begins a pass over the text, in lists of lines; it is called twice. Raises InputError for a size too
     small.
@@ -130,10 +153,10 @@ def train_vocab(read_texts: Callable[[], Iterable[List[str]]], vocab_size: int) 
         raise InputError(
             f"--vocab-size is {vocab_size}, expected at least {MINIMUM_VOCAB_SIZE}: the letters alone need as many"
         )
-    tokenizer = make_tokenizer(SPECIAL_WORDS)
-    letters, inner = find_letters(read_texts(), tokenizer, min(MOST_LETTERS, (vocab_size - len(SPECIAL_WORDS)) // 4))
+    tokenizer = make_tokenizer(SPECIAL_TOKENS)
+    letters, inner = find_letters(read_texts(), tokenizer, min(MOST_LETTERS, (vocab_size - len(SPECIAL_TOKENS)) // 4))
     # The trainer numbers letters in the order of a hash table that differs from run to run, and breaks ties between
-    # equally frequent pairs by those numbers. Letters that are given as special words are numbered first, in this
+    # equally frequent pairs by those numbers. Letters that are given as special tokens are numbered first, in this
     # order.
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
@@ -141,17 +164,17 @@ def train_vocab(read_texts: Callable[[], Iterable[List[str]]], vocab_size: int) 
         show_progress=False,
         initial_alphabet=letters,
         limit_alphabet=len(letters),
-        special_tokens=list(SPECIAL_WORDS) + letters + inner,
+        special_tokens=list(SPECIAL_TOKENS) + letters + inner,
     )
     tokenizer.train_from_iterator(read_texts(), trainer)
     ids = tokenizer.get_vocab()
-    return sorted(ids, key=ids.get)
+    return sorted(ids, key=lambda token: ids[token])
 
 
 def find_letters(texts: Iterable[List[str]], tokenizer: Tokenizer, most: int) -> Tuple[List[str], List[str]]:
-    """The most frequent characters after normalisation, sorted, and pieces ("##e") for those that a word can go on
-    with."""
-    raw, letters = Counter(), Counter()
+    """The most frequent characters after normalisation, sorted, and pieces ("##e") of those that occur inside words."""
+    raw: Counter = Counter()
+    letters: Counter = Counter()
     for lines in texts:
         raw.update("".join(lines))
     for character, count in raw.items():
@@ -159,28 +182,28 @@ def find_letters(texts: Iterable[List[str]], tokenizer: Tokenizer, most: int) ->
             letters[letter] += count
     kept = sorted(sorted(letters, key=lambda letter: (-letters[letter], letter))[:most])
 
-    def goes_on(letter):
+    def occurs_inside(letter: str) -> bool:
         return len(tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(f"a{letter}a"))) == 1
 
-    return kept, ["##" + letter for letter in kept if goes_on(letter)]
+    return kept, ["##" + letter for letter in kept if occurs_inside(letter)]
 
 
 class TextEncoder:
     """Encodes lines of text as `make_tokenizer` does, several times faster: each distinct word is tokenized once.
 
-    That is exact because BERT's tokenizer never looks beyond a space. Special words in the text ("[MASK]") are plain
+    That is exact because BERT's tokenizer never looks beyond a space. Special tokens in the text ("[MASK]") are plain
     text here: a corpus must not be able to mask or end a sample.
     """
 
-    def __init__(self, words: Sequence[str]):
-        self.tokenizer = make_tokenizer(words)
+    def __init__(self, tokens: Sequence[str]):
+        self.tokenizer = make_tokenizer(tokens)
         self.tokenizer.encode_special_tokens = True
-        self.dtype = token_dtype(len(words))
+        self.dtype = token_dtype(len(tokens))
         self.forget()
 
     def forget(self) -> None:
         """Empties the cache."""
-        self.known = defaultdict()
+        self.known: DefaultDict[str, int] = defaultdict()
         self.known.default_factory = self.known.__len__
         self.cached_bytes = 0
         self.pieces = np.empty(0, self.dtype)
@@ -216,6 +239,6 @@ class TextEncoder:
         self.cached_bytes += sum(map(len, new_words)) + 200 * len(new_words)
 
 
-def vocab_sha256(words: Sequence[str]) -> str:
-    """The hash that ties shards to the vocabulary they were made with: of its words, one a line."""
-    return hashlib.sha256("\n".join(words).encode("utf-8")).hexdigest()
+def vocab_sha256(tokens: Sequence[str]) -> str:
+    """The hash that ties shards to the vocabulary they were made with: of its tokens, one a line."""
+    return hashlib.sha256("\n".join(tokens).encode("utf-8")).hexdigest()

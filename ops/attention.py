@@ -42,7 +42,8 @@ class SampleMask(NamedTuple):
 
 
 class CuSeqlens(NamedTuple):
-    """Where the samples are among tokens laid end to end: sample n has tokens cu_seqlens[n] to cu_seqlens[n + 1] - 1."""
+    """Where the samples are among tokens laid end to end: sample n has those from cu_seqlens[n] up to
+    cu_seqlens[n + 1]."""
 
     cu_seqlens: torch.Tensor
     """[N + 1] int32, from 0 to T"""
@@ -73,8 +74,8 @@ def same_sample_mask(sample_ids: torch.Tensor) -> torch.Tensor:
 
 
 def has_varlen_kernel(device: str, dtype: torch.dtype, head_size: int) -> bool:
-    """Whether `attention` takes `CuSeqlens` on this device in this type: a C++ kernel on the CPU, flash attention in half
-    precision on CUDA."""
+    """Whether `attention` takes `CuSeqlens` on this device in this type: the C++ kernel, or CUDA's flash attention in
+    half precision."""
     if device == "cpu":
         return is_native(torch.empty(0, dtype=dtype))
     return (

@@ -36,6 +36,12 @@ inline uint32_t mix(uint32_t x) {  // a bijection of 32 bits in which each input
     return x ^ (x >> 16);
 }
 
+struct DropoutRow {  // what the elements of one row are multiplied by; a local copy, so that loops over columns vectorise
+    uint32_t key, threshold;
+    float scale;
+    float operator()(long column) const { return mix(key + uint32_t(column) * 0x9e3779b9U) >= threshold ? scale : 0.0f; }
+};
+
 struct Dropout {
     uint32_t threshold;
     float scale;
@@ -43,13 +49,8 @@ struct Dropout {
 
     Dropout(double p, uint64_t seed)
         : threshold(uint32_t(p * 4294967296.0)), scale(float(1.0 / (1.0 - p))), seed_low(uint32_t(seed)), seed_high(uint32_t(seed >> 32)) {}
-    uint32_t row_key(uint32_t row) const { return mix(mix(row ^ seed_low) + seed_high); }
+    DropoutRow row(long number) const { return {mix(mix(uint32_t(number) ^ seed_low) + seed_high), threshold, scale}; }
 };
-
-// Takes numbers, not a Dropout: a loop over columns does not vectorise where it reads `scale` from memory for kept elements only.
-inline float factor(uint32_t row_key, long column, uint32_t threshold, float scale) {
-    return mix(row_key + uint32_t(column) * 0x9e3779b9U) >= threshold ? scale : 0.0f;
-}
 
 inline float exponential(float x) {  // e^x to 2 units in the last place, for -87.3 <= x <= 88.3; what is beyond counts as that
     x = std::min(std::max(x, -87.3f), 88.3f);
@@ -127,31 +128,49 @@ void product(const float* a, long a_row, long a_column, const float* b, long b_r
 
 // ---- attention
 
-long padded(long n) { return ((n + WIDTH - 1) / WIDTH | 1) * WIDTH; }  // an odd number of registers: rows do not share cache sets
+long whole(long n) { return (n + WIDTH - 1) / WIDTH * WIDTH; }           // whole registers
+long padded(long n) { return (whole(n) / WIDTH | 1) * WIDTH; }  // an odd number of registers: rows do not share cache sets
 
 void copy_rows(const float* in, long in_row, long rows, long columns, float* out, long out_row) {
-    for (long i = 0; i < rows; ++i) {
-        std::memcpy(out + i * out_row, in + i * in_row, columns * sizeof(float));
-        std::fill(out + i * out_row + columns, out + (i + 1) * out_row, 0.0f);
-    }
+    for (long i = 0; i < rows; ++i) std::memcpy(out + i * out_row, in + i * in_row, columns * sizeof(float));
 }
 
-void transpose_rows(const float* in, long in_row, long rows, long columns, float* out, long out_row) {
+void copy_padded(const float* in, long in_row, long rows, long columns, float* out, long out_row) {
+    for (long i = 0; i < rows; ++i) std::fill(out + i * out_row + columns, out + (i + 1) * out_row, 0.0f);
+    copy_rows(in, in_row, rows, columns, out, out_row);
+}
+
+void transpose_padded(const float* in, long in_row, long rows, long columns, float* out, long out_row) {
     for (long j = 0; j < columns; ++j) std::fill(out + j * out_row + rows, out + (j + 1) * out_row, 0.0f);
     for (long first = 0; first < rows; first += 16)
         for (long j = 0; j < columns; ++j)
             for (long i = first; i < std::min(first + 16, rows); ++i) out[j * out_row + i] = in[i * in_row + j];
 }
 
-struct Scratch {  // aligned, grown as needed, one a thread
-    std::vector<float> memory;
-    float* take(long size) {
-        memory.resize(std::max(memory.size(), size_t(size + 16)));
-        return (float*)((uintptr_t(memory.data()) + 63) / 64 * 64);
-    }
+constexpr long QUERIES = 48;  // queries at a time: their scores stay in the second-level cache
+
+struct Head {
+    long number, start, tokens;  // of which sample: its first token, and how many it has
+    long line, origin;           // floats of a row of scores; where the head begins in a tensor [T, A * D]
 };
 
-constexpr long QUERIES = 48;  // queries at a time: their scores stay in the second-level cache
+// Calls body(head, memory) for each head of each sample, on all threads; body takes memory(size) floats, aligned, its own.
+template <typename Body>
+void for_each_head(const int32_t* starts, long N, long A, long D, Body body) {
+#pragma omp parallel
+    {
+        std::vector<float> scratch;
+        auto memory = [&scratch](long size) {
+            scratch.resize(std::max(scratch.size(), size_t(size + 16)));
+            return (float*)((uintptr_t(scratch.data()) + 63) / 64 * 64);
+        };
+#pragma omp for schedule(dynamic)
+        for (long task = 0; task < N * A; ++task) {
+            const long number = task % A, start = starts[task / A], n = starts[task / A + 1] - start;
+            body(Head{number, start, n, padded(n), start * A * D + number * D}, memory);
+        }
+    }
+}
 
 }  // namespace
 
@@ -161,102 +180,85 @@ extern "C" {
 // sum of exp(scores), for the backward pass.
 void attention_forward(const float* query, const float* key, const float* value, const int32_t* starts, float* context, float* normalizers,
                        long N, long A, long D, double p, uint64_t seed) {
-    const long H = A * D, head = (D + WIDTH - 1) / WIDTH * WIDTH;
+    const long H = A * D, size = whole(D);
     const float scale = 1.0f / std::sqrt(float(D));
     const Dropout dropout(p, seed);
-    const uint32_t threshold = dropout.threshold;
-    const float kept = dropout.scale;
-#pragma omp parallel
-    {
-        Scratch scratch;
-#pragma omp for schedule(dynamic)
-        for (long task = 0; task < N * A; ++task) {
-            const long start = starts[task / A], a = task % A, n = starts[task / A + 1] - start, line = padded(n);
-            float* keys = scratch.take(D * line + n * head + QUERIES * line + QUERIES * head);
-            float *values = keys + D * line, *scores = values + n * head, *out = scores + QUERIES * line;
-            const long origin = start * H + a * D;
-            transpose_rows(key + origin, H, n, D, keys, line);
-            copy_rows(value + origin, H, n, D, values, head);
-            for (long first = 0; first < n; first += QUERIES) {
-                const long rows = std::min(QUERIES, n - first);
-                product(query + origin + first * H, H, 1, keys, line, scores, line, rows, (n + WIDTH - 1) / WIDTH * WIDTH, D, scale, false);
-                for (long i = 0; i < rows; ++i) {
-                    float* row = scores + i * line;
-                    const uint32_t token = uint32_t(start + first + i), row_key = dropout.row_key(token * uint32_t(A) + uint32_t(a));
-                    float highest = row[0], sum = 0.0f;
+    for_each_head(starts, N, A, D, [=](const Head& head, auto& memory) {
+        const long n = head.tokens, line = head.line, origin = head.origin;
+        float* keys = memory(D * line + n * size + QUERIES * line + QUERIES * size);
+        float *values = keys + D * line, *scores = values + n * size, *out = scores + QUERIES * line;
+        transpose_padded(key + origin, H, n, D, keys, line);
+        copy_padded(value + origin, H, n, D, values, size);
+        for (long first = 0; first < n; first += QUERIES) {
+            const long rows = std::min(QUERIES, n - first), at = origin + first * H;
+            product(query + at, H, 1, keys, line, scores, line, rows, whole(n), D, scale, false);
+            for (long i = 0; i < rows; ++i) {
+                const long place = (head.start + first + i) * A + head.number;
+                const DropoutRow keep = dropout.row(place);
+                float *row = scores + i * line, highest = row[0], sum = 0.0f;
 #pragma omp simd reduction(max : highest)
-                    for (long j = 0; j < n; ++j) highest = std::max(highest, row[j]);
+                for (long j = 0; j < n; ++j) highest = std::max(highest, row[j]);
 #pragma omp simd reduction(+ : sum)
-                    for (long j = 0; j < n; ++j) sum += row[j] = exponential(row[j] - highest);
-                    const float inverse = 1.0f / sum;
-                    normalizers[(start + first + i) * A + a] = highest + std::log(sum);
+                for (long j = 0; j < n; ++j) sum += row[j] = exponential(row[j] - highest);
+                const float inverse = 1.0f / sum;
+                normalizers[place] = highest + std::log(sum);
 #pragma omp simd
-                    for (long j = 0; j < n; ++j) row[j] *= inverse * factor(row_key, j, threshold, kept);
-                }
-                product(scores, line, 1, values, head, out, head, rows, head, n, 1.0f, false);
-                for (long i = 0; i < rows; ++i) std::memcpy(context + origin + (first + i) * H, out + i * head, D * sizeof(float));
+                for (long j = 0; j < n; ++j) row[j] *= inverse * keep(j);
             }
+            product(scores, line, 1, values, size, out, size, rows, size, n, 1.0f, false);
+            copy_rows(out, size, rows, D, context + at, H);
         }
-    }
+    });
 }
 
 // The gradients of query, key and value [T, A * D], from that of the context and what attention_forward took and gave.
 void attention_backward(const float* gradient, const float* query, const float* key, const float* value, const int32_t* starts,
                         const float* context, const float* normalizers, float* query_gradient, float* key_gradient, float* value_gradient,
                         long N, long A, long D, double p, uint64_t seed) {
-    const long H = A * D, head = (D + WIDTH - 1) / WIDTH * WIDTH;
+    const long H = A * D, size = whole(D);
     const float scale = 1.0f / std::sqrt(float(D));
     const Dropout dropout(p, seed);
-    const uint32_t threshold = dropout.threshold;
-    const float kept = dropout.scale;
-#pragma omp parallel
-    {
-        Scratch scratch;
-#pragma omp for schedule(dynamic)
-        for (long task = 0; task < N * A; ++task) {
-            const long start = starts[task / A], a = task % A, n = starts[task / A + 1] - start, line = padded(n);
-            const long origin = start * H + a * D, columns = (n + WIDTH - 1) / WIDTH * WIDTH;
-            float* next = scratch.take(2 * D * line + 3 * n * head + 2 * QUERIES * line + 3 * QUERIES * head);
-            auto part = [&next](long size) { return (next += size) - size; };
-            float *keys_transposed = part(D * line), *values_transposed = part(D * line), *keys = part(n * head);
-            float *key_sums = part(n * head), *value_sums = part(n * head), *weights = part(QUERIES * line);
-            float *weight_gradients = part(QUERIES * line), *queries = part(QUERIES * head), *outputs = part(QUERIES * head);
-            float* out = part(QUERIES * head);
-            transpose_rows(key + origin, H, n, D, keys_transposed, line);
-            transpose_rows(value + origin, H, n, D, values_transposed, line);
-            copy_rows(key + origin, H, n, D, keys, head);
-            for (long first = 0; first < n; first += QUERIES) {
-                const long rows = std::min(QUERIES, n - first), at = origin + first * H;
-                copy_rows(query + at, H, rows, D, queries, head);
-                copy_rows(gradient + at, H, rows, D, outputs, head);
-                product(queries, head, 1, keys_transposed, line, weights, line, rows, columns, D, scale, false);
-                product(outputs, head, 1, values_transposed, line, weight_gradients, line, rows, columns, D, 1.0f, false);
-                for (long i = 0; i < rows; ++i) {
-                    float *weight = weights + i * line, *weight_gradient = weight_gradients + i * line;
-                    const uint32_t token = uint32_t(start + first + i), row_key = dropout.row_key(token * uint32_t(A) + uint32_t(a));
-                    const float normalizer = normalizers[(start + first + i) * A + a];
-                    // The sum over keys of weight * its gradient is, for a row, context * its gradient.
-                    float mean = 0.0f;
+    for_each_head(starts, N, A, D, [=](const Head& head, auto& memory) {
+        const long n = head.tokens, line = head.line, origin = head.origin;
+        float* next = memory(2 * D * line + 3 * n * size + 2 * QUERIES * line + 3 * QUERIES * size);
+        auto part = [&next](long floats) { return (next += floats) - floats; };
+        float *keys_transposed = part(D * line), *values_transposed = part(D * line), *keys = part(n * size);
+        float *key_sums = part(n * size), *value_sums = part(n * size), *weights = part(QUERIES * line);
+        float *weight_gradients = part(QUERIES * line), *queries = part(QUERIES * size), *outputs = part(QUERIES * size);
+        float* out = part(QUERIES * size);
+        transpose_padded(key + origin, H, n, D, keys_transposed, line);
+        transpose_padded(value + origin, H, n, D, values_transposed, line);
+        copy_padded(key + origin, H, n, D, keys, size);
+        for (long first = 0; first < n; first += QUERIES) {
+            const long rows = std::min(QUERIES, n - first), at = origin + first * H;
+            copy_padded(query + at, H, rows, D, queries, size);
+            copy_padded(gradient + at, H, rows, D, outputs, size);
+            product(queries, size, 1, keys_transposed, line, weights, line, rows, whole(n), D, scale, false);
+            product(outputs, size, 1, values_transposed, line, weight_gradients, line, rows, whole(n), D, 1.0f, false);
+            for (long i = 0; i < rows; ++i) {
+                const long place = (head.start + first + i) * A + head.number;
+                const DropoutRow keep = dropout.row(place);
+                float *weight = weights + i * line, *weight_gradient = weight_gradients + i * line;
+                const float normalizer = normalizers[place];
+                // The sum over keys of weight * its gradient is, for a row, context * its gradient.
+                float mean = 0.0f;
 #pragma omp simd reduction(+ : mean)
-                    for (long j = 0; j < D; ++j) mean += outputs[i * head + j] * context[at + i * H + j];
+                for (long j = 0; j < D; ++j) mean += outputs[i * size + j] * context[at + i * H + j];
 #pragma omp simd
-                    for (long j = 0; j < n; ++j) {
-                        const float share = exponential(weight[j] - normalizer), scaled = factor(row_key, j, threshold, kept);
-                        weight[j] = share * scaled;
-                        weight_gradient[j] = share * (weight_gradient[j] * scaled - mean);
-                    }
+                for (long j = 0; j < n; ++j) {
+                    const float share = exponential(weight[j] - normalizer), scaled = keep(j);
+                    weight[j] = share * scaled;
+                    weight_gradient[j] = share * (weight_gradient[j] * scaled - mean);
                 }
-                product(weights, 1, line, outputs, head, value_sums, head, n, head, rows, 1.0f, first > 0);
-                product(weight_gradients, 1, line, queries, head, key_sums, head, n, head, rows, scale, first > 0);
-                product(weight_gradients, line, 1, keys, head, out, head, rows, head, n, scale, false);
-                for (long i = 0; i < rows; ++i) std::memcpy(query_gradient + at + i * H, out + i * head, D * sizeof(float));
             }
-            for (long i = 0; i < n; ++i) {
-                std::memcpy(key_gradient + origin + i * H, key_sums + i * head, D * sizeof(float));
-                std::memcpy(value_gradient + origin + i * H, value_sums + i * head, D * sizeof(float));
-            }
+            product(weights, 1, line, outputs, size, value_sums, size, n, size, rows, 1.0f, first > 0);
+            product(weight_gradients, 1, line, queries, size, key_sums, size, n, size, rows, scale, first > 0);
+            product(weight_gradients, line, 1, keys, size, out, size, rows, size, n, scale, false);
+            copy_rows(out, size, rows, D, query_gradient + at, H);
         }
-    }
+        copy_rows(key_sums, size, n, D, key_gradient + origin, H);
+        copy_rows(value_sums, size, n, D, value_gradient + origin, H);
+    });
 }
 
 // ---- dropout, residual, LayerNorm
@@ -265,16 +267,14 @@ void attention_backward(const float* gradient, const float* query, const float* 
 void dropout_add_norm_forward(float* x, const float* residual, const float* weight, const float* bias, float* y, float* statistics, long T,
                               long H, double eps, double p, uint64_t seed) {
     const Dropout dropout(p, seed);
-    const uint32_t threshold = dropout.threshold;
-    const float kept = dropout.scale;
 #pragma omp parallel for schedule(static)
     for (long t = 0; t < T; ++t) {
         float *in = x + t * H, *out = y + t * H;
         const float* other = residual + t * H;
-        const uint32_t row_key = dropout.row_key(uint32_t(t));
+        const DropoutRow keep = dropout.row(t);
         float sum = 0.0f, squares = 0.0f;
 #pragma omp simd reduction(+ : sum)
-        for (long h = 0; h < H; ++h) sum += in[h] = in[h] * factor(row_key, h, threshold, kept) + other[h];
+        for (long h = 0; h < H; ++h) sum += in[h] = in[h] * keep(h) + other[h];
         const float mean = sum / float(H);
 #pragma omp simd reduction(+ : squares)
         for (long h = 0; h < H; ++h) squares += (in[h] - mean) * (in[h] - mean);
@@ -292,8 +292,6 @@ void dropout_add_norm_backward(const float* gradient, const float* sum, const fl
                                float* residual_gradient, float* weight_gradient, float* bias_gradient, float* x_sums, long T, long H,
                                double p, uint64_t seed) {
     const Dropout dropout(p, seed);
-    const uint32_t threshold = dropout.threshold;
-    const float kept = dropout.scale;
     const int threads = omp_get_max_threads();
     std::vector<float> partial(size_t(threads) * 3 * H, 0.0f);
 #pragma omp parallel num_threads(threads)
@@ -303,7 +301,7 @@ void dropout_add_norm_backward(const float* gradient, const float* sum, const fl
         for (long t = 0; t < T; ++t) {
             const float *from = gradient + t * H, *in = sum + t * H;
             float *to = residual_gradient + t * H, *dropped = x_gradient + t * H;
-            const uint32_t row_key = dropout.row_key(uint32_t(t));
+            const DropoutRow keep = dropout.row(t);
             const float mean = statistics[2 * t], inverse = statistics[2 * t + 1];
             float plain = 0.0f, along = 0.0f;
 #pragma omp simd reduction(+ : plain, along)
@@ -319,7 +317,7 @@ void dropout_add_norm_backward(const float* gradient, const float* sum, const fl
 #pragma omp simd
             for (long h = 0; h < H; ++h) {
                 to[h] = (from[h] * weight[h] - plain - (in[h] - mean) * inverse * along) * inverse;
-                dropped[h] = to[h] * factor(row_key, h, threshold, kept);
+                dropped[h] = to[h] * keep(h);
                 x_sum[h] += dropped[h];
             }
         }
@@ -364,13 +362,11 @@ void gelu_backward(const float* gradient, const float* x, float* x_gradient, flo
 
 void dropout_apply(const float* x, float* y, long T, long H, double p, uint64_t seed) {
     const Dropout dropout(p, seed);
-    const uint32_t threshold = dropout.threshold;
-    const float kept = dropout.scale;
 #pragma omp parallel for schedule(static)
     for (long t = 0; t < T; ++t) {
-        const uint32_t row_key = dropout.row_key(uint32_t(t));
+        const DropoutRow keep = dropout.row(t);
 #pragma omp simd
-        for (long h = 0; h < H; ++h) y[t * H + h] = x[t * H + h] * factor(row_key, h, threshold, kept);
+        for (long h = 0; h < H; ++h) y[t * H + h] = x[t * H + h] * keep(h);
     }
 }
 

@@ -41,16 +41,11 @@ def float8_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> 
 
     Raises ValueError where T, I or O is no multiple of 16.
     """
-    for name, size in (
-        ("tokens", x.shape[:-1].numel()),
-        ("input features", weight.shape[1]),
-        ("output features", weight.shape[0]),
-    ):
+    sizes = {"tokens": x.shape[:-1].numel(), "input features": weight.shape[1], "output features": weight.shape[0]}
+    for name, size in sizes.items():
         if size % MULTIPLE or not size:
-            raise ValueError(
-                f"a float8 linear layer has {size} {name} (input {tuple(x.shape)}, weight "
-                f"{tuple(weight.shape)}), expected a multiple of {MULTIPLE}"
-            )
+            shapes = f"input {tuple(x.shape)}, weight {tuple(weight.shape)}"
+            raise ValueError(f"a float8 linear layer has {size} {name} ({shapes}), expected a multiple of {MULTIPLE}")
     return _Float8Linear.apply(x.flatten(0, -2), weight, bias).view(x.shape[:-1] + weight.shape[:1])
 
 
@@ -104,7 +99,7 @@ class _Float8Linear(torch.autograd.Function):
         bias_gradient = gradient.sum(dim=0, dtype=torch.float32)
         gradient, scale = _quantize(gradient, torch.float8_e5m2)
         x_gradient = torch._scaled_mm(gradient, _column_major(weight), scale, weight_scale, out_dtype=torch.bfloat16)
-        weight_gradient = torch._scaled_mm(
-            gradient.t().contiguous(), _column_major(x), scale, x_scale, out_dtype=torch.bfloat16
-        )
-        return tuple(found.to(dtype) for found, dtype in zip((x_gradient, weight_gradient, bias_gradient), ctx.dtypes))
+        gradient = gradient.t().contiguous()
+        weight_gradient = torch._scaled_mm(gradient, _column_major(x), scale, x_scale, out_dtype=torch.bfloat16)
+        gradients = x_gradient, weight_gradient, bias_gradient
+        return tuple(tensor.to(dtype) for tensor, dtype in zip(gradients, ctx.dtypes))

@@ -9,14 +9,13 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from ops.ipu import is_lowering, matmul_memory
-from ops.native import gradient_of, is_native
+from ops.native import grad_of, is_native
 
 __all__ = ["embed", "gather_tokens", "gather_tokens_one_hot"]
 
 
 def gather_tokens(hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """hidden [R, L, H] at positions [R, K] (integers in 0..L-1) -> [R, K, H]; hidden [T, H] at positions [K] -> [K,
-    H]."""
+    """hidden [R, L, H] at positions [R, K] (integers in 0..L-1) -> [R, K, H]; [T, H] at positions [K] -> [K, H]."""
     if is_lowering():
         return gather_tokens_one_hot(hidden, positions)
     if hidden.dim() == 2:
@@ -51,5 +50,5 @@ class _Embed(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        gradient_of(ctx.weight).index_add_(0, ctx.saved_tensors[0].flatten(), gradient.flatten(0, -2))
+        grad_of(ctx.weight).index_add_(0, ctx.saved_tensors[0].flatten(), gradient.flatten(0, -2))
         return None, None

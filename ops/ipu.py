@@ -13,10 +13,10 @@ __all__ = [
     "MATMULS",
     "block",
     "is_lowering",
-    "no_outline",
     "lowering",
-    "matmul_memory",
     "mark_loss",
+    "matmul_memory",
+    "no_outline",
     "recompute_from",
     "serialized_matmul",
 ]
@@ -36,14 +36,18 @@ MATMULS = (
 
 
 class _Lowering(NamedTuple):
-    poptorch: Any
-    placement: Mapping[str, int]
-    recompute: bool
-    loss_factor: float
-    proportions: Mapping[str, float]
+    poptorch: Any = None
+    placement: Mapping[str, int] = {}
+    recompute: bool = True
+    loss_factor: float = 1.0
+    proportions: Mapping[str, float] = {}
 
 
 _lowering: Optional[_Lowering] = None
+
+
+def _now() -> _Lowering:
+    return _lowering or _Lowering()
 
 
 @contextlib.contextmanager
@@ -83,27 +87,25 @@ def block(name: str):
 
     Raises ValueError for a block that has no place.
     """
-    poptorch = _poptorch()
-    if not poptorch:
+    now = _now()
+    if not now.poptorch:
         return contextlib.nullcontext()
-    if name not in _lowering.placement:
-        raise ValueError(
-            f"block {name} is in no stage; the stages have {', '.join(_lowering.placement) or 'no blocks'}"
-        )
-    return poptorch.Block(name, ipu_id=_lowering.placement[name])
+    if name not in now.placement:
+        raise ValueError(f"block {name} is in no stage; the stages have {', '.join(now.placement) or 'no blocks'}")
+    return now.poptorch.Block(name, ipu_id=now.placement[name])
 
 
 def recompute_from(hidden):
     """Marks a tensor that the backward pass recomputes from, instead of storing what follows it
     (poptorch.recomputationCheckpoint)."""
-    poptorch = _poptorch()
-    return poptorch.recomputationCheckpoint(hidden) if poptorch and _lowering.recompute else hidden
+    now = _now()
+    return now.poptorch.recomputationCheckpoint(hidden) if now.poptorch and now.recompute else hidden
 
 
 def no_outline(name: str):
     """A context whose operations are not outlined together with like ones elsewhere (poptorch.Attribute,
     `__outline`)."""
-    poptorch = _poptorch()
+    poptorch = _now().poptorch
     return poptorch.Attribute(__outline={"layer": name}) if poptorch else contextlib.nullcontext()
 
 
@@ -112,17 +114,19 @@ def matmul_memory(product, name: Optional[str]):
 
     `name` is one of MATMULS, or None for a product that has no name; anything else raises ValueError.
     """
-    if name and name not in MATMULS:
+    if not name:
+        return product
+    if name not in MATMULS:
         raise ValueError(f"a matrix product is named {name!r}, expected None or one of {', '.join(MATMULS)}")
-    poptorch = _poptorch()
-    if poptorch and name in _lowering.proportions:
-        return poptorch.set_available_memory(product, _lowering.proportions[name])
+    now = _now()
+    if now.poptorch and name in now.proportions:
+        return now.poptorch.set_available_memory(product, now.proportions[name])
     return product
 
 
 def serialized_matmul(x, weight, factor: int):
     """x [T, I] times weight [O, I] transposed, O in `factor` parts that divide it (poptorch.serializedMatMul)."""
-    poptorch = _poptorch()
+    poptorch = _now().poptorch
     if poptorch and factor > 1:
         return poptorch.serializedMatMul(x, weight.t(), poptorch.MatMulSerializationMode.OutputChannels, factor)
     return x @ weight.t()
@@ -130,7 +134,7 @@ def serialized_matmul(x, weight, factor: int):
 
 def mark_loss(loss):
     """The scalar that is differentiated, times `loss_factor` (poptorch.identity_loss)."""
-    poptorch = _poptorch()
-    if _lowering is not None and _lowering.loss_factor != 1:
-        loss = loss * _lowering.loss_factor
-    return poptorch.identity_loss(loss, reduction="none") if poptorch else loss
+    now = _now()
+    if now.loss_factor != 1:
+        loss = loss * now.loss_factor
+    return now.poptorch.identity_loss(loss, reduction="none") if now.poptorch else loss

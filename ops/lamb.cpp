@@ -17,7 +17,7 @@ extern "C" struct Parameter {  // as ops/lamb.py declares it
     const float* gradient;
     float* exp_avg;
     float* exp_avg_sq;
-    uint16_t* copy;  // bfloat16, or null
+    uint16_t* compute_weight;  // bfloat16, or null
     int64_t size;
     double learning_rate, beta1, beta2, eps, weight_decay;
     int64_t trust_ratio;
@@ -93,10 +93,10 @@ void apply(const Parameter& p, int64_t first, int64_t size, const float* __restr
     float* __restrict weight = p.weight + first;
     for (int64_t i = 0; i < size; i++)
         weight[i] -= step * update[i];
-    if (p.copy) {
-        uint16_t* __restrict copy = p.copy + first;
+    if (p.compute_weight) {
+        uint16_t* __restrict rounded = p.compute_weight + first;
         for (int64_t i = 0; i < size; i++)
-            copy[i] = to_bfloat16(weight[i]);
+            rounded[i] = to_bfloat16(weight[i]);
     }
 }
 

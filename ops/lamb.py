@@ -13,7 +13,7 @@ known.
 
 import ctypes
 import importlib.util
-from typing import Dict, Iterable, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Tuple, Union
 
 import torch
 
@@ -21,11 +21,15 @@ from ops.native import native, pointer
 
 __all__ = ["Lamb", "lamb_foreach", "lamb_groups", "lamb_native", "lamb_plain"]
 
+OPTIONS = ("lr", "betas", "eps", "weight_decay", "trust_ratio")  # of a group
 
-def lamb_groups(named_parameters: Iterable[Tuple[str, torch.nn.Parameter]], weight_decay: float) -> List[Dict]:
+
+def lamb_groups(
+    named_parameters: Iterable[Tuple[str, torch.nn.Parameter]], weight_decay: float
+) -> List[Dict[str, Any]]:
     """The recipe's groups: matrices and embeddings decay; biases neither decay nor have a trust ratio (the LayerNorms'
     among them); LayerNorm weights do not decay and have one. Each group lists its parameters' names beside them."""
-    groups = [
+    groups: List[Dict[str, Any]] = [
         {"params": [], "names": [], "weight_decay": weight_decay, "trust_ratio": True},
         {"params": [], "names": [], "weight_decay": 0.0, "trust_ratio": False},
         {"params": [], "names": [], "weight_decay": 0.0, "trust_ratio": True},
@@ -45,8 +49,9 @@ class Lamb(torch.optim.Optimizer):
     ValueError for others.
 
     State per parameter: `exp_avg` (m) and `exp_avg_sq` (v). `skipped` counts, on the device, the updates that were
-    skipped because a gradient was not finite; weights, moments and copies are then as they were. `copies` maps
-    parameters to bfloat16 tensors of their shapes, which each update fills with the weights rounded to nearest even.
+    skipped because a gradient was not finite; weights, moments and compute weights are then as they were.
+    `compute_weights` maps parameters to bfloat16 tensors of their shapes, which each update fills with the weights
+    rounded to nearest even.
     """
 
     def __init__(
@@ -59,19 +64,17 @@ class Lamb(torch.optim.Optimizer):
         trust_ratio: bool = True,
         implementation: str = "auto",
     ):
-        super().__init__(
-            params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, trust_ratio=trust_ratio)
-        )
+        defaults = dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, trust_ratio=trust_ratio)
+        super().__init__(params, defaults)
         device = self.param_groups[0]["params"][0].device
-        self.copies: Dict[torch.Tensor, torch.Tensor] = {}
+        self.compute_weights: Dict[torch.Tensor, torch.Tensor] = {}
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self.implementation = _choose(implementation, device)
+        self._fused: Callable[..., None] = lamb_native
         if self.implementation == "triton":
             from ops.lamb_triton import LambTriton
 
             self._fused = LambTriton()
-        else:
-            self._fused = lamb_native
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -80,78 +83,60 @@ class Lamb(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         groups = [
-            (group, [w for w in group["params"] if w.grad is not None and w.numel() > 0]) for group in self.param_groups
+            (group, [w for w in group["params"] if w.grad is not None and w.numel()]) for group in self.param_groups
         ]
         weights = [w for _, members in groups for w in members]
-        if not weights:
-            return loss
         for w in weights:
             if not self.state[w]:
                 self.state[w] = {"exp_avg": torch.zeros_like(w), "exp_avg_sq": torch.zeros_like(w)}
-        if self.implementation in ("native", "triton"):
-            tensors = self._tensors(weights)
-            self._check(weights, tensors)
-            self._fused(
-                *tensors,
-                [self.copies.get(w) for w in weights],
-                [group for group, members in groups for _ in members],
-                self.skipped,
-            )
-            for w in weights:  # so that autograd notices; torch 2.0 has no increment_version
-                w.view(-1)[:0].zero_()
-        elif not torch.stack(torch._foreach_norm([w.grad for w in weights], float("inf"))).isfinite().all():
-            self.skipped += 1
-        else:
+        if weights and self.implementation in ("native", "triton"):
+            self._step_fused(weights, [group for group, members in groups for _ in members])
+        elif weights and _all_finite(weights):
             update = lamb_foreach if self.implementation == "foreach" else lamb_plain
             for group, members in groups:
                 if members:
-                    update(
-                        *self._tensors(members),
-                        group["lr"],
-                        group["betas"],
-                        group["eps"],
-                        group["weight_decay"],
-                        group["trust_ratio"],
-                    )
+                    update(*self._tensors(members), **{name: group[name] for name in OPTIONS})
             for w in weights:
-                if w in self.copies:
-                    self.copies[w].copy_(w)
+                if w in self.compute_weights:
+                    self.compute_weights[w].copy_(w)
+        elif weights:
+            self.skipped += 1
         return loss
 
-    def _tensors(self, weights) -> Tuple[List, List, List, List]:
-        states = [self.state[w] for w in weights]
-        return (
-            weights,
-            [w.grad for w in weights],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-        )
+    def _step_fused(self, weights: List[torch.Tensor], groups: List[Dict]) -> None:
+        tensors = self._tensors(weights)
+        self._check(tensors)
+        self._fused(*tensors, [self.compute_weights.get(w) for w in weights], groups, self.skipped)
+        for w in weights:  # so that autograd notices; torch 2.0 has no increment_version
+            w.view(-1)[:0].zero_()
 
-    def _check(self, weights, tensors) -> None:
+    def _tensors(self, weights: List[torch.Tensor]) -> Tuple[List, ...]:
+        """Weights, gradients, exp_avg and exp_avg_sq."""
+        moments = ([self.state[w][key] for w in weights] for key in ("exp_avg", "exp_avg_sq"))
+        return (weights, [w.grad for w in weights], *moments)
+
+    def _check(self, tensors) -> None:
         """Raises ValueError, with the parameter's name, for what the kernels would read or write wrongly."""
-        expected = (torch.float32, self.skipped.device)
+        device = self.skipped.device
+
+        def fits(tensor, dtype, shape):
+            return (tensor.dtype, tensor.device, tensor.shape) == (dtype, device, shape) and tensor.is_contiguous()
+
         for w, *others in zip(*tensors):
-            copy = self.copies.get(w)
-            if not all(
-                (t.dtype, t.device) == expected and t.shape == w.shape and t.is_contiguous() for t in (w, *others)
-            ):
+            if not all(fits(tensor, torch.float32, w.shape) for tensor in (w, *others)):
                 raise ValueError(
-                    f"{self._name(w)}: {self.implementation} LAMB takes contiguous float32 tensors on "
-                    f"{expected[1]} for weight, gradient and moments, not "
-                    f'{", ".join(map(_describe, (w, *others)))}. Lamb(..., implementation="foreach") takes '
-                    "others"
+                    f"{self._name(w)}: {self.implementation} LAMB takes contiguous float32 tensors on {device} for "
+                    f"weight, gradient and moments, not {', '.join(map(_describe, (w, *others)))}. "
+                    'Lamb(..., implementation="foreach") takes others'
                 )
-            if copy is not None and not (
-                (copy.dtype, copy.device) == (torch.bfloat16, expected[1])
-                and copy.shape == w.shape
-                and copy.is_contiguous()
-            ):
+            rounded = self.compute_weights.get(w)
+            if rounded is not None and not fits(rounded, torch.bfloat16, w.shape):
                 raise ValueError(
-                    f"{self._name(w)}: its copy has to be a contiguous bfloat16 tensor on {expected[1]} of "
-                    f"shape {tuple(w.shape)}, not {_describe(copy)}"
+                    f"{self._name(w)}: its compute weight has to be a contiguous bfloat16 tensor on {device} of shape "
+                    f"{tuple(w.shape)}, not {_describe(rounded)}"
                 )
 
-    def _name(self, weight) -> str:
+    def _name(self, weight: torch.Tensor) -> str:
         for number, group in enumerate(self.param_groups):
             for i, w in enumerate(group["params"]):
                 if w is weight:
@@ -169,11 +154,14 @@ def _choose(implementation: str, device: torch.device) -> str:
             return "triton" if importlib.util.find_spec("triton") else "foreach"
         return "native" if device.type == "cpu" and native() else "foreach"
     if implementation == "native" and (device.type != "cpu" or native() is None):
-        raise ValueError(
-            'implementation is "native", but %s; "auto" takes what there is'
-            % ("the parameters are on %s" % device if device.type != "cpu" else "the C++ kernels cannot be built")
-        )
+        reason = f"the parameters are on {device}" if device.type != "cpu" else "the C++ kernels cannot be built"
+        raise ValueError(f'implementation is "native", but {reason}; "auto" takes what there is')
     return implementation
+
+
+def _all_finite(weights: List[torch.Tensor]) -> bool:
+    gradients = [w.grad for w in weights if w.grad is not None]
+    return bool(torch.stack(torch._foreach_norm(gradients, float("inf"))).isfinite().all())
 
 
 def _describe(tensor: torch.Tensor) -> str:
@@ -187,7 +175,7 @@ def lamb_plain(weights, gradients, exp_avgs, exp_avg_sqs, lr, betas, eps, weight
         m.mul_(beta1).add_(g, alpha=1 - beta1)
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
         u = m / (v.sqrt() + eps) + weight_decay * w
-        ratio = 1.0
+        ratio: Union[float, torch.Tensor] = 1.0
         if trust_ratio:
             w_norm, u_norm = torch.linalg.vector_norm(w), torch.linalg.vector_norm(u)
             ratio = torch.where((w_norm > 0) & (u_norm > 0), w_norm / u_norm, torch.ones_like(w_norm))
@@ -216,35 +204,21 @@ def lamb_foreach(weights, gradients, exp_avgs, exp_avg_sqs, lr, betas, eps, weig
 
 
 class _Parameter(ctypes.Structure):  # as ops/lamb.cpp declares it
-    _fields_ = (
-        [(name, ctypes.c_void_p) for name in ("weight", "gradient", "exp_avg", "exp_avg_sq", "copy")]
-        + [("size", ctypes.c_int64)]
-        + [(name, ctypes.c_double) for name in ("learning_rate", "beta1", "beta2", "eps", "weight_decay")]
-        + [("trust_ratio", ctypes.c_int64)]
-    )
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("weight", "gradient", "exp_avg", "exp_avg_sq", "compute_weight")),
+        ("size", ctypes.c_int64),
+        *((name, ctypes.c_double) for name in ("learning_rate", "beta1", "beta2", "eps", "weight_decay")),
+        ("trust_ratio", ctypes.c_int64),
+    ]
 
 
-def lamb_native(
-    weights, gradients, exp_avgs, exp_avg_sqs, copies: List[Optional[torch.Tensor]], groups: List[Dict], skipped
-) -> None:
-    """The same in C++, over parameters of all groups: `groups` has each parameter's. Fills the copies, and counts in
-    `skipped`."""
-    table = (_Parameter * len(weights))(
-        *(
-            (
-                pointer(w),
-                pointer(g),
-                pointer(m),
-                pointer(v),
-                pointer(copy),
-                w.numel(),
-                group["lr"],
-                *group["betas"],
-                group["eps"],
-                group["weight_decay"],
-                group["trust_ratio"],
-            )
-            for w, g, m, v, copy, group in zip(weights, gradients, exp_avgs, exp_avg_sqs, copies, groups)
-        )
-    )
-    skipped += native().lamb(table, ctypes.c_int64(len(table)), torch.get_num_threads())
+def lamb_native(weights, gradients, exp_avgs, exp_avg_sqs, compute_weights, groups: List[Dict], skipped) -> None:
+    """The same in C++, over parameters of all groups: `groups` has each parameter's. Fills the compute weights (None
+    where a parameter has none), and counts in `skipped`."""
+    table = (_Parameter * len(weights))()
+    for i, (*tensors, group) in enumerate(zip(weights, gradients, exp_avgs, exp_avg_sqs, compute_weights, groups)):
+        options = group["lr"], *group["betas"], group["eps"], group["weight_decay"], group["trust_ratio"]
+        table[i] = _Parameter(*map(pointer, tensors), weights[i].numel(), *options)
+    library = native()
+    assert library is not None, "lamb_native needs the C++ kernels"
+    skipped += library.lamb(table, ctypes.c_int64(len(table)), torch.get_num_threads())

@@ -6,14 +6,14 @@ Shape letters: T tokens (mask slots), H hidden, V vocabulary.
 import functools
 import importlib.util
 import math
-from typing import Callable, Optional, Tuple
+from typing import Callable, Iterable, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from ops.ipu import is_lowering, matmul_memory, serialized_matmul
-from ops.native import call, gradient_of, is_native, product, product_transposed
+from ops.native import call, grad_of, is_native, linear, linear_input_grad
 
 __all__ = ["linear_cross_entropy", "linear_cross_entropy_lowered", "linear_cross_entropy_plain"]
 
@@ -37,15 +37,15 @@ def linear_cross_entropy(
     if is_lowering():
         return linear_cross_entropy_lowered(hidden, decoder, bias, labels, weights, factor or 1)
     if factor is None:
-        factor = max(
-            1, -(-4 * len(hidden) * len(decoder) // LOGIT_BYTES["cpu" if hidden.device.type == "cpu" else "cuda"])
-        )
-    if not (torch.is_grad_enabled() and hidden.requires_grad):
-        parts = [linear_cross_entropy_plain(*part) for part in _parts(hidden, decoder, bias, labels, weights, factor)]
-        return sum(loss for loss, _ in parts), sum(correct for _, correct in parts)
-    if is_native(hidden, weights, parameters=(decoder, bias)):
-        return _NativeLoss.apply(hidden, decoder, bias, labels, weights, factor)
-    return _SerializedLoss.apply(hidden, decoder, bias, labels, weights, factor)
+        logit_bytes = LOGIT_BYTES["cpu" if hidden.device.type == "cpu" else "cuda"]
+        factor = max(1, -(-4 * len(hidden) * len(decoder) // logit_bytes))
+    if torch.is_grad_enabled() and hidden.requires_grad:
+        native = is_native(hidden, weights, parameters=(decoder, bias))
+        return _LinearCrossEntropy.apply(hidden, decoder, bias, labels, weights, factor, native)
+    parts = _parts(factor, hidden, labels, weights)
+    sums = [linear_cross_entropy_plain(x, decoder, bias, y, w) for x, y, w in parts]
+    loss, correct = (sum(parts[1:], parts[0]) for parts in zip(*sums))
+    return loss, correct
 
 
 def linear_cross_entropy_plain(hidden, decoder, bias, labels, weights) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -67,9 +67,8 @@ def linear_cross_entropy_lowered(
     return (weights * losses).sum(), (weights * correct).sum()
 
 
-def _parts(hidden, decoder, bias, labels, weights, factor):
-    for part in zip(hidden.chunk(factor), labels.chunk(factor), weights.chunk(factor)):
-        yield part[0], decoder, bias, part[1], part[2]
+def _parts(factor: int, *tensors: torch.Tensor) -> Iterable[Tuple[torch.Tensor, ...]]:
+    return zip(*(tensor.chunk(factor) for tensor in tensors))
 
 
 @functools.lru_cache(maxsize=None)
@@ -96,68 +95,56 @@ def _cross_entropy(logits, labels, weights) -> Tuple[torch.Tensor, torch.Tensor,
     return losses, correct, gradient.to(dtype)
 
 
-class _SerializedLoss(torch.autograd.Function):
+def _cross_entropy_native(logits, labels, weights) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same in C++, of float32 on the CPU."""
+    losses, correct = torch.empty_like(weights), torch.empty_like(weights)
+    call("cross_entropy", logits, labels, weights, losses, correct, *logits.shape)
+    return losses, correct, logits
+
+
+def _add_product(total: Optional[torch.Tensor], gradient, x) -> torch.Tensor:
+    """`total`, None for 0, plus gradient [T, V] transposed times x [T, H], in float32."""
+    if total is None:
+        return (gradient.t() @ x).float()
+    if x.dtype == torch.float32:
+        return total.addmm_(gradient.t(), x)
+    return total.add_(gradient.t() @ x)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    # The gradients for a loss gradient of 1 are made in the forward pass, part by part, and scaled in the backward one.
+    # `native`: with the C++ kernel; parameters' gradients are then added to `parameter.grad` in place.
     @staticmethod
-    def forward(ctx, hidden, decoder, bias, labels, weights, factor):
-        vocab, cross_entropy = len(decoder), _kernel(hidden.device.type)
-        if cross_entropy is not None:
+    def forward(ctx, hidden, decoder, bias, labels, weights, factor, native):
+        ctx.parameters, vocab = (decoder, bias) if native else (), len(decoder)
+        product, input_grad = (linear, linear_input_grad) if native else (F.linear, torch.mm)
+        kernel = _cross_entropy_native if native else _kernel(hidden.device.type)
+        if kernel is not None and not native:
             # Rows of whole cache lines, which the matrix units and the kernel take several values of at a time; the
-            # words that fill them up have probability 0.
+            # tokens that fill them up have probability 0.
             decoder, bias = F.pad(decoder, (0, 0, 0, -vocab % 64)), F.pad(bias, (0, -vocab % 64), value=-math.inf)
-        loss, correct = torch.zeros((), device=hidden.device), torch.zeros((), device=hidden.device)
-        hidden_gradient = torch.empty_like(hidden)
-        decoder_gradient = torch.zeros_like(decoder, dtype=torch.float32)
-        bias_gradient = torch.zeros_like(bias, dtype=torch.float32)
-        gradient_parts = hidden_gradient.chunk(factor)
-        for i, (x, _, _, y, w) in enumerate(_parts(hidden, decoder, bias, labels, weights, factor)):
-            logits = F.linear(x, decoder, bias.to(decoder.dtype))
-            part_losses, part_correct, gradient = (cross_entropy or _cross_entropy)(logits, y.long(), w)
-            loss += torch.dot(w, part_losses)
-            correct += torch.dot(w, part_correct)
+        losses, correct, hidden_gradients = [], [], []
+        decoder_gradient, bias_gradient = None, torch.zeros_like(bias, dtype=torch.float32)
+        for x, y, w in _parts(factor, hidden, labels, weights):
+            logits = product(x, decoder, bias.to(decoder.dtype))
+            part_losses, part_correct, gradient = (kernel or _cross_entropy)(logits, y.long(), w)
+            losses.append(part_losses)
+            correct.append(part_correct)
+            hidden_gradients.append(input_grad(gradient, decoder))
+            decoder_gradient = _add_product(decoder_gradient, gradient, x)
             bias_gradient += gradient.sum(dim=0, dtype=torch.float32)
-            torch.mm(gradient, decoder, out=gradient_parts[i])
-            if decoder.dtype == torch.float32:
-                decoder_gradient.addmm_(gradient.t(), x)
-            else:
-                decoder_gradient += gradient.t() @ x
-        ctx.save_for_backward(hidden_gradient, decoder_gradient[:vocab].to(decoder.dtype), bias_gradient[:vocab])
-        ctx.mark_non_differentiable(correct)
-        return loss, correct
+        decoder_gradient = decoder_gradient[:vocab].to(decoder.dtype)
+        ctx.save_for_backward(torch.cat(hidden_gradients), decoder_gradient, bias_gradient[:vocab])
+        weighted_correct = torch.dot(weights, torch.cat(correct))
+        ctx.mark_non_differentiable(weighted_correct)
+        return torch.dot(weights, torch.cat(losses)), weighted_correct
 
     @staticmethod
     @once_differentiable
     def backward(ctx, loss_gradient, _):
-        hidden, decoder, bias = ctx.saved_tensors
-        return hidden * loss_gradient, decoder * loss_gradient, bias * loss_gradient, None, None, None
-
-
-class _NativeLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, decoder, bias, labels, weights, factor):
-        hidden_gradients, decoder_gradient, bias_gradient = [], torch.empty_like(decoder), torch.zeros_like(bias)
-        losses, correct = torch.empty_like(weights), torch.empty_like(weights)
-        first = 0
-        for x, _, _, y, w in _parts(hidden, decoder, bias, labels, weights, factor):
-            part = slice(first, first + len(x))
-            first += len(x)
-            logits = product(x, decoder, bias)  # become their gradients
-            call("cross_entropy", logits, y.long(), w, losses[part], correct[part], *logits.shape)
-            hidden_gradients.append(product_transposed(logits, decoder))
-            bias_gradient += logits.sum(dim=0)
-            if part.start == 0:
-                torch.mm(logits.t(), x, out=decoder_gradient)
-            else:
-                decoder_gradient.addmm_(logits.t(), x)
-        ctx.save_for_backward(torch.cat(hidden_gradients), decoder_gradient, bias_gradient)
-        ctx.decoder, ctx.bias = decoder, bias
-        correct = torch.dot(weights, correct)
-        ctx.mark_non_differentiable(correct)
-        return torch.dot(weights, losses), correct
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, loss_gradient, _):
-        hidden, decoder, bias = ctx.saved_tensors
-        for parameter, gradient in ((ctx.decoder, decoder), (ctx.bias, bias)):
-            gradient_of(parameter).add_(gradient, alpha=loss_gradient.item())
-        return hidden * loss_gradient, None, None, None, None, None
+        hidden, *gradients = ctx.saved_tensors
+        if not ctx.parameters:
+            return (hidden * loss_gradient, *(gradient * loss_gradient for gradient in gradients)) + (None,) * 4
+        for parameter, gradient in zip(ctx.parameters, gradients):
+            grad_of(parameter).add_(gradient, alpha=loss_gradient.item())
+        return (hidden * loss_gradient,) + (None,) * 6

@@ -4,6 +4,8 @@ They take pointers and sizes, not tensors, and include nothing of torch: they bu
 The operations that use them add the gradients of parameters to `parameter.grad` in place, as part of the matrix
 product. torch's own extension loader is not used: it needs ninja, and a process killed while it builds leaves a lock
 for which all others wait for ever.
+
+Shape letters: T tokens, I input features, O output features.
 """
 
 import ctypes
@@ -21,34 +23,18 @@ import torch
 
 from ops.ipu import is_lowering
 
+__all__ = ["accumulate_weight_grad", "call", "draw_seed", "grad_of", "is_native", "linear", "linear_input_grad"]
+__all__ += ["native", "pointer"]
+
 _IS_TORCH_2_0 = not hasattr(torch, "compiler")  # whose oneDNN product always has something after it
 _is_compiling = getattr(getattr(torch, "compiler", None), "is_compiling", lambda: False)
-__all__ = [
-    "add_product",
-    "call",
-    "draw_seed",
-    "gradient_of",
-    "is_native",
-    "native",
-    "pointer",
-    "product",
-    "product_transposed",
-]
 
 SOURCES = ("encoder.cpp", "lamb.cpp")
 # Sums may be reordered, so that loops vectorise; NaN and infinity keep their meaning (-ffast-math takes it away, for
 # the whole process).
 FLAGS = (
-    "-std=c++17",
-    "-O3",
-    "-march=native",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-fno-signed-zeros",
-    "-fassociative-math",
-    "-fopenmp",
-    "-shared",
-    "-fPIC",
+    "-std=c++17 -O3 -march=native -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math "
+    "-fopenmp -shared -fPIC"
 )
 
 
@@ -60,51 +46,44 @@ def native() -> Optional[ctypes.CDLL]:
     """
     here = os.path.dirname(os.path.abspath(__file__))
     sources = [os.path.join(here, source) for source in SOURCES]
-    command = shlex.split(os.environ.get("CXX", "g++")) + list(FLAGS) + sources
+    command = shlex.split(os.environ.get("CXX", "g++")) + FLAGS.split() + sources
     # The code is for this very processor: machines that share a home directory do not share it.
-    key = hashlib.sha256("\n".join(command + [_processor()]).encode())
+    key = hashlib.sha256("\n".join([*command, _processor()]).encode())
     for source in sources:
         with open(source, "rb") as file:
             key.update(file.read())
-    folder = os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.expanduser(
-        os.path.join("~", ".cache", "torch_extensions")
-    )
+    folder = os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.expanduser("~/.cache/torch_extensions")
     library = os.path.join(folder, f"bert_kernels_{key.hexdigest()[:16]}.so")
     try:
         if not os.path.exists(library):
             os.makedirs(folder, exist_ok=True)
-            # Built elsewhere and moved: the file is whole or not there, whoever builds it at the same time or is
-            # killed.
+            # Built elsewhere and moved: the file is whole or absent, even if others build it too or this is killed.
             with tempfile.TemporaryDirectory(dir=folder) as place:
                 built = os.path.join(place, "kernels.so")
-                subprocess.run(
-                    command + ["-o", built], check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-                )
+                subprocess.run([*command, "-o", built], check=True, text=True, capture_output=True)
                 os.replace(built, library)
         return ctypes.CDLL(library)
     except (OSError, subprocess.CalledProcessError) as error:
-        lines = (getattr(error, "output", None) or str(error)).strip().splitlines()
+        lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        reason = next((line for line in lines if "error" in line), lines[0])
         warnings.warn(
             "the C++ kernels cannot be built, and PyTorch's own, slower operations take their place: "
-            f"{next((line for line in lines if 'error' in line), lines[0])}. They need g++, or another C++ "
-            "compiler with OpenMP, named by CXX"
+            f"{reason}. They need g++, or another C++ compiler with OpenMP, named by CXX",
+            stacklevel=2,
         )
         return None
 
 
-def pointer(tensor: Optional[torch.Tensor]) -> ctypes.c_void_p:
-    """The address of a contiguous CPU tensor's data; a null pointer for None."""
-    if tensor is None:
-        return ctypes.c_void_p()
-    if tensor.device.type != "cpu" or not tensor.is_contiguous():
-        raise ValueError(
-            f"a kernel needs a contiguous tensor on the CPU, not one on {tensor.device} with strides {tensor.stride()}"
-        )
-    return ctypes.c_void_p(tensor.data_ptr())
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        return platform.platform()
 
 
 def is_native(*tensors: torch.Tensor, parameters=()) -> bool:
-    """Whether the kernels take these tensors: float32 on the CPU, not while anything traces the graph.
+    """Whether the kernels take these tensors: float32 on the CPU, not while anything traces the model.
 
     `parameters` get their gradients in place, so they must be leaves: what is computed from others takes PyTorch's
     operations.
@@ -113,7 +92,7 @@ def is_native(*tensors: torch.Tensor, parameters=()) -> bool:
         not is_lowering()
         and not _is_compiling()
         and all(parameter.is_leaf for parameter in parameters)
-        and all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors + tuple(parameters))
+        and all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in (*tensors, *parameters))
         and native() is not None
     )
 
@@ -127,45 +106,49 @@ def call(name: str, *arguments) -> None:
     getattr(native(), name)(*(convert.get(type(argument), pointer)(argument) for argument in arguments))
 
 
+def pointer(tensor: Optional[torch.Tensor]) -> ctypes.c_void_p:
+    """The address of a contiguous CPU tensor's data; a null pointer for None."""
+    if tensor is None:
+        return ctypes.c_void_p()
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        raise ValueError(
+            f"a kernel needs a contiguous tensor on the CPU, not one on {tensor.device} with strides {tensor.stride()}"
+        )
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
 def draw_seed() -> int:
     """A seed for a kernel's dropout, from torch's generator."""
     return int(torch.randint(2**62, ()))
 
 
-def product(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
-    """x [T, I] times weight [O, I] transposed, plus bias [O]: oneDNN's, which on AVX-512 machines of any maker is the
-    fastest."""
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:
+    """x [T, I], weight [O, I], bias [O] -> [T, O], without autograd: oneDNN's product, which on AVX-512 machines of any
+    maker is the fastest."""
     if torch.backends.mkldnn.is_available() and x.numel() > 0 and not _IS_TORCH_2_0:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return torch.nn.functional.linear(x, weight, bias)
 
 
-def product_transposed(gradient: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """gradient [T, O] times weight [O, I]."""
-    return product(gradient, weight.t(), None)
+def linear_input_grad(gradient: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The gradient of a linear layer's input: gradient [T, O], weight [O, I] -> [T, I]."""
+    return linear(gradient, weight.t())
 
 
-def add_product(parameter: torch.Tensor, gradient: torch.Tensor, x: torch.Tensor) -> None:
-    """Adds gradient [T, O] transposed times x [T, I] to the gradient of `parameter` [O, I]."""
-    if parameter.requires_grad:
-        if parameter.grad is None:
-            parameter.grad = torch.mm(gradient.t(), x)
+def accumulate_weight_grad(weight: torch.Tensor, gradient: torch.Tensor, x: torch.Tensor) -> None:
+    """Adds a linear layer's, from gradient [T, O] and x [T, I], to `weight.grad` [O, I], unless `weight` is frozen."""
+    if weight.requires_grad:
+        if weight.grad is None:
+            weight.grad = torch.mm(gradient.t(), x)
         else:
-            parameter.grad.addmm_(gradient.t(), x)
+            weight.grad.addmm_(gradient.t(), x)
 
 
-def gradient_of(parameter: torch.Tensor) -> torch.Tensor:
-    """`parameter.grad`, zeros where there was none; what is added to it counts nowhere if the parameter is frozen."""
+def grad_of(parameter: torch.Tensor) -> torch.Tensor:
+    """`parameter.grad`, for adding to it: zeros where there was none. A frozen parameter has none; it gets zeros that
+    are thrown away."""
     if not parameter.requires_grad:
         return torch.zeros_like(parameter)
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     return parameter.grad
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(line for line in lines if line.startswith(("flags", "Features")))
-    except (OSError, StopIteration):
-        return platform.platform()

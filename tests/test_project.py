@@ -1,64 +1,268 @@
-"""Rules that hold the whole project: who imports whom, what the IPU's Python can parse, what leaves no trace of a
-machine."""
+"""Rules that hold the whole project: who imports whom, how long things are, what Python IPUs need, links of its pages.
+
+docs/architecture.md shows the wings and the core path.
+"""
 
 import ast
+import functools
+import glob
 import os
+import re
 import subprocess
 import sys
+from fnmatch import fnmatch
+from typing import Dict, Iterator, List, Set
 
+import graphlib
 import pytest
+from packaging.requirements import Requirement
 
 from tests import ROOT
 
-MAY_IMPORT = {"ops": {"ops"}, "data": {"data"}, "bert": {"bert", "ops", "data"}}
-IPU_MODULES = {os.path.join("ops", "ipu.py"), os.path.join("bert", "engines", "ipu.py")}
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # comes with pytest
+
+PACKAGES = ("bert", "data", "ops")
+LINES_OF_PACKAGES = 10_000
+LINES_OF_CORE_PATH = 1_500
+LINES_OF_FUNCTION = 60
+
+CORE = {"data", "ops", "bert"}
+# A wing -> the other wings that it may import. A folder is a wing, and so are the groups of files in `wing_of`.
+MAY_IMPORT = {
+    "ops": set(),
+    "data": set(),
+    "data/foreign": {"data"},
+    "data/loading": {"data", "data/foreign"},
+    "data/preparing": {"data", "data/foreign"},
+    "data's commands": {"data", "data/foreign", "data/loading", "data/preparing"},
+    "bert": {"data", "ops"},
+    "bert/model": CORE,
+    "bert/tasks": CORE | {"bert/model"},
+    "bert's optimizers": CORE,
+    "bert's command line": CORE | {"bert/model", "bert/tasks", "bert's optimizers"},
+    "bert/engines": CORE | {"bert/model", "bert/tasks", "bert's optimizers", "bert's command line"},
+}
+BELOW_RUN = set(MAY_IMPORT)
+MAY_IMPORT.update({"bert/run": BELOW_RUN, "bert/plan": BELOW_RUN})
+MAY_IMPORT["the command"] = set(MAY_IMPORT)
+MAY_IMPORT["benchmarks"] = set(MAY_IMPORT)
+FILES_OF_WING = {
+    "data's commands": ("data/prepare.py", "data/convert.py", "data/inspect.py"),
+    "bert's optimizers": ("bert/optimizers.py", "bert/schedules.py"),
+    "bert's command line": ("bert/command_line.py", "bert/validation.py"),
+    "the command": ("run_pretraining.py",),
+}
 
 
-def sources(*folders):
+def sources(*folders: str) -> Iterator[str]:
+    """The Python files of folders, relative to the project's."""
     for folder in folders:
         for place, _, names in os.walk(os.path.join(ROOT, folder)):
-            yield from (
-                os.path.relpath(os.path.join(place, name), ROOT) for name in sorted(names) if name.endswith(".py")
-            )
+            paths = (os.path.join(place, name) for name in sorted(names) if name.endswith(".py"))
+            yield from (os.path.relpath(path, ROOT) for path in paths)
 
 
-def imports(path):
+@functools.lru_cache(maxsize=None)
+def read(path: str) -> str:
     with open(os.path.join(ROOT, path), encoding="utf-8") as file:
-        for node in ast.walk(ast.parse(file.read())):
-            if isinstance(node, ast.Import):
-                yield from (one.name for one in node.names)
-            elif isinstance(node, ast.ImportFrom):
-                yield node.module
+        return file.read()
 
 
-@pytest.mark.parametrize("path", list(sources("ops", "data", "bert")))
-def test_a_module_imports_only_from_those_to_its_left(path):
-    own = {"ops", "data", "bert", "benchmarks", "tests", "run_pretraining"}
-    for name in imports(path):
-        first = name.split(".")[0]
-        assert first not in own or first in MAY_IMPORT[path.split(os.sep)[0]], f"{path} imports {name}"
-        assert first != "transformers", path
-        assert first not in ("poptorch", "popart") or path in IPU_MODULES, path
-        assert first != "torch" or not path.startswith("data"), path
+@functools.lru_cache(maxsize=None)
+def tree_of(path: str) -> ast.Module:
+    return ast.parse(read(path))
 
 
-@pytest.mark.parametrize("path", list(sources("ops", "data", "bert")) + ["run_pretraining.py"])
+def names_imported(tree: ast.Module) -> Iterator[str]:
+    """What is imported, wherever it stands: `a.b` of `import a.b`; `a` and `a.b` of `from a import b`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports have the whole path of what they import"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def imports(path: str) -> Set[str]:
+    return set(names_imported(tree_of(path)))
+
+
+def file_of(module: str) -> str:
+    """The file of one of the project's modules; "" of anything else."""
+    path = module.replace(".", "/")
+    candidates = (f"{path}.py", f"{path}/__init__.py")
+    return next((name for name in candidates if os.path.exists(os.path.join(ROOT, name))), "")
+
+
+def wing_of(path: str) -> str:
+    for wing, files in FILES_OF_WING.items():
+        if path in files:
+            return wing
+    parts = path.split("/")
+    return "benchmarks" if parts[0] == "benchmarks" else "/".join(parts[: 2 if len(parts) > 2 else 1])
+
+
+ALL = [*sources(*PACKAGES, "benchmarks"), "run_pretraining.py"]
+OF_PACKAGES = list(sources(*PACKAGES))
+
+
+@pytest.mark.parametrize("path", ALL)
+def test_a_module_imports_only_from_its_wing_and_those_below(path):
+    wing = wing_of(path)
+    imported = {file_of(name) for name in imports(path)} - {""}
+    assert {file: wing_of(file) for file in imported if wing_of(file) not in MAY_IMPORT[wing] | {wing}} == {}
+
+
+def test_no_imports_go_in_a_circle_not_even_those_inside_functions():
+    graph = {path: {file_of(name) for name in imports(path)} - {"", path} for path in ALL}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" is imported by ".join(error.args[1]))
+
+
+@pytest.mark.parametrize("source", ["import a.b", "from a import b", "def f():\n  from a.b import c"])
+def test_imports_of_every_form_are_seen(source):
+    assert "a.b" in set(names_imported(ast.parse(source)))
+
+
+@pytest.mark.parametrize("path", OF_PACKAGES)
+def test_packages_are_imported_only_where_they_belong(path):
+    packages = {name.split(".")[0] for name in imports(path)}
+    assert not packages & {"transformers", "benchmarks", "tests", "run_pretraining"}
+    assert not packages & {"pickle", "cloudpickle", "dill"}
+    assert "torch" not in packages or not path.startswith("data/")
+    if path != "ops/ipu.py" and not fnmatch(path, "bert/engines/ipu*.py"):
+        assert not packages & {"poptorch", "popart", "popdist"}
+
+
+@pytest.mark.parametrize("path", [*OF_PACKAGES, "run_pretraining.py"])
 def test_what_runs_on_an_ipu_is_python_3_8(path):
-    with open(os.path.join(ROOT, path), encoding="utf-8") as file:
-        ast.parse(file.read(), feature_version=(3, 8))
+    ast.parse(read(path), feature_version=(3, 8))
 
 
 def test_no_pickle_is_read_anywhere():
-    for path in sources("ops", "data", "bert", "benchmarks"):
-        with open(os.path.join(ROOT, path), encoding="utf-8") as file:
-            text = file.read()
-        assert (
-            not {"pickle", "cloudpickle", "dill"} & set(imports(path))
-            and "torch.load(" not in text
-            and "allow_pickle" not in text
-        ), path
+    assert [path for path in ALL if re.search(r"torch\.load\(|allow_pickle", read(path))] == []
+
+
+CONFIG_FILES = ("bert/config.py", "bert/command_line.py", "bert/validation.py")
+
+
+def test_devices_are_named_by_engines_operations_and_the_config_only():
+    named: Dict[str, List[int]] = {}
+    for path in [*sources("bert", "data"), "run_pretraining.py"]:
+        if path in CONFIG_FILES or path.startswith("bert/engines/"):
+            continue
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.Constant) and node.value in ("cpu", "cuda", "mps", "ipu"):
+                named.setdefault(path, []).append(node.lineno)
+    assert named == {}
+
+
+def test_the_losses_of_pretraining_are_named_by_their_task_only():
+    files = [path for path in ALL if path != "bert/tasks/pretraining.py"]
+    assert [path for path in files if re.search("(mlm|nsp)_loss", read(path))] == []
+
+
+def test_functions_are_short():
+    long = {}
+    for path in ALL:
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                lines = node.end_lineno - node.lineno + 1
+                if lines > LINES_OF_FUNCTION:
+                    long[f"{path}:{node.name}"] = lines
+    assert long == {}
+
+
+def test_the_packages_stay_small():
+    kernels = [f"ops/{name}" for name in os.listdir(os.path.join(ROOT, "ops")) if name.endswith(".cpp")]
+    assert sum(read(path).count("\n") for path in OF_PACKAGES + kernels) <= LINES_OF_PACKAGES
+
+
+def test_the_core_path_is_read_in_an_afternoon():
+    section = read("docs/architecture.md").split("## The core path\n")[1].split("\n## ")[0]
+    files = {link[len("../") :] for link in re.findall(r"\]\((\S+\.py)\)", section)}
+    assert {wing_of(path) for path in files} == {"bert/model", "bert/tasks", "bert/run", "ops", "data", "data/loading"}
+    assert sum(read(path).count("\n") for path in files) <= LINES_OF_CORE_PATH
 
 
 def test_help_comes_without_importing_torch():
     code = "import sys, run_pretraining; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+PROJECT = tomllib.loads(read("pyproject.toml"))
+
+
+def test_an_installed_project_has_all_packages_and_kernels():
+    assert PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"] == list(PACKAGES)
+    assert set(PROJECT["tool"]["mypy"]["files"]) == set(PACKAGES)
+    for path in OF_PACKAGES:  # a folder without it is left out by tools that look for packages
+        assert os.path.exists(os.path.join(ROOT, os.path.dirname(path), "__init__.py")), path
+
+
+def test_the_pinned_requirements_are_the_projects_dependencies():
+    pinned = {}
+    for line in read("requirements.txt").splitlines():
+        if not line.startswith("#"):
+            requirement = Requirement(line)
+            pinned[requirement.name] = requirement
+    dependencies = {Requirement(line).name: Requirement(line) for line in PROJECT["project"]["dependencies"]}
+    assert dependencies.keys() == pinned.keys()
+    for name, dependency in dependencies.items():
+        assert dependency.extras == pinned[name].extras
+        assert str(dependency.marker) == 'python_version >= "3.10"'  # older ones are for requirements-ipu.txt
+        (lowest,) = pinned[name].specifier
+        assert lowest.version in dependency.specifier, name
+
+
+def test_the_version_is_the_same_everywhere():
+    version = PROJECT["project"]["version"]
+    assert f"\nversion: {version}\n" in read("CITATION.cff")
+    assert re.search(rf"^## \[?{re.escape(version)}\b", read("CHANGELOG.md"), re.MULTILINE)
+
+
+PAGES = [
+    os.path.relpath(path, ROOT)
+    for pattern in ("*.md", "docs/*.md", "data/*.md", "benchmarks/*.md", "tests/**/*.md")
+    for path in glob.glob(os.path.join(ROOT, pattern), recursive=True)
+]
+
+
+def anchors(page: str) -> Set[str]:
+    """The anchors that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", read(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_a_page_links_to_exists(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", read(page)):
+        if re.match(r"https?:|mailto:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        path = os.path.normpath(os.path.join(os.path.dirname(page), file)) if file else page
+        assert os.path.exists(os.path.join(ROOT, path)), target
+        lines = re.fullmatch(r"L(\d+)(?:-L(\d+))?", anchor)
+        if lines:
+            assert max(int(number) for number in lines.groups() if number) <= read(path).count("\n"), target
+        elif anchor:
+            assert anchor in anchors(path), target
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_a_page_names_exists(page):
+    """`bert/config.py`, and `bert/config.py:12` or `bert/config.py:Config` for a place in it; with * for several."""
+    folders = "bert|ops|data|configs|benchmarks|tests|docs"
+    for named, place in re.findall(rf"`((?:{folders})/[\w./*-]*)(?::(\w+))?`", read(page)):
+        files = glob.glob(os.path.join(ROOT, named))
+        assert files, named
+        if place.isdigit():
+            assert int(place) <= read(named).count("\n"), f"{named}:{place}"
+        elif place:
+            assert re.search(rf"^\s*(def |class )?{place}\b", read(named), re.MULTILINE), f"{named}:{place}"

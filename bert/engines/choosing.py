@@ -38,25 +38,23 @@ def choose_device(wanted: str, ipus: int = 1, needs_hardware: bool = True) -> Tu
             return "ipu", f"ipu ({describe_ipus(ipus) if needs_hardware else 'PopTorch without hardware'})"
         if wanted == "ipu":
             raise InputError(f'device is "ipu", but {message}, or use --device auto')
-    has_cuda = torch.cuda.is_available() and hasattr(
-        torch, "compiler"
-    )  # the IPU's torch 2.0 is too old for the kernels
+    # The IPU's torch 2.0 is too old for the kernels.
+    has_cuda = torch.cuda.is_available() and hasattr(torch, "compiler")
     if wanted == "cuda" and not has_cuda:
         raise InputError(
-            f'device is "cuda", but torch {torch.__version__} finds no CUDA device, or is older than '
-            "requirements.txt asks for. Install a CUDA build of torch and a driver, or use --device auto"
+            f'device is "cuda", but torch {torch.__version__} finds no CUDA device, or is older than requirements.txt '
+            "asks for. Install a CUDA build of torch and a driver, or use --device auto"
         )
     if wanted == "cuda" or (wanted == "auto" and has_cuda):
-        return "cuda", "cuda (%s%s)" % (torch.cuda.get_device_name(), "" if wanted == "cuda" else ": %s" % why)
-    return "cpu", "cpu (%d threads%s)" % (
-        torch.get_num_threads(),
-        "" if wanted == "cpu" else ": no CUDA device, %s" % why,
-    )
+        reason = "" if wanted == "cuda" else f": {why}"
+        return "cuda", f"cuda ({torch.cuda.get_device_name()}{reason})"
+    reason = "" if wanted == "cpu" else f": no CUDA device, {why}"
+    return "cpu", f"cpu ({torch.get_num_threads()} threads{reason})"
 
 
 def find_device(config: Config) -> Tuple[str, str]:
-    """(device, line that says why) for a run of `config`. Raises InputError, too, where it is an IPU and the config asks
-    more of IPUs than there is."""
+    """(device, line that says why) for a run of `config`. Raises InputError, too, where it is an IPU and the config
+    asks more of IPUs than there is."""
     ipus = len(config.ipu.layers_per_ipu) * config.ipu.replication_factor // process_of("ipu")[1]
     without_hardware = config.compile_only or config.ipu_model
     device, line = choose_device("ipu" if without_hardware else config.device, ipus, not without_hardware)
@@ -88,35 +86,36 @@ def is_installed(name: str) -> bool:
 def why_no_poptorch(torch_version: str) -> Tuple[str, str]:
     """Why Graphcore's packages cannot be used, in a few words and in full with the way out; both empty where they
     can."""
-    found = [name for name in SDK_NAMES if is_installed(name)]
-    for name in found:
+    versions = "under Python 3.8 with torch 2.0.1"
+    enable = "Enable the Poplar SDK in this shell (source its enable.sh)"
+    installed = [name for name in SDK_NAMES if is_installed(name)]
+    for name in installed:
         try:
             module = importlib.import_module(name)
         except Exception as error:  # another's package of this name may raise anything
+            origin = getattr(importlib.util.find_spec(name), "origin", None)
+            here = f"this is Python {platform.python_version()} with torch {torch_version}"
             return "PopTorch cannot be imported", (
-                f"{name} ({importlib.util.find_spec(name).origin}) cannot be imported: "
-                f"{' '.join(str(error).split())}. Enable the Poplar SDK in this shell (source its enable.sh), "
-                "and use Python 3.8 with torch 2.0.1, which its wheels are built for: this is Python "
-                f"{platform.python_version()} with torch {torch_version}. See docs/ipu.md"
+                f"{name} ({origin}) cannot be imported: {' '.join(str(error).split())}. {enable}, and use Python 3.8 "
+                f"with torch 2.0.1, which its wheels are built for: {here}. See docs/ipu.md"
             )
-        if not all(hasattr(module, needed) for needed in SDK_NAMES[name]):
+        missing = [needed for needed in SDK_NAMES[name] if not hasattr(module, needed)]
+        if missing:
+            place = getattr(module, "__file__", None) or list(module.__path__)[0]
             return f"the {name} here is not Graphcore's", (
-                f"the {name} in {getattr(module, '__file__', None) or list(module.__path__)[0]} is not "
-                "Graphcore's: it has no "
-                f"{next(needed for needed in SDK_NAMES[name] if not hasattr(module, needed))}. Remove it (pip "
-                f"uninstall {name}), enable the Poplar SDK in this shell (source its enable.sh) and install "
-                "its wheel, pip install poptorch-*.whl in the SDK's folder, under Python 3.8 with torch "
-                "2.0.1. See docs/ipu.md"
+                f"the {name} in {place} is not Graphcore's: it has no {missing[0]}. Remove it (pip uninstall {name}), "
+                "enable the Poplar SDK in this shell (source its enable.sh) and install its wheel, "
+                f"pip install poptorch-*.whl in the SDK's folder, {versions}. See docs/ipu.md"
             )
-    if "poptorch" not in found:
+    if "poptorch" not in installed:
         return "no PopTorch", (
-            "PopTorch is not installed. Its wheel comes with Graphcore's Poplar SDK, from no package index (the package named popart on "
-            "PyPI is something else): install it from the SDK, under Python 3.8 with torch 2.0.1. See docs/ipu.md"
+            "PopTorch is not installed. Its wheel comes with Graphcore's Poplar SDK, from no package index (the "
+            f"package named popart on PyPI is something else): install it from the SDK, {versions}. See docs/ipu.md"
         )
-    if "popart" not in found:
+    if "popart" not in installed:
         return "PopTorch has no popart", (
-            "PopTorch is there without popart, which comes with it. Enable the Poplar SDK in this shell (source its enable.sh), or install "
-            "its wheel, popart-*.whl. See docs/ipu.md"
+            f"PopTorch is there without popart, which comes with it. {enable}, or install its wheel, popart-*.whl. See "
+            "docs/ipu.md"
         )
     return "", ""
 
@@ -133,10 +132,10 @@ def why_no_hardware(ipus: int) -> Tuple[str, str]:
     there = group // 2
     while there and not is_available(there):
         there //= 2
-    return "PopTorch finds %s" % ("%d IPUs, not %d" % (there, group) if there else "no IPU"), (
+    return f"PopTorch finds {f'{there} IPUs, not {group}' if there else 'no IPU'}", (
         f"PopTorch finds {there} IPUs, expected {group}. Take the config of a smaller POD, or fewer replicas "
-        "(--ipu.replication_factor, with more --ipu.gradient_accumulation_steps); without IPUs, "
-        "--compile-only compiles and --ipu-model simulates"
+        "(--ipu.replication_factor, with more --ipu.gradient_accumulation_steps); without IPUs, --compile-only "
+        "compiles and --ipu-model simulates"
     )
 
 

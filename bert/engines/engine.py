@@ -76,4 +76,5 @@ class Engine(Protocol):
         """How many updates were left out because a gradient was not finite."""
 
     def measure(self, batch: Arrays) -> Dict[str, float]:
-        """Seconds of the parts of one step on this batch, waiting for the device after each; what is done stays done."""
+        """Seconds of the parts of one step on this batch, waiting for the device after each; what is done stays
+        done."""

@@ -29,7 +29,8 @@ __all__ = ["IpuEngine", "IpuModel", "make_options"]
 
 
 class IpuModel(nn.Module):
-    """What PopTorch compiles: the tensors `inputs` of a micro-batch of rows -> the loss and the task's metrics, scalars.
+    """What PopTorch compiles: the tensors `inputs` of a micro-batch of rows -> the loss and the task's metrics,
+    scalars.
 
     In training the loss that is differentiated is `micro_batches` times the model's: PopTorch takes the mean over so
     many micro-batches, whose weights sum to 1 over all of them. So each has a loss of the usual size, which float16
@@ -61,8 +62,8 @@ def inputs_of(task: Task) -> List[str]:
 
 
 class IpuEngine:
-    """Trains `model` on a pipeline of IPUs, in `ipu.replication_factor` replicas; `bert.engines.engine.Engine` says what
-    its methods do.
+    """Trains `model` on a pipeline of IPUs, in `ipu.replication_factor` replicas; `bert.engines.engine.Engine` says
+    what its methods do.
 
     Under poprun each process feeds its share of the rows, and its metrics are those of its share: `rank` says which it
     is. A call does `steps_per_call` optimizer steps, on as many global batches one after the other.
@@ -154,8 +155,8 @@ class IpuEngine:
     def step(
         self, batch: Arrays, learning_rate: float, step: int, progress: Callable[[int], None] = ignore_progress
     ) -> Dict[str, torch.Tensor]:
-        """Metrics are means over the rows of this process; PopART skips no update. It is not to be interrupted but while
-        it compiles."""
+        """Metrics are means over the rows of this process; PopART skips no update. It is not to be interrupted but
+        while it compiles."""
         with cancellable():
             self.prepare()
         for group in self.optimizer.param_groups:

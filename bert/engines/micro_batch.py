@@ -26,8 +26,8 @@ def fit_micro_batch(engine: TorchEngine, shape: RowShape, most: int) -> None:
     rows = largest_that_fits(lambda rows: peak_memory(engine, full_rows(rows, shape)), free, most)
     if not rows:
         raise InputError(
-            f"not even a micro-batch of one row of {shape.tokens} tokens fits into the {free / 1e9:.1f} GB that are free "
-            f"on {torch.cuda.get_device_name()}. Use a card with more memory, or a smaller model"
+            f"not even a micro-batch of one row of {shape.tokens} tokens fits into the {free / 1e9:.1f} GB that are "
+            f"free on {torch.cuda.get_device_name()}. Use a card with more memory, or a smaller model"
         )
     engine.micro_batch_size = rows
 
@@ -58,7 +58,7 @@ def largest_that_fits(peak_of: Callable[[int], int], available: int, most: int) 
 def full_rows(rows: int, shape: RowShape) -> Dict[str, np.ndarray]:
     """A batch in which every slot is used, so that none needs more memory: samples of one length, as many as a row may
     hold."""
-    batch = {name: np.zeros(size, dtype) for name, (size, dtype) in shape.layout(rows).items()}
+    batch: Dict[str, np.ndarray] = {name: np.zeros(size, dtype) for name, (size, dtype) in shape.layout(rows).items()}
     sample = np.arange(shape.tokens) * shape.samples // shape.tokens
     batch["sample_ids"][:] = 1 + sample
     batch["mlm_positions"][:] = np.arange(shape.mask_slots) * shape.tokens // shape.mask_slots

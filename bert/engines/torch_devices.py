@@ -50,7 +50,8 @@ class TorchDevice(Protocol):
 
 
 class Cpu:
-    name, asynchronous, random_devices = "cpu", False, []
+    name, asynchronous = "cpu", False
+    random_devices: List[str] = []
     hidden_values = 2**20  # 4 MB stay near the caches
     # A compiled layer is no faster than the library calls it replaces, and takes 15 s to compile.
     compiler_name, auto_compile = "C++ compiler (g++, or CXX)", False
@@ -88,7 +89,8 @@ class Cpu:
 
 
 class Cuda:
-    name, asynchronous, random_devices = "cuda", True, ["cuda"]
+    name, asynchronous = "cuda", True
+    random_devices = ["cuda"]
     hidden_values = 96 * 2**20  # more make nothing faster
     compiler_name, auto_compile = "Triton", True
 
@@ -130,8 +132,8 @@ def choose_precision(device: TorchDevice, setting: str) -> str:
         return "bfloat16" if device.has_bfloat16() else "float32"
     if setting == "float8" and not hasattr(torch, "float8_e4m3fn"):
         raise InputError(
-            f'training.precision is "float8", but torch {torch.__version__} has no float8. Install requirements.txt, or '
-            'set training.precision to "auto"'
+            f'training.precision is "float8", but torch {torch.__version__} has no float8. Install requirements.txt, '
+            'or set training.precision to "auto"'
         )
     why_not = device.why_no_float8() if setting == "float8" else ""
     if why_not:
@@ -140,7 +142,8 @@ def choose_precision(device: TorchDevice, setting: str) -> str:
 
 
 def wants_compile(device: TorchDevice, setting: str) -> Tuple[bool, str]:
-    """Whether layers are compiled, by training.compile, and words that say so. Raises InputError where they cannot be."""
+    """Whether layers are compiled, by training.compile, and words that say so. Raises InputError where they cannot
+    be."""
     if setting == "on" and not hasattr(nn.Module, "compile"):
         raise InputError(
             f'training.compile is "on", but torch {torch.__version__} has no Module.compile. Install requirements.txt, '

@@ -28,8 +28,8 @@ class TorchEngine:
 
     The model's parameters are in the type that it computes in. `master_weights`, which the optimizer updates, are
     float32: in float32 the same tensors, else each update rounds them into the model's. Dropout draws from a generator
-    state of its own: a function of (seed, step, first row of the micro-batch), so that a run is repeatable whatever else
-    draws random numbers.
+    state of its own: a function of (seed, step, first row of the micro-batch), so that a run is repeatable whatever
+    else draws random numbers.
     """
 
     steps_per_call, rank, world_size = 1, 0, 1
@@ -41,14 +41,16 @@ class TorchEngine:
         self.model, self.asynchronous = model.to(device.name), device.asynchronous
         self.precision = choose_precision(device, training.precision)
         model.float8 = self.precision == "float8"
-        self.master_weights, compute_weights = dict(model.named_parameters()), {}
+        self.master_weights = dict(model.named_parameters())
+        compute_weights: Dict[torch.Tensor, torch.Tensor] = {}
         if self.precision != "float32":
             masters = {name: nn.Parameter(weight.detach().clone()) for name, weight in model.named_parameters()}
             model.to(torch.bfloat16)
             compute_weights = {masters[name]: weight.detach() for name, weight in model.named_parameters()}
             self.master_weights = masters
         self.optimizer = make_optimizer(self.master_weights.items(), config.optimizer, compute_weights)
-        self.steps_done, self.done_events = 0, {}  # type: int, Dict[int, Any]
+        self.steps_done = 0
+        self.done_events: Dict[int, Any] = {}
         self.compiled, self.compile_line = wants_compile(device, training.compile)
         head_size = config.model.hidden_size // config.model.num_attention_heads
         dtype = next(model.parameters()).dtype

@@ -4,7 +4,7 @@ Shape letters: R rows, L token slots of a row, T tokens of all samples end to en
 """
 
 from dataclasses import dataclass
-from typing import Any, Dict, Mapping, NamedTuple, Optional
+from typing import Any, Dict, Mapping, NamedTuple
 
 import torch
 
@@ -12,6 +12,7 @@ from ops.attention import CuSeqlens, SampleIds, Segments
 
 __all__ = ["Batch", "State"]
 
+NOTHING = torch.empty(0)  # before a block has made it
 MODEL_FIELDS = {"input_ids", "token_type_ids", "position_ids"}
 
 
@@ -52,11 +53,11 @@ class State(NamedTuple):
     """What a block gets from the block before it and hands on, with what it changes replaced."""
 
     batch: Batch
-    segments: Optional[Segments] = None
-    """In the form that the layers' attention takes; made by the embeddings."""
-    hidden: Optional[torch.Tensor] = None
-    """[R, L, H] or [T, H]; from the embeddings on."""
-    loss: Optional[torch.Tensor] = None
-    """The scalar that is differentiated; made by the task's heads."""
-    metrics: Dict[str, torch.Tensor] = {}
-    """The task's metrics, scalars, each a weighted sum; made by the task's heads."""
+    segments: Segments
+    """The batch's, until the embeddings put them into the form that attention takes."""
+    hidden: torch.Tensor = NOTHING
+    """[R, L, H] or [T, H], from the embeddings on."""
+    loss: torch.Tensor = NOTHING
+    """The scalar that is differentiated, from the task's heads on."""
+    metrics: Mapping[str, torch.Tensor] = {}
+    """The task's metrics, scalars, each a weighted sum, from its heads on."""

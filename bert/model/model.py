@@ -5,7 +5,7 @@ blocks; a stage of a pipeline is a run of it (bert/model/stages.py).
 """
 
 import contextlib
-from typing import Dict, List, Sequence, Tuple, Type
+from typing import Dict, List, Mapping, Sequence, Tuple, Type
 
 import torch
 from torch import nn
@@ -48,15 +48,15 @@ class Model(nn.Module):
         """The encoder's layers among the blocks, by name."""
         return {name: module for name, module in self.blocks if name.startswith("layer")}
 
-    def forward(self, batch: Batch) -> Tuple[torch.Tensor, Dict[str, torch.Tensor]]:
-        """The loss and the metrics of the task. Summed over the micro-batches of a global batch, they are its means: the
-        batch's weights see to that."""
-        state = self.run(State(batch), self.blocks)
+    def forward(self, batch: Batch) -> Tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+        """The loss and the metrics of the task. Summed over the micro-batches of a global batch, they are its means:
+        the batch's weights see to that."""
+        state = self.run(State(batch, batch.segments), self.blocks)
         return state.loss, state.metrics
 
     def encode(self, batch: Batch) -> torch.Tensor:
         """The hidden state that the heads get, [R, L, H] or [T, H]."""
-        return self.run(State(batch), self.blocks[: 1 + len(self.layers)]).hidden
+        return self.run(State(batch, batch.segments), self.blocks[: 1 + len(self.layers)]).hidden
 
     def run(self, state: State, blocks: Sequence[Tuple[str, nn.Module]]) -> State:
         """Runs a part of the blocks, one after the other."""

@@ -26,23 +26,20 @@ def make_stages(layers_per_ipu: Sequence[int], matmul_proportion: Union[float, S
 
     The heads come back because the MLM decoder is the embedding's weight: [0, 4, 4, 4] gives five stages on four IPUs.
     """
-    proportions = (
-        list(matmul_proportion)
-        if isinstance(matmul_proportion, (list, tuple))
-        else [matmul_proportion] * len(layers_per_ipu)
-    )
+    if not isinstance(matmul_proportion, Sequence):
+        matmul_proportion = [matmul_proportion] * len(layers_per_ipu)
     stages, first = [], 0
     for ipu, count in enumerate(layers_per_ipu):
         layers = tuple(f"layer{i}" for i in range(first, first + count))
         first += count
         if ipu == 0:
-            stages.append(Stage("embeddings", 0, proportions[0], ("embeddings",) + layers))
+            stages.append(Stage("embeddings", 0, matmul_proportion[0], ("embeddings",) + layers))
         elif layers:
             name = f"layers{first - count}-{first - 1}" if count > 1 else layers[0]
-            stages.append(Stage(name, ipu, proportions[ipu], layers))
+            stages.append(Stage(name, ipu, matmul_proportion[ipu], layers))
     if len(stages) == 1:  # one IPU: one stage, for a visit of its own would only keep activations waiting
-        return [Stage("everything", 0, proportions[0], stages[0].blocks + ("heads",))]
-    return stages + [Stage("heads", 0, proportions[0], ("heads",))]
+        return [Stage("everything", 0, matmul_proportion[0], stages[0].blocks + ("heads",))]
+    return stages + [Stage("heads", 0, matmul_proportion[0], ("heads",))]
 
 
 def placement(stages: Sequence[Stage]) -> Dict[str, int]:

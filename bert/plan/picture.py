@@ -1,161 +1,120 @@
 """The picture of a plan for IPUs: the pipeline over time, IPU by IPU, and the memory of each."""
 
-from typing import Iterator, List, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Tuple
 
-from bert.plan.ipu_plan import IPU_BYTES, IpuPlan
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
-__all__ = ["cycle_parts", "draw_plan"]
+from bert.plan.ipu_plan import IPU_BYTES, MIB, IpuPlan
+from bert.text import percent
 
-MIB = 2**20
+__all__ = ["Visit", "draw_plan", "visits_of"]
+
 COLOURS = {"forward": "#4878a8", "recompute": "#b9c7d6", "backward": "#d98442"}
 HEAD_COLOURS = {"forward": "#3f8f6b", "backward": "#a3b84c"}  # the last stage, beside the first on IPU 0
-MEMORY = (
-    ("weights", "#3c4f6b"),
-    ("gradients", "#6f87a6"),
-    ("optimizer", "#a9b9cc"),
-    ("stashes", "#3f8f6b"),
-    ("activations", "#a5cdb9"),
-    ("temporaries", "#e3b58c"),
-)
-THINNEST = 0.02  # of a cycle: a stage without matrix products is drawn so wide, or it would not be seen
+MEMORY_COLOURS = ("#3c4f6b", "#6f87a6", "#a9b9cc", "#3f8f6b", "#a5cdb9", "#e3b58c")
+DARK, RED = ("weights", "stashes"), "#b02020"
+CENTERED: Dict[str, Any] = {"ha": "center", "va": "center"}
+LEGEND: Dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0), "fontsize": 8, "frameon": False}
+THINNEST = 0.02  # of a cycle: how wide a stage without matrix products is drawn, so that it is seen
 
 
-def cycle_parts(found: IpuPlan, ipu: int, cycle: int) -> Iterator[Tuple[int, str, int, float, float]]:
-    """What `ipu` does in `cycle` (from 0): (stage, phase, micro-batch, from, to), in shares of a cycle of the slowest
-    IPU."""
-    last, micro_batches = len(found.stages) - 1, found.cycles - found.filling
-    longest, at = found.work_of(found.slowest), 0.0
-    parts: List[Tuple[int, str, int, int]] = []
-    for index, one in enumerate(found.stages):
-        if one.stage.ipu == ipu:
-            parts.append((index, "forward", cycle - index, one.forward))
-    for index in reversed(range(last + 1)):
-        one = found.stages[index]
-        if one.stage.ipu == ipu:
-            micro_batch = cycle - (2 * last - index)
-            if index < last:
-                parts.append((index, "recompute", micro_batch, one.recompute))
-            parts.append((index, "backward", micro_batch, one.backward))
-    for index, phase, micro_batch, work in parts:
-        if 0 <= micro_batch < micro_batches:
-            width = max(THINNEST, work / longest)
-            yield index, phase, micro_batch, at, at + width
+class Visit(NamedTuple):
+    """What an IPU does in a part of a cycle."""
+
+    stage: int
+    phase: str
+    micro_batch: int
+    begin: float
+    """In shares of a cycle of the slowest IPU; so is `end`."""
+    end: float
+
+
+def visits_of(plan: IpuPlan, ipu: int, cycle: int) -> Iterator[Visit]:
+    """What `ipu` does in `cycle` (from 0), in order."""
+    last, at = len(plan.stages) - 1, 0.0
+    work: List[Tuple[int, str, int]] = [(i, "forward", cycle - i) for i in range(last + 1)]
+    for i in reversed(range(last + 1)):
+        phases = ("recompute", "backward") if i < last else ("backward",)
+        work += [(i, phase, cycle - (2 * last - i)) for phase in phases]
+    for i, phase, micro_batch in work:
+        if plan.stages[i].stage.ipu == ipu and 0 <= micro_batch < plan.cycles - plan.filling:
+            width = max(THINNEST, getattr(plan.stages[i], phase) / plan.slowest_work)
+            yield Visit(i, phase, micro_batch, at, at + width)
             at += width
 
 
-def draw_plan(found: IpuPlan, title: str, path: str) -> None:
+def draw_plan(plan: IpuPlan, title: str, optimizer: str, path: str) -> None:
     """Draws the first and the last cycles of a step, and what fills each IPU, into `path` (.svg or .png)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    ipus = len(found.memory)
-    figure, (schedule, memory) = pyplot.subplots(
-        2, 1, figsize=(15, 2.6 + 1.05 * ipus), layout="constrained", gridspec_kw={"height_ratios": (1.25, 1)}
-    )
-    draw_schedule(schedule, found)
-    draw_memory(memory, found)
+    figure = Figure(figsize=(15, 2.6 + 1.05 * len(plan.memory)), layout="constrained")
+    schedule, memory = figure.subplots(2, 1, gridspec_kw={"height_ratios": (1.25, 1)})
+    draw_schedule(schedule, plan, f"drain, then {optimizer}'s update")
+    draw_memory(memory, plan)
+    for axes in (schedule, memory):
+        axes.set_yticks(range(len(plan.memory)), [f"IPU {ipu}" for ipu in range(len(plan.memory))])
     figure.suptitle(title, fontweight="bold")
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
 
 
-def draw_schedule(axes, found: IpuPlan) -> None:
-    from matplotlib.patches import Patch
-
-    ipus, last = len(found.memory), len(found.stages) - 1
-    start, end = found.filling + 4, max(found.filling, 2) + 2
-    if start + end >= found.cycles:
-        shown = list(range(found.cycles))
-    else:
-        shown = list(range(start)) + list(range(found.cycles - end, found.cycles))
-    gap = len(shown) < found.cycles
+def draw_schedule(axes: Axes, plan: IpuPlan, drain: str) -> None:
+    ipus, last, filling = len(plan.memory), len(plan.stages) - 1, plan.filling
+    start, end = filling + 4, max(filling, 2) + 2
+    gap = start + end < plan.cycles  # cycles between the first and the last ones are left out
+    shown = [*range(start), *range(plan.cycles - end, plan.cycles)] if gap else list(range(plan.cycles))
     places = [place + (gap and place >= start) for place in range(len(shown))]
     for at, cycle in zip(places, shown):
         for ipu in range(ipus):
-            for index, phase, micro_batch, begin, stop in cycle_parts(found, ipu, cycle):
-                colours = HEAD_COLOURS if index == last and last else COLOURS
-                axes.broken_barh(
-                    [(at + begin * 0.96, (stop - begin) * 0.96)], (ipu - 0.4, 0.8), color=colours[phase], linewidth=0
-                )
-                room = (stop - begin) * 23 / len(shown)  # for a digit, where 23 cycles are shown
-                if room > 0.1:
-                    upright = 0.09 * len(str(micro_batch + 1)) > room
-                    axes.text(
-                        at + 0.48 * (begin + stop),
-                        ipu,
-                        str(micro_batch + 1),
-                        ha="center",
-                        va="center",
-                        fontsize=6,
-                        rotation=90 if upright else 0,
-                        color="white" if phase == "forward" else "black",
-                    )
+            for visit in visits_of(plan, ipu, cycle):
+                draw_visit(axes, visit, at, ipu, is_head=visit.stage == last > 0, room=23 / len(shown))
     width = len(shown) + gap
     if gap:
-        axes.text(start + 0.5, (ipus - 1) / 2, "...", ha="center", va="center", fontsize=16)
-    if found.filling:
-        for begin, stop, words in (
-            (0, found.filling, "fill"),
-            (width - found.filling, width, "drain, then LAMB's update"),
-        ):
+        axes.text(start + 0.5, (ipus - 1) / 2, "...", fontsize=16, **CENTERED)
+    if filling:
+        for begin, stop, words in ((0, filling, "fill"), (width - filling, width, drain)):
             axes.axvspan(begin, stop, color="#f2efe6", zorder=0, linewidth=0)
-            axes.text((begin + stop) / 2, -0.62, words, ha="center", va="center", fontsize=8, color="#6b6450")
+            axes.text((begin + stop) / 2, -0.62, words, fontsize=8, color="#6b6450", **CENTERED)
     axes.set_xticks([at + 0.5 for at in places], [str(cycle + 1) for cycle in shown], fontsize=7)
-    axes.set_yticks(range(ipus), [f"IPU {ipu}" for ipu in range(ipus)])
-    axes.set(
-        xlim=(0, width),
-        ylim=(ipus - 0.5, -0.85),
-        xlabel=f"cycle of a step, of {found.cycles}; the numbers in the bars are micro-batches",
-    )
-    axes.set_title(
-        (
-            "Pipeline: a bar is as long as its matrix products take, a stage without any is drawn thin; each "
-            f"cycle lasts as long as IPU {found.slowest} needs"
-        ),
-        fontsize=10,
-    )
-    handles = [Patch(color=COLOURS[phase], label=phase) for phase in COLOURS]
+    axes.set_xlabel(f"cycle of a step, of {plan.cycles}; the numbers in the bars are micro-batches")
+    axes.set(xlim=(0, width), ylim=(ipus - 0.5, -0.85))
+    bars = "a bar is as long as its matrix products take, a stage without any is drawn thin"
+    axes.set_title(f"Pipeline: {bars}; each cycle lasts as long as IPU {plan.slowest} needs", fontsize=10)
+    handles = [Patch(color=colour, label=phase) for phase, colour in COLOURS.items()]
     if last:
-        name = found.stages[-1].stage.name
-        handles += [Patch(color=HEAD_COLOURS[phase], label=f"{name}, {phase}") for phase in ("forward", "backward")]
-    axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8, frameon=False)
+        head = plan.stages[-1].stage.name
+        handles += [Patch(color=colour, label=f"{head}, {phase}") for phase, colour in HEAD_COLOURS.items()]
+    axes.legend(handles=handles, **LEGEND)
 
 
-def draw_memory(axes, found: IpuPlan) -> None:
-    limit = IPU_BYTES / MIB
-    for ipu, one in enumerate(found.memory):
+def draw_visit(axes: Axes, visit: Visit, at: int, ipu: int, is_head: bool, room: float) -> None:
+    """A bar in the cycle that is drawn at `at`, with its micro-batch, for which a cycle has so much room."""
+    length, text = visit.end - visit.begin, str(visit.micro_batch + 1)
+    colour = (HEAD_COLOURS if is_head else COLOURS)[visit.phase]
+    axes.broken_barh([(at + visit.begin * 0.96, length * 0.96)], (ipu - 0.4, 0.8), color=colour, linewidth=0)
+    if length * room > 0.1:
+        rotation = 90 if 0.09 * len(text) > length * room else 0
+        colour = "white" if visit.phase == "forward" else "black"
+        x = at + 0.48 * (visit.begin + visit.end)
+        axes.text(x, ipu, text, fontsize=6, rotation=rotation, color=colour, **CENTERED)
+
+
+def draw_memory(axes: Axes, plan: IpuPlan) -> None:
+    limit, ipus = IPU_BYTES / MIB, len(plan.memory)
+    for ipu, memory in enumerate(plan.memory):
         at = 0.0
-        for name, colour in MEMORY:
-            size = getattr(one, name) / MIB
+        for (name, part), colour in zip(memory.parts.items(), MEMORY_COLOURS):
+            size = part / MIB
             axes.barh(ipu, size, left=at, color=colour, height=0.7, label=name if ipu == 0 else None)
             if size > 0.045 * limit:
-                axes.text(
-                    at + size / 2,
-                    ipu,
-                    f"{size:.0f}",
-                    ha="center",
-                    va="center",
-                    fontsize=7,
-                    color="white" if name in ("weights", "stashes") else "black",
-                )
+                colour = "white" if name in DARK else "black"
+                axes.text(at + size / 2, ipu, f"{size:.0f}", fontsize=7, color=colour, **CENTERED)
             at += size
-        axes.text(
-            at + 0.005 * limit,
-            ipu,
-            f"{100 * one.total / IPU_BYTES:.0f} %",
-            va="center",
-            fontsize=8,
-            color="#b02020" if one.total > IPU_BYTES else "black",
-        )
-    axes.axvline(limit, color="#b02020", linewidth=1.2)
-    axes.text(limit, -0.42, f" {limit:.0f} MiB", color="#b02020", fontsize=8, va="bottom", ha="left")
-    axes.set_yticks(range(len(found.memory)), [f"IPU {ipu}" for ipu in range(len(found.memory))])
-    axes.set(
-        xlim=(0, 1.08 * max([limit] + [one.total / MIB for one in found.memory])),
-        ylim=(len(found.memory) - 0.4, -0.8),
-        xlabel="MiB when it is fullest, without program code and exchange buffers",
-    )
+        share = memory.total / IPU_BYTES
+        colour = RED if share > 1 else "black"
+        axes.text(at + 0.005 * limit, ipu, percent(share), va="center", fontsize=8, color=colour)
+    axes.axvline(limit, color=RED, linewidth=1.2)
+    axes.text(limit, -0.42, f" {limit:.0f} MiB", color=RED, fontsize=8, va="bottom", ha="left")
+    axes.set(xlim=(0, 1.08 * max(limit, plan.fullest * limit)), ylim=(ipus - 0.4, -0.8))
+    axes.set_xlabel("MiB when it is fullest, without program code and exchange buffers")
     axes.set_title("Memory of each IPU", fontsize=10)
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8, frameon=False)
+    axes.legend(**LEGEND)

@@ -1,9 +1,9 @@
-"""What the graph of a config does with one micro-batch on IPUs, read off the graph itself: it runs once on tensors that
-have no memory.
+"""What the model of a config does with one micro-batch on IPUs. It is read off the model itself, which runs once on
+tensors that have no memory.
 
-The graph takes the forms that PopTorch lowers and tells its annotations to a recorder (ops/ipu.py), while every
-operation that makes a new tensor is taken down: in which block, from which tensors, which of them its gradient needs,
-and the work of matrix products.
+The model takes the forms that PopTorch lowers, and passes its annotations to a recorder (ops/ipu.py). Each operation
+that makes a new tensor is recorded: its block, its inputs, which tensors its gradient needs, and the work of matrix
+products.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 from bert.config import Config
 from bert.geometry import row_shape
@@ -24,10 +25,12 @@ from ops.ipu import MATMULS, lowering
 
 __all__ = ["Operation", "Trace", "Value", "trace"]
 
+MATRIX_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
+
 
 @dataclass
 class Value:
-    """A tensor with memory of its own; views of it are the same value."""
+    """A tensor with memory of its own. Views of it are the same value."""
 
     count: int
     """Numbers in it."""
@@ -39,35 +42,36 @@ class Value:
     differentiable: bool = False
     """Whether it has a gradient."""
     saved_by: Optional[int] = None
-    """Index of the first operation whose gradient needs it; the backward pass keeps it until then."""
+    """Index of the first operation whose gradient needs it: the backward pass keeps it until then."""
 
 
 @dataclass
 class Operation:
-    """An operation that makes new tensors, in the order of execution."""
+    """An operation that makes new tensors."""
 
     block: str
     name: str
-    """The matrix product's in ops.ipu.MATMULS, where the graph says it, else ATen's."""
+    """A matrix product's name in ops.ipu.MATMULS, if the model says it; otherwise ATen's."""
     inputs: List[int]
+    """Indices of values; so are the outputs."""
     outputs: List[int] = field(default_factory=list)
     product: Tuple[int, int, int, int] = (0, 0, 0, 0)
     """batch, rows, inner, columns of a matrix product."""
     gradients: int = 0
-    """How many of a product's operands have a gradient: as many products its backward pass has."""
+    """How many of a product's operands have a gradient: the backward pass has as many products."""
     parts: int = 1
     """In how many parts, of its columns, a serialized product is computed."""
 
     @property
     def flops(self) -> int:
-        """Of the forward pass, counted for matrix products only: a multiplication and an addition are 2."""
+        """Of the forward pass, for matrix products only. A multiplication and an addition are 2."""
         batch, rows, inner, columns = self.product
         return 2 * batch * rows * inner * columns
 
 
 @dataclass
 class Trace:
-    """One micro-batch through the graph."""
+    """One micro-batch through the model. Operations are in the order of execution."""
 
     stages: List[Stage]
     operations: List[Operation] = field(default_factory=list)
@@ -77,12 +81,7 @@ class Trace:
 
     def of_stage(self, stage: Stage) -> List[int]:
         """Indices of the operations of a stage."""
-        return [i for i, one in enumerate(self.operations) if one.block in stage.blocks]
-
-    def parameters_of(self, stage: Stage) -> List[int]:
-        """Indices of the parameters that operations of a stage use."""
-        used = {i for k in self.of_stage(stage) for i in self.operations[k].inputs}
-        return sorted(i for i in used if self.values[i].parameter)
+        return [i for i, operation in enumerate(self.operations) if operation.block in stage.blocks]
 
 
 def trace(config: Config) -> Trace:
@@ -98,70 +97,65 @@ def trace(config: Config) -> Trace:
     tracer = Tracer(stages)
     for name, parameter in model.named_parameters():
         tracer.value(parameter).parameter = name
-    lowered = lowering(
-        Recorder(tracer),
-        placement(stages),
-        ipu.recompute_checkpoint_every_layer,
-        # So that each product tells its name, where PopTorch is told a proportion.
-        proportions={name: name for name in MATMULS},
-    )
+    # Each product tells its name in the place where PopTorch is told a memory proportion.
+    proportions: Dict[str, Any] = {name: name for name in MATMULS}
+    recorder, recompute = Recorder(tracer), ipu.recompute_checkpoint_every_layer
+    lowered = lowering(recorder, placement(stages), recompute, proportions=proportions)
     with lowered, WholeOperations(), tracer, saved_tensors_hooks(tracer.save, tracer.save):
         model(Batch.of_rows(rows))
     return tracer.trace
 
 
 class Tracer(TorchDispatchMode):
-    """Takes down each operation that makes a new tensor."""
+    """Records each operation that makes a new tensor."""
 
     def __init__(self, stages: List[Stage]):
         super().__init__()
         self.trace, self.block = Trace(stages), ""
-        self.numbers: Dict[int, int] = {}  # storage -> index of its value
-        self.alive: List[torch.Tensor] = []  # or a later tensor's storage could be taken for that of an earlier one
+        self.indices: Dict[int, int] = {}  # storage -> index of its value
+        self.alive: List[torch.Tensor] = []  # a later tensor must not get the storage of an earlier one
 
-    def number(self, tensor: torch.Tensor) -> int:
-        """The index of a tensor's value, a new one where its storage is new."""
+    def index(self, tensor: torch.Tensor) -> int:
+        """The index of a tensor's value, a new one if its storage is new."""
         storage = tensor.untyped_storage()._cdata
-        if storage not in self.numbers:
-            self.numbers[storage] = len(self.trace.values)
+        if storage not in self.indices:
+            self.indices[storage] = len(self.trace.values)
             self.alive.append(tensor)
             self.trace.values.append(Value(tensor.numel(), tensor.numel() * tensor.element_size()))
-        return self.numbers[storage]
+        return self.indices[storage]
 
     def value(self, tensor: torch.Tensor) -> Value:
-        return self.trace.values[self.number(tensor)]
+        return self.trace.values[self.index(tensor)]
 
     def maker(self, tensor: torch.Tensor) -> Operation:
-        return self.trace.operations[self.value(tensor).made_by]
+        made_by = self.value(tensor).made_by
+        assert made_by is not None, "only an operation's output is asked for"
+        return self.trace.operations[made_by]
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        inputs = list(tensors_in(arguments))
-        operation = Operation(self.block, function.overloadpacket.__name__, [self.number(tensor) for tensor in inputs])
+        inputs = tensors_in(arguments)
         for tensor in inputs:
             self.value(tensor).differentiable |= tensor.requires_grad
+        operation = Operation(self.block, function.overloadpacket.__name__, [self.index(tensor) for tensor in inputs])
         known = len(self.trace.values)
         result = function(*arguments, **(options or {}))
-        operation.outputs = sorted({i for i in map(self.number, tensors_in(result)) if i >= known})
-        for i in operation.outputs:
-            self.trace.values[i].made_by = len(self.trace.operations)
+        operation.outputs = sorted({i for i in map(self.index, tensors_in(result)) if i >= known})
         if operation.outputs:
-            if operation.name in ("mm", "addmm", "bmm", "baddbmm"):
+            if operation.name in MATRIX_PRODUCTS:
                 left, right = inputs[-2:]
-                operation.product = (
-                    left.shape[0] if left.dim() == 3 else 1,
-                    left.shape[-2],
-                    left.shape[-1],
-                    right.shape[-1],
-                )
-                operation.gradients = sum(tensor.requires_grad for tensor in (left, right))
+                batch = left.shape[0] if left.dim() == 3 else 1
+                operation.product = (batch, left.shape[-2], left.shape[-1], right.shape[-1])
+                operation.gradients = left.requires_grad + right.requires_grad
+            for i in operation.outputs:
+                self.trace.values[i].made_by = len(self.trace.operations)
             self.trace.operations.append(operation)
         return result
 
     def save(self, tensor: torch.Tensor) -> torch.Tensor:
         """Notes that the gradient of the operation that runs now needs `tensor`."""
         value, now = self.value(tensor), len(self.trace.operations)
-        # An operation's inputs are saved before it runs, as they are; its outputs after, without their history.
-        if value.made_by == now - 1 and value.made_by is not None and not tensor.requires_grad:
+        # An operation's inputs are saved before it runs, as they are; its outputs after it, without their history.
+        if value.made_by is not None and value.made_by == now - 1 and not tensor.requires_grad:
             maker = self.trace.operations[value.made_by]
             now -= any(self.trace.values[i].differentiable for i in maker.inputs)
         value.saved_by = now if value.saved_by is None else value.saved_by
@@ -169,7 +163,7 @@ class Tracer(TorchDispatchMode):
 
 
 class Recorder:
-    """Stands where the graph expects PopTorch, and takes its annotations down."""
+    """Takes PopTorch's place in the graph, and records its annotations."""
 
     class MatMulSerializationMode:
         OutputChannels = "output channels"
@@ -178,34 +172,34 @@ class Recorder:
         self.tracer = tracer
 
     @contextlib.contextmanager
-    def Block(self, user_id: str, ipu_id: int):
-        before, self.tracer.block = self.tracer.block, user_id
+    def Block(self, user_id: str, ipu_id: int) -> Iterator[None]:
+        outer, self.tracer.block = self.tracer.block, user_id
         yield
-        self.tracer.block = before
+        self.tracer.block = outer
 
-    def Attribute(self, **values):
+    def Attribute(self, **values: Any) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()
 
-    def recomputationCheckpoint(self, tensor):
-        self.tracer.trace.checkpoints.append(self.tracer.number(tensor))
+    def recomputationCheckpoint(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.tracer.trace.checkpoints.append(self.tracer.index(tensor))
         return tensor
 
-    def set_available_memory(self, tensor, available_memory_proportion):
+    def set_available_memory(self, tensor: torch.Tensor, available_memory_proportion: Any) -> torch.Tensor:
         self.tracer.maker(tensor).name = available_memory_proportion
         return tensor
 
-    def serializedMatMul(self, lhs, rhs, mode, factor=0):
+    def serializedMatMul(self, lhs: torch.Tensor, rhs: torch.Tensor, mode: str, factor: int = 0) -> torch.Tensor:
         product = lhs @ rhs
         self.tracer.maker(product).parts = factor
         return product
 
-    def identity_loss(self, x, reduction):
+    def identity_loss(self, x: torch.Tensor, reduction: str) -> torch.Tensor:
         return x
 
 
 class WholeOperations(TorchFunctionMode):
-    """Operations that PopTorch catches before PyTorch takes them apart: dropout, whose mask the IPU draws again in
-    place of keeping it, and one_hot, which tensors without memory do not have."""
+    """Operations that PopTorch takes whole and PyTorch takes apart: dropout, whose mask the IPU draws again instead of
+    keeping it, and one_hot, which tensors without memory do not have."""
 
     def __torch_function__(self, function, types, arguments=(), options=None):
         name = getattr(function, "__name__", "")
@@ -216,9 +210,5 @@ class WholeOperations(TorchFunctionMode):
         return function(*arguments, **(options or {}))
 
 
-def tensors_in(values: Any) -> Iterator[torch.Tensor]:
-    if isinstance(values, torch.Tensor):
-        yield values
-    elif isinstance(values, (list, tuple)):
-        for value in values:
-            yield from tensors_in(value)
+def tensors_in(values: Any) -> List[torch.Tensor]:
+    return [value for value in tree_flatten(values)[0] if isinstance(value, torch.Tensor)]

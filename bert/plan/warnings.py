@@ -1,162 +1,123 @@
-"""What a plan for IPUs warns of, and which settings change it: what is to make it fit, or to balance it, is tried
-before it is named."""
+"""What a plan for IPUs warns of, and the settings that would help. A setting is named only after a plan with it has
+shown that it does."""
 
-import copy
 import json
 from typing import Any, Dict, Iterator, List
 
 from bert.config import Config
-from bert.geometry import row_shape
-from bert.plan.ipu_plan import IPU_BYTES, IpuPlan, make_ipu_plan
+from bert.plan.ipu_plan import IPU_BYTES, MIB, IpuPlan, make_ipu_plan, with_settings
+from bert.text import percent
 
 __all__ = ["warnings_of"]
 
-MIB = 2**20
 TIGHT, UNBALANCED, BUBBLE, LARGE_LOGITS = 0.9, 1.1, 0.05, 0.02
 LOW_PROPORTION = 0.1  # below it, products are cut so small that they get slow
+WORTH_NAMING = 0.02  # less work for the slowest IPU
 
 
-def warnings_of(config: Config, found: IpuPlan) -> List[str]:
-    """One line each, worst first; none where all is well."""
-    lines, ipu = [], config.ipu
-    full = [one.total / IPU_BYTES for one in found.memory]
-    over = [i for i, share in enumerate(full) if share > 1]
+def warnings_of(config: Config, plan: IpuPlan) -> List[str]:
+    """In lines, worst first; none if all is well. Indented lines belong to the one before them."""
+    return [*memory_warnings(config, plan), *pipeline_warnings(config, plan), *product_warnings(config, plan)]
+
+
+def memory_warnings(config: Config, plan: IpuPlan) -> Iterator[str]:
+    full = {ipu: memory.total / IPU_BYTES for ipu, memory in enumerate(plan.memory)}
+    over = [f"IPU {ipu} needs {plan.memory[ipu].total / MIB:.0f}" for ipu, share in full.items() if share > 1]
+    tight = [f"IPU {ipu} is {percent(share)}" for ipu, share in full.items() if TIGHT < share <= 1]
     if over:
-        lines.append(
-            "does not fit: %s of %d MiB. Settings that help, and what the fullest IPU then needs:"
-            % (", ".join("IPU %d needs %.0f" % (i, found.memory[i].total / MIB) for i in over), IPU_BYTES / MIB)
-        )
-        lines += ["  " + line for line in what_helps(config, found)]
-    tight = [i for i, share in enumerate(full) if TIGHT < share <= 1]
+        needs = f"{', '.join(over)} of {IPU_BYTES / MIB:.0f} MiB"
+        yield f"does not fit: {needs}. Settings that help, and what the fullest IPU then needs:"
+        yield from (f"  {line}" for line in what_helps(config, plan))
     if tight:
-        lines.append(
-            "tight: %s full, and program code and exchange buffers come on top"
-            % ", ".join("IPU %d is %.0f %%" % (i, 100 * full[i]) for i in tight)
-        )
-    works = [found.work_of(i) for i, layers in enumerate(ipu.layers_per_ipu) if layers]
-    excess = found.work_of(found.slowest) * len(works) / sum(works)
-    if excess > UNBALANCED:
-        lines.append(
-            f"unbalanced: all wait for IPU {found.slowest}, whose work is {100 * (excess - 1):.0f} % above "
-            f"the mean of the IPUs with layers{better_balance(config, found)}"
-        )
-    if found.filling > BUBBLE * found.cycles:
-        lines.append(
-            f"bubble: filling and draining the pipeline is {100 * found.filling / found.cycles:.1f} % of a "
-            "step. More micro-batches make it less: a higher ipu.gradient_accumulation_steps, with a lower "
-            "ipu.micro_batch_size or fewer replicas for the same global batch"
-        )
-    if not ipu.enable_half_partials and config.training.precision != "float32":
-        lines.append(
-            "partial sums: the estimate is for float16 ones, and ipu.enable_half_partials is false: it will be slower"
-        )
-    logits = logits_of(config)
-    if ipu.embedding_serialization_factor is None and logits > LARGE_LOGITS * IPU_BYTES:
-        factor = next_factor(config)
-        lines.append(
-            "factor missing: the MLM decoder runs in one part, with logits of %.0f MiB. %s"
-            % (
-                logits / MIB,
-                "Set ipu.embedding_serialization_factor, for example to %d" % factor
-                if factor
-                else (
-                    "No number up to 100 divides model.vocab_size for ipu.embedding_serialization_factor: pad "
-                    "the vocabulary"
-                ),
-            )
-        )
-    return lines
+        yield f"tight: {', '.join(tight)} full, and program code and exchange buffers come on top"
 
 
-def logits_of(config: Config) -> int:
-    """Bytes of the MLM logits of a micro-batch."""
-    slots = row_shape(config, static=True).mask_slots
-    return (
-        config.ipu.micro_batch_size
-        * slots
-        * config.model.vocab_size
-        * (4 if config.training.precision == "float32" else 2)
-    )
+def pipeline_warnings(config: Config, plan: IpuPlan) -> Iterator[str]:
+    works = [plan.work_of(ipu) for ipu, layers in enumerate(config.ipu.layers_per_ipu) if layers]
+    above, bubble = plan.slowest_work * len(works) / sum(works), plan.filling / plan.cycles
+    if above > UNBALANCED:
+        excess = f"whose work is {percent(above - 1)} above the mean of the IPUs with layers"
+        yield f"unbalanced: all wait for IPU {plan.slowest}, {excess}{better_balance(config, plan)}"
+    if bubble > BUBBLE:
+        yield (
+            f"bubble: filling and draining the pipeline is {percent(bubble, 1)} of a step. More micro-batches make it "
+            "less: a higher ipu.gradient_accumulation_steps, with a lower ipu.micro_batch_size or fewer replicas for "
+            "the same global batch"
+        )
 
 
-def better_balance(config: Config, found: IpuPlan) -> str:
-    """What the layers spread evenly would gain; empty where that is nothing."""
-    even = copy.deepcopy(config)
+def product_warnings(config: Config, plan: IpuPlan) -> Iterator[str]:
+    if not config.ipu.enable_half_partials and config.training.precision != "float32":
+        yield "partial sums: the estimate is for float16 ones, and ipu.enable_half_partials is false: it will be slower"
+    traced, key = plan.trace, "ipu.embedding_serialization_factor"
+    # The decoder is the last product with the vocabulary.
+    decoders = [operation for operation in traced.operations if operation.product[-1] == config.model.vocab_size]
+    logits = sum(traced.values[i].bytes for decoder in decoders[-1:] for i in decoder.outputs)
+    if config.ipu.embedding_serialization_factor is None and logits > LARGE_LOGITS * IPU_BYTES:
+        remedy = f"No number up to 100 divides model.vocab_size for {key}: pad the vocabulary"
+        if next_factor(config):
+            remedy = f"Set {key}, for example to {next_factor(config)}"
+        yield f"factor missing: the decoder runs in one part, with logits of {logits / MIB:.0f} MiB. {remedy}"
+
+
+def better_balance(config: Config, plan: IpuPlan) -> str:
+    """What evenly spread layers would gain; empty if that is next to nothing."""
     ipus, layers = len(config.ipu.layers_per_ipu), config.model.num_hidden_layers
-    even.ipu.layers_per_ipu = [layers // ipus + (i >= ipus - layers % ipus) for i in range(ipus)]
-    other = make_ipu_plan(even)
-    gain = 1 - other.work_of(other.slowest) / found.work_of(found.slowest)
-    if gain < 0.02:
+    even = [layers // ipus + (ipu >= ipus - layers % ipus) for ipu in range(ipus)]
+    other = make_ipu_plan(with_settings(config, {"ipu.layers_per_ipu": even}))
+    gain = 1 - other.slowest_work / plan.slowest_work
+    if gain < WORTH_NAMING:
         return ""
-    return (
-        f". ipu.layers_per_ipu {json.dumps(even.ipu.layers_per_ipu)}: {100 * gain:.0f} % less work for the "
-        f"slowest, and the fullest IPU would be {100 * other.fullest:.0f} % full"
-    )
+    full = f"and the fullest IPU would be {percent(other.fullest)} full"
+    return f". ipu.layers_per_ipu {json.dumps(even)}: {percent(gain)} less work for the slowest, {full}"
 
 
-def what_helps(config: Config, found: IpuPlan) -> Iterator[str]:
-    """Single settings that make the fullest IPU less full, those that cost little speed first; where none is enough,
-    all together."""
-    together, enough = copy.deepcopy(config), False
+def what_helps(config: Config, plan: IpuPlan) -> Iterator[str]:
+    """Single settings that make the fullest IPU less full, those that cost little speed first. If none is enough, all
+    together."""
+    together: Dict[str, Any] = {}
+    enough = False
     for settings in remedies(config):
-        changed = copy.deepcopy(config)
-        for one in (changed, together):
-            for name, value in settings.items():
-                section, key = name.split(".")
-                setattr(getattr(one, section), key, value)
-        share = make_ipu_plan(changed).fullest
-        if share < found.fullest - 0.005:
+        together.update(settings)
+        share = make_ipu_plan(with_settings(config, settings)).fullest
+        if share < plan.fullest - 0.005:
+            names = ", ".join(f"{name} {json.dumps(value)}" for name, value in settings.items())
+            yield f"{names}: {share * IPU_BYTES / MIB:.0f} MiB{'' if share <= 1 else ', still too much'}"
             enough |= share <= 1
-            yield "%s: %.0f MiB%s" % (
-                ", ".join("%s %s" % (name, json.dumps(value)) for name, value in settings.items()),
-                share * IPU_BYTES / MIB,
-                "" if share <= 1 else ", still too much",
-            )
             if share <= 1 and "ipu.micro_batch_size" in settings:
                 break  # the next are smaller still
     if not enough:
-        share = make_ipu_plan(together).fullest
-        yield (
-            f"all of these together: {share * IPU_BYTES / MIB:.0f} "
-            f"MiB{'' if share <= 1 else ', still too much. More IPUs with fewer layers each: ipu.layers_per_ipu'}"
-        )
+        share = make_ipu_plan(with_settings(config, together)).fullest
+        more = ", still too much. More IPUs with fewer layers each: ipu.layers_per_ipu" if share > 1 else ""
+        yield f"all of these together: {share * IPU_BYTES / MIB:.0f} MiB{more}"
 
 
 def remedies(config: Config) -> Iterator[Dict[str, Any]]:
-    """Settings, and what goes with them."""
-    for section, settings in (("training", precision_remedies(config)), ("ipu", ipu_remedies(config))):
-        for one in settings:
-            yield {f"{section}.{name}": value for name, value in one.items()}
-
-
-def precision_remedies(config: Config) -> Iterator[Dict[str, Any]]:
-    if config.training.precision == "float32":
-        yield {"precision": "auto"}
-
-
-def ipu_remedies(config: Config) -> Iterator[Dict[str, Any]]:
-    ipu, factor = config.ipu, next_factor(config)
+    """Settings that need less memory, with others that go with them."""
+    ipu, factor, precision = config.ipu, next_factor(config), config.training.precision
+    if precision == "float32":
+        yield {"training.precision": "auto"}
     if not ipu.replicated_tensor_sharding and ipu.replication_factor > 1:
-        yield {"replicated_tensor_sharding": True}
-    if not ipu.enable_half_first_order_momentum and config.training.precision != "float32":
-        yield {"enable_half_first_order_momentum": True}
+        yield {"ipu.replicated_tensor_sharding": True}
+    if not ipu.enable_half_first_order_momentum and precision != "float32":
+        yield {"ipu.enable_half_first_order_momentum": True}
     shares = ipu.matmul_proportion if isinstance(ipu.matmul_proportion, list) else [ipu.matmul_proportion]
     lower = [round(min(share, max(LOW_PROPORTION, share / 2)), 3) for share in shares]
     if lower != shares:
-        yield {"matmul_proportion": lower if isinstance(ipu.matmul_proportion, list) else lower[0]}
+        yield {"ipu.matmul_proportion": lower if isinstance(ipu.matmul_proportion, list) else lower[0]}
     if factor:
-        yield {"embedding_serialization_factor": factor}
+        yield {"ipu.embedding_serialization_factor": factor}
     if not ipu.recompute_checkpoint_every_layer:
-        yield {"recompute_checkpoint_every_layer": True}
+        yield {"ipu.recompute_checkpoint_every_layer": True}
     if not ipu.optimizer_state_offchip:
-        yield {"optimizer_state_offchip": True}
+        yield {"ipu.optimizer_state_offchip": True}
     micro_batch, accumulation = ipu.micro_batch_size, ipu.gradient_accumulation_steps
     while micro_batch % 2 == 0:
         micro_batch, accumulation = micro_batch // 2, accumulation * 2
-        yield {"micro_batch_size": micro_batch, "gradient_accumulation_steps": accumulation}
+        yield {"ipu.micro_batch_size": micro_batch, "ipu.gradient_accumulation_steps": accumulation}
 
 
 def next_factor(config: Config) -> int:
-    """The next larger number of parts that divides the vocabulary; 0 where there is none below 100."""
-    now, words = config.ipu.embedding_serialization_factor or 1, config.model.vocab_size
-    return next((factor for factor in range(now + 1, 100) if words % factor == 0), 0)
+    """The next larger number of parts that divides the vocabulary; 0 if there is none below 100."""
+    now, tokens = config.ipu.embedding_serialization_factor or 1, config.model.vocab_size
+    return next((factor for factor in range(now + 1, 100) if tokens % factor == 0), 0)

@@ -17,6 +17,7 @@ from data.errors import InputError
 from data.loading.loader import GlobalBatch, Loader, LoaderSettings, batches_in_order
 from data.loading.shard_files import open_shards
 from data.prepare import prepare
+from data.preparing.options import PrepareOptions
 from data.shards import ShardInfo
 from data.tokenizer import find_vocab, vocab_sha256
 
@@ -57,11 +58,12 @@ def make_shards_from_text(config: Config) -> None:
         named = ", ".join(repr(pattern) for pattern in data.files) or "anything: it is empty"
         output = folder if folder and not glob.has_magic(folder) else "shards"
         raise InputError(
-            f"data.files: no file matches {named}. Make the shards from text, one sentence or paragraph a line, a blank "
-            "line between documents; in the project's folder:\n"
-            f"  python -m data.prepare --input 'corpus/*.txt' --vocab vocab.txt --sequence-length {data.sequence_length} "
-            f"--mask-tokens {data.mask_tokens} --output {output}/\n"
-            f"(without --vocab it trains one of --vocab-size {config.model.vocab_size}), or name shards with --data.files"
+            f"data.files: no file matches {named}. Make the shards from text, one sentence or paragraph a line, a "
+            "blank line between documents; in the project's folder:\n"
+            f"  python -m data.prepare --input 'corpus/*.txt' --vocab vocab.txt --sequence-length "
+            f"{data.sequence_length} --mask-tokens {data.mask_tokens} --output {output}/\n"
+            f"(without --vocab it trains one of --vocab-size {config.model.vocab_size}), or name shards with "
+            "--data.files"
         )
     if not folder or os.path.basename(data.files[0]) != "train-*.h5" or len(data.files) != 1:
         raise InputError(
@@ -70,17 +72,19 @@ def make_shards_from_text(config: Config) -> None:
         )
     try:
         summary = prepare(
-            input=data.text,
-            output=folder,
-            format=data.text_format,
-            vocab=data.vocab,
-            vocab_size=config.model.vocab_size,
-            sequence_length=data.sequence_length,
-            mask_tokens=data.mask_tokens,
-            duplicates=data.duplicates,
-            held_out=data.held_out,
-            nsp=config.task.nsp,
-            seed=config.training.seed,
+            PrepareOptions(
+                input=list(data.text),
+                output=folder,
+                format=data.text_format,
+                vocab=data.vocab,
+                vocab_size=config.model.vocab_size,
+                sequence_length=data.sequence_length,
+                mask_tokens=data.mask_tokens,
+                nsp=config.task.nsp,
+                duplicates=data.duplicates,
+                held_out=data.held_out,
+                seed=config.training.seed,
+            )
         )
     except InputError as error:
         raise InputError(f"data.text: {error}")
@@ -88,13 +92,13 @@ def make_shards_from_text(config: Config) -> None:
 
 
 def open_data(config: Config, task: Task) -> DataSet:
-    """Opens the shards. Raises InputError where they do not fit the config, the task or each other; held-out samples are
-    checked one by one."""
+    """Opens the shards. Raises InputError where they do not fit the config, the task or each other; held-out samples
+    are checked one by one."""
     data = config.data
     expected = (data.sequence_length, data.mask_tokens, config.model.vocab_size)
     skipped: Dict[str, str] = {}
     shards = open_shards(data.files, *expected, skipped=skipped if data.on_bad_shard == "skip" else None)
-    tokens, path = find_vocab(data.vocab, shards)
+    tokens, path = find_vocab(data.vocab, shards, "--data.vocab")
     if len(tokens) > config.model.vocab_size:
         raise InputError(
             f"{path}: has {len(tokens)} tokens, model.vocab_size is {config.model.vocab_size}. Set model.vocab_size to "
@@ -103,7 +107,7 @@ def open_data(config: Config, task: Task) -> DataSet:
     task.check_shards(shards)
     if data.held_out_files:
         held_out = open_shards(data.held_out_files, *expected)
-        find_vocab(path, held_out)
+        find_vocab(path, held_out, "--data.vocab")
         task.check_shards(held_out)
         both = {os.path.realpath(shard.path) for shard in shards} & {os.path.realpath(shard.path) for shard in held_out}
         if both:

@@ -78,9 +78,9 @@ class Run:
 def train(config: Config, make_model: Callable[[Config, Task], Model] = make_model) -> int:
     """Runs `config` to its end and returns the number of steps done.
 
-    Raises InputError before the first step for anything in config or files that cannot be used; Diverged for a loss that
-    is no number; KeyboardInterrupt for Ctrl-C and SIGTERM, InputError for shards that turn bad and LoaderDied, each
-    after saving a checkpoint.
+    Raises InputError before the first step for anything in config or files that cannot be used; Diverged for a loss
+    that is no number; KeyboardInterrupt for Ctrl-C and SIGTERM, InputError for shards that turn bad and LoaderDied,
+    each after saving a checkpoint.
     """
     with interruptible(), contextlib.ExitStack() as closing:
         task = make_task(config)
@@ -219,7 +219,8 @@ def load_weights_into(engine: Engine, path: str, config: Config, data_set: DataS
     if os.path.exists(vocabulary) and read_vocab(vocabulary) != data_set.tokens:
         raise InputError(
             f"{vocabulary}: differs from the vocabulary of the shards, which has the hash "
-            f"{vocab_sha256(data_set.tokens)[:12]}. Make shards with it: python -m data.prepare --vocab {vocabulary} ..."
+            f"{vocab_sha256(data_set.tokens)[:12]}. Make shards with it: "
+            f"python -m data.prepare --vocab {vocabulary} ..."
         )
     engine.load_weights(weights)
     if not complete and fresh:

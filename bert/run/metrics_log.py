@@ -34,16 +34,18 @@ class Line(NamedTuple):
 class MetricsLog:
     """Writes a line every few steps, each from the metrics of the steps since the line before.
 
-    A line that is due may wait until the next step is under way: where the device works on its own, reading metrics then
-    costs no time. A context manager.
+    A line that is due may wait until the next step is under way: where the device works on its own, reading metrics
+    then costs no time. A context manager.
     """
 
     def __init__(self, folder: str, engine: Engine, last_step: int):
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
         self.engine, self.last_step = engine, last_step
-        self.file = open(os.path.join(folder, "metrics.jsonl"), "a", encoding="utf-8")
-        self.board = SummaryWriter(os.path.join(folder, "tensorboard"), purge_step=engine.steps_done + 1)
+        self.closing = contextlib.ExitStack()
+        path, board = os.path.join(folder, "metrics.jsonl"), os.path.join(folder, "tensorboard")
+        self.file = self.closing.enter_context(open(path, "a", encoding="utf-8"))  # noqa: SIM115
+        self.board = self.closing.enter_context(SummaryWriter(board, purge_step=engine.steps_done + 1))
         self.due: Optional[Line] = None
         self.samples, self.waited, self.since = 0, 0.0, time.perf_counter()
 
@@ -51,8 +53,7 @@ class MetricsLog:
         return self
 
     def __exit__(self, *exception) -> None:
-        self.file.close()
-        self.board.close()
+        self.closing.close()
 
     @contextlib.contextmanager
     def waiting_for_data(self) -> Iterator[None]:

@@ -21,7 +21,8 @@ from data.files import read_json, replacing, write_json
 __all__ = ["checkpoints_of", "claim", "find_checkpoint", "is_finished", "mark_finished"]
 
 OWN_FILES = ("metrics.jsonl", "curve.png", "held_out.json", "tensorboard", "checkpoints")
-# The settings that decide where a run goes. The others (device, micro-batch, logging ...) may change when it is resumed.
+# The settings that decide where a run goes. The others (device, micro-batch, logging ...) may change when it is
+# resumed.
 DECISIVE = {
     "model": None,
     "task": None,
@@ -100,8 +101,8 @@ def mark_finished(config: Config) -> None:
 
 @contextlib.contextmanager
 def claim(config: Config, step: int) -> Iterator[None]:
-    """Makes the folder this process's own while open, and cuts metrics.jsonl back to `step`: the resumed run writes later
-    lines again.
+    """Makes the folder this process's own while open, and cuts metrics.jsonl back to `step`: the resumed run writes
+    later lines again.
 
     Raises InputError when another process has it.
     """

@@ -29,7 +29,8 @@ def make_model(
     embeddings: Type[nn.Module] = Embeddings,
     layer: Type[nn.Module] = EncoderLayer,
 ) -> Model:
-    """The model of `config` with the heads of `task`; a fork may give its own embeddings and layers, made of ModelConfig."""
+    """The model of `config` with the heads of `task`; a fork may give its own embeddings and layers, made of
+    ModelConfig."""
     model = Model(config.model, embeddings, layer)
     task.add_heads(model, config)
     return model

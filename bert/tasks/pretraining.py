@@ -17,7 +17,7 @@ from bert.model.batch import State
 from bert.model.model import Model
 from bert.tasks.task import Panel
 from data.errors import InputError
-from data.rows import MLM, NSP
+from data.rows import MLM, NSP, Target
 from data.shards import ShardInfo
 from ops.gather import gather_tokens
 from ops.ipu import mark_loss
@@ -32,18 +32,14 @@ class Pretraining:
 
     def __init__(self, nsp: bool = True):
         self.nsp = nsp
-        self.targets = (MLM, NSP) if nsp else (MLM,)
-        self.metrics = {"mlm_loss": MLM.weights, "mlm_accuracy": MLM.weights}
-        self.panels = [Panel("mlm", "MLM loss", "mlm_loss", "mlm_accuracy")]
+        self.targets: Sequence[Target] = [MLM, NSP][: 1 + nsp]
+        self.panels: Sequence[Panel] = [
+            Panel("mlm", "MLM loss", "mlm_loss", "mlm_accuracy"),
+            Panel("nsp", "NSP loss", "nsp_loss", "nsp_accuracy"),
+        ][: 1 + nsp]
+        self.metrics = {panel.loss: target.weights for panel, target in zip(self.panels, self.targets)}
+        self.metrics.update({panel.accuracy: target.weights for panel, target in zip(self.panels, self.targets)})
         self.architecture = "BertForPreTraining" if nsp else "BertForMaskedLM"
-        if nsp:
-            self.metrics = {
-                "mlm_loss": MLM.weights,
-                "nsp_loss": NSP.weights,
-                "mlm_accuracy": MLM.weights,
-                "nsp_accuracy": NSP.weights,
-            }
-            self.panels.append(Panel("nsp", "NSP loss", "nsp_loss", "nsp_accuracy"))
 
     def add_heads(self, model: Model, config: Config) -> None:
         """The heads, and the pooler under transformers' name for it."""
@@ -60,8 +56,8 @@ class Pretraining:
         for shard in shards:
             if self.nsp and shard.segments < 2:
                 raise InputError(
-                    f"{shard.path}: its samples have one segment, and task.nsp is true, which needs two. Set task.nsp to "
-                    "false, or prepare the text again without --nsp false"
+                    f"{shard.path}: its samples have one segment, and task.nsp is true, which needs two. Set task.nsp "
+                    "to false, or prepare the text again without --nsp false"
                 )
 
 

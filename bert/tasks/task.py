@@ -24,7 +24,8 @@ class Panel(NamedTuple):
 
 
 class Task(Protocol):
-    """A task owns its heads, its fields of a batch, its loss, its metrics and their names (bert/tasks/pretraining.py)."""
+    """A task owns its heads, its fields of a batch, its loss, its metrics and their names
+    (bert/tasks/pretraining.py)."""
 
     targets: Sequence[Target]
     """The fields of a batch beside the model's: positions, labels and weights of each thing that it predicts."""

@@ -4,109 +4,82 @@ processes.
     chunk of documents -> token ids -> samples, shuffled -> part -> with all parts of its group -> shards, shuffled
 
 A part is a file in the shards' own format that holds one chunk's samples; its `made_by` says what was counted on the
-way. What is made depends on the task and the recipe only, not on which process makes it or when.
+way. What is made depends on the task and the settings only, not on which process makes it or when.
 """
 
 import json
-from dataclasses import dataclass
-from typing import Dict, Iterator, List, Sequence, Tuple
+from itertools import accumulate, groupby
+from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
 import h5py
 import numpy as np
 
-from data.masking import CHOICES, Masking
+from data.masking import Masking, load_choice
 from data.preparing.cutting import Chunk, make_samples
+from data.preparing.options import PrepareOptions
+from data.preparing.splits import TRAIN
 from data.samples import Samples
 from data.shards import read_samples, write_shard
-from data.tokenizer import SPECIAL_WORDS, TextEncoder, vocab_sha256
+from data.tokenizer import SPECIAL_TOKENS, TextEncoder, vocab_sha256
 
-__all__ = ["ChunkMaker", "Recipe", "read_part_counts"]
+__all__ = ["ChunkMaker", "read_part_counts"]
 
-TRAIN, HELD_OUT = 0, 1
 BATCH_CHARACTERS = 1 << 20  # encoded at a time: the words of a batch are Python objects, some 60 bytes each
 
-
-@dataclass
-class Recipe:
-    """What is done to the text; the fields are `data.prepare`'s options."""
-
-    sequence_length: int
-    mask_tokens: int
-    mask_share: float
-    short_share: float
-    duplicates: int
-    masking: str
-    whole_word_masking: bool
-    seed: int
-    made_by: Dict
-    """what the shards say of how they were made"""
+NumberedLines = Tuple[int, List[str]]  # a document's number and lines, also as a list from JSON
 
 
 class ChunkMaker:
-    """Makes parts and shards, with a vocabulary's words and a recipe."""
+    """Makes parts and shards. Its arguments are JSON values, for it may be in a process of its own.
 
-    def __init__(self, words: Sequence[str], recipe: Recipe):
-        self.recipe = recipe
-        self.encoder = TextEncoder(words)
-        self.vocab_size, self.vocab_hash = len(words), vocab_sha256(words)
-        ids = {word: number for number, word in enumerate(words)}
-        self.special_ids = [ids[word] for word in SPECIAL_WORDS]
-        continues = None
-        if recipe.whole_word_masking:
-            continues = np.fromiter((word.startswith("##") for word in words), bool, len(words))
-        units = "words" if recipe.whole_word_masking else "tokens"
-        self.how = Masking.of(CHOICES[units], recipe.mask_share, len(words), self.special_ids, continues)
-        self.masking = {
-            "masking": recipe.masking,
-            "mask_share": recipe.mask_share,
-            "masked_units": units,
-            "special_ids": self.special_ids,
-            "continuations": "" if continues is None else np.packbits(continues).tobytes().hex(),
-        }
+    `tokens`: the vocabulary's. `options`: those of PrepareOptions. `choose`: the function that chooses tokens to mask,
+    as `data.masking.choice_reference` names it. `made_by`: what the shards say of how they were made.
+    """
 
-    def do(self, task: Dict) -> None:
+    def __init__(self, tokens: Sequence[str], options: Dict[str, Any], choose: str, made_by: Dict[str, Any]):
+        self.options, self.made_by = PrepareOptions(**options), made_by
+        self.encoder = TextEncoder(tokens)
+        self.vocab_size, self.vocab_hash = len(tokens), vocab_sha256(tokens)
+        ids = {token: number for number, token in enumerate(tokens)}
+        self.special_ids = [ids[token] for token in SPECIAL_TOKENS]
+        share, units = self.options.mask_share, self.options.units
+        self.attributes = {"masking": self.options.masking, "mask_share": share, "special_ids": self.special_ids}
+        continuations = None
+        if units != "tokens":
+            continuations = np.fromiter((token.startswith("##") for token in tokens), bool, len(tokens))
+            self.attributes["masked_units"] = units
+        self.attributes["continuations"] = "" if continuations is None else np.packbits(continuations).tobytes().hex()
+        self.masking = Masking.of(load_choice(choose), share, self.vocab_size, self.special_ids, continuations)
+
+    def do(self, task: Dict[str, Any]) -> None:
         """Does one task: `make_part` or `make_shard`, as its "do" says, with its other entries as arguments."""
-        arguments = dict(task)
-        {"make_part": self.make_part, "make_shard": self.make_shard}[arguments.pop("do")](**arguments)
+        make = self.make_part if task["do"] == "make_part" else self.make_shard
+        make(**{name: value for name, value in task.items() if name != "do"})
 
-    def make_part(self, path: str, number: int, split: int, documents: Sequence[Tuple[int, List[str]]]) -> None:
+    def make_part(self, path: str, number: int, split: int, documents: Sequence[NumberedLines]) -> None:
         """Writes chunk `number` of (document number, lines) as a part of `split`."""
-        recipe = self.recipe
-        counts = {
-            "split": split,
-            "documents": 0,
-            "first": None,
-            "last": None,
-            "lines": 0,
-            "empty_lines": 0,
-            "tokens": 0,
-            "unknown_tokens": 0,
-            "dropped_tokens": 0,
-            "not_next_samples": 0,
-            "sample_tokens": 0,
-        }
-        chunk, parts = self.encode(documents, counts), [self.no_samples()]
-        # Evaluation needs each held-out text once.
-        for duplicate in range(recipe.duplicates if split == TRAIN else 1):
-            if counts["tokens"]:
-                blocks, dropped = make_samples(
-                    chunk,
-                    self.special_ids,
-                    self.how if recipe.masking == "static" else None,
-                    recipe.sequence_length,
-                    recipe.mask_tokens,
-                    recipe.short_share,
-                    np.random.default_rng([recipe.seed, number, duplicate]),
-                )
-                counts["dropped_tokens"] += dropped if duplicate == 0 else 0
-                parts.extend(blocks)
+        options, seed = self.options, self.options.seed
+        chunk, counts = self.encode(documents)
+        parts, dropped = [self.empty_samples(0)], 0
+        duplicates = options.duplicates if split == TRAIN else 1  # evaluation needs each text once
+        for duplicate in range(duplicates if len(chunk.tokens) else 0):
+            blocks, dropped = make_samples(
+                chunk,
+                self.special_ids,
+                self.masking if options.masking == "static" else None,
+                options,
+                np.random.default_rng([seed, number, duplicate]),
+            )
+            parts.extend(blocks)
         samples = Samples.concatenate(parts)
         counts.update(
+            split=split,
             samples=len(samples),
+            dropped_tokens=dropped,
             not_next_samples=int(samples.nsp_labels.sum()),
             sample_tokens=int(samples.lengths.sum(dtype=np.int64)),
         )
-        order = np.random.default_rng([recipe.seed, number, recipe.duplicates]).permutation(len(samples))
+        order = np.random.default_rng([seed, number, options.duplicates]).permutation(len(samples))
         write_shard(path, samples.take(order), self.vocab_size, self.vocab_hash, counts)
 
     def make_shard(self, path: str, pieces: Sequence[Tuple[str, int, int]], seed: List[int]) -> None:
@@ -114,57 +87,49 @@ class ChunkMaker:
         count = sum(stop - start for _, start, stop in pieces)
         places = np.random.default_rng(seed).permutation(count)
         # Each sample goes to its place as it is read: the shard is in memory once.
-        shard = Samples.empty(count, self.recipe.sequence_length, self.recipe.mask_tokens, self.vocab_size)
-        filled = 0
+        shard, filled = self.empty_samples(count), 0
         for part, start, stop in pieces:
             samples = read_samples(part, start, stop)
             for name, values in vars(samples).items():
                 getattr(shard, name)[places[filled : filled + stop - start]] = values
             filled += stop - start
-        write_shard(path, shard, self.vocab_size, self.vocab_hash, self.recipe.made_by, self.masking)
+        segments = 2 if self.options.nsp else 1
+        write_shard(path, shard, self.vocab_size, self.vocab_hash, self.made_by, self.attributes, segments)
 
-    def no_samples(self) -> Samples:
-        return Samples.empty(0, self.recipe.sequence_length, self.recipe.mask_tokens, self.vocab_size)
+    def empty_samples(self, count: int) -> Samples:
+        return Samples.empty(count, self.options.sequence_length, self.options.mask_tokens, self.vocab_size)
 
-    def encode(self, documents: Sequence, counts: Dict) -> Chunk:
-        """The chunk of the documents that have a token; counts documents, lines and tokens."""
-        tokens, units, sizes = [], [], []
-        unknown = self.special_ids[1]
-        for batch in batches(documents):
-            ids, line_sizes = self.encoder.encode([line for _, lines in batch for line in lines])
-            counts["lines"] += len(line_sizes)
-            counts["empty_lines"] += int((line_sizes == 0).sum())
-            counts["tokens"] += len(ids)
-            counts["unknown_tokens"] += int((ids == unknown).sum())
-            tokens.append(ids)
-            line = 0
-            for number, lines in batch:
-                own = line_sizes[line : line + len(lines)]
-                line += len(lines)
-                size = int(own.sum())
-                if size:
-                    units.append(own[own > 0])
-                    sizes.append(size)
-                    counts["documents"] += number != counts["last"]
-                    counts["first"] = number if counts["first"] is None else counts["first"]
-                    counts["last"] = number
-        unit_sizes = np.concatenate(units) if units else np.empty(0, np.int64)
-        return Chunk(np.concatenate(tokens), np.cumsum(unit_sizes) - unit_sizes, np.cumsum([0] + sizes))
+    def encode(self, documents: Sequence[NumberedLines]) -> Tuple[Chunk, Dict[str, Any]]:
+        """The chunk of the documents that have a token, and counts of documents, lines and tokens.
+
+        `first` and `last` are the numbers of those documents; parts of a long one have the same.
+        """
+        encoded = [self.encoder.encode([line for _, lines in batch for line in lines]) for batch in batches(documents)]
+        tokens, line_sizes = [np.concatenate(arrays) for arrays in zip(*encoded)]
+        line_counts = np.array([len(lines) for _, lines in documents])
+        sizes = np.add.reduceat(line_sizes, np.cumsum(line_counts) - line_counts)
+        numbers = np.array([number for number, _ in documents])[sizes > 0]
+        unit_sizes = line_sizes[line_sizes > 0]
+        counts = {
+            "documents": int((np.diff(numbers, prepend=-1) != 0).sum()),
+            "first": int(numbers[0]) if len(numbers) else None,
+            "last": int(numbers[-1]) if len(numbers) else None,
+            "lines": len(line_sizes),
+            "empty_lines": len(line_sizes) - len(unit_sizes),
+            "tokens": len(tokens),
+            "unknown_tokens": int((tokens == self.special_ids[1]).sum()),
+        }
+        return Chunk(tokens, np.cumsum(unit_sizes) - unit_sizes, np.cumsum([0, *sizes[sizes > 0]])), counts
 
 
-def batches(documents: Sequence) -> Iterator[List]:
-    batch, characters = [], 0
-    for document in documents:
-        batch.append(document)
-        characters += sum(map(len, document[1]))
-        if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+def batches(documents: Sequence[NumberedLines]) -> Iterator[List[NumberedLines]]:
+    """Documents of about BATCH_CHARACTERS together."""
+    ends = accumulate(sum(map(len, lines)) for _, lines in documents)
+    for _, batch in groupby(zip(ends, documents), lambda pair: pair[0] // BATCH_CHARACTERS):
+        yield [document for _, document in batch]
 
 
-def read_part_counts(path: str) -> Dict:
+def read_part_counts(path: str) -> Dict[str, Any]:
     """What `make_part` counted: split, documents and the first and last one's number, lines, tokens, samples."""
     with h5py.File(path, "r") as file:
         return json.loads(file.attrs["made_by"])

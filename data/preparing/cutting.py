@@ -1,4 +1,4 @@
-"""Token ids to samples: documents cut into pairs of segments, assembled and masked, as arrays.
+"""Token ids to samples: documents cut into pairs of segments, or single ones, assembled and masked, as arrays.
 
 Shape letters: T tokens, U units (lines) and D documents of a chunk, N samples, L sequence length.
 
@@ -8,6 +8,8 @@ segment is the second part, or, in half of the samples, as many tokens of anothe
 for the next sample. So every token is in a first segment or in a second one that follows it, exactly once. A random
 second segment begins at a line's start where the window was cut at one, and inside a line where it was not, and is as
 long as the part it replaces: whether it follows can be read neither from where it begins nor from its length.
+
+Samples of one segment are the windows themselves, of L - 2 tokens.
 
 After BERT (arXiv 1810.04805, section 3.1 and appendix A.2), whose own program cuts long documents' ends off.
 """
@@ -19,9 +21,10 @@ from typing import Iterator, Optional, Sequence, Tuple
 import numpy as np
 
 from data.masking import Masking, mask
+from data.preparing.options import PrepareOptions
 from data.samples import Samples
 
-__all__ = ["Chunk", "Cuts", "assemble", "cut", "make_samples"]
+__all__ = ["Chunk", "Cuts", "assemble", "cut_pairs", "cut_single", "make_samples"]
 
 BLOCK = 4096  # samples assembled at a time: a few MB of temporaries, which stay in the cache
 
@@ -40,7 +43,7 @@ class Chunk:
 
 @dataclass
 class Cuts:
-    """N samples as places in a chunk; each field is [N], integers."""
+    """N samples as places in a chunk; each field is [N], integers. A sample of one segment has a second one of 0."""
 
     first_starts: np.ndarray
     first_lengths: np.ndarray
@@ -49,7 +52,7 @@ class Cuts:
     nsp_labels: np.ndarray
 
 
-def cut(chunk: Chunk, sequence_length: int, short_share: float, rng: np.random.Generator) -> Tuple[Cuts, int]:
+def cut_pairs(chunk: Chunk, sequence_length: int, short_share: float, rng: np.random.Generator) -> Tuple[Cuts, int]:
     """Cuts a chunk into samples, in the order of the text, and counts the tokens that no sample holds.
 
     Those are the documents of a single token in a chunk without another document, which give no pair; else the count is
@@ -90,11 +93,34 @@ def cut(chunk: Chunk, sequence_length: int, short_share: float, rng: np.random.G
     return cuts, dropped
 
 
+def cut_single(chunk: Chunk, sequence_length: int, short_share: float, rng: np.random.Generator) -> Cuts:
+    """Cuts a chunk into samples of one segment, in the order of the text; each token is in exactly one of them."""
+    longest = sequence_length - 2
+    sizes = np.diff(chunk.document_starts)
+    targets = draw_targets(longest, short_share, rng, int(((sizes + 1) // 2).sum()))  # enough if all are 2
+    ends = np.cumsum(targets)
+    # A document takes targets until they reach its end, where the last one is cut; the next document takes those after.
+    ends_list, last_of_documents, taken = ends.tolist(), [], 0
+    for size in sizes.tolist():
+        last_of_documents.append(bisect_left(ends_list, taken + size))
+        taken = ends_list[last_of_documents[-1]]
+    last = np.array(last_of_documents)
+    lengths = targets[: last[-1] + 1]
+    lengths[last] -= np.diff(ends[last], prepend=0) - sizes
+    none = np.zeros_like(lengths)
+    return Cuts(np.cumsum(lengths) - lengths, lengths, none, none, none)
+
+
+def draw_targets(longest: int, short_share: float, rng: np.random.Generator, count: int) -> np.ndarray:
+    """How many tokens `count` samples are to take, [count]: `longest`, or a random share of them 2 to `longest`."""
+    short = rng.random(count) < short_share
+    return np.where(short, rng.integers(2, longest + 1, count), longest)
+
+
 def endless_draws(longest: int, short_share: float, rng: np.random.Generator) -> Iterator[Tuple[int, bool, float]]:
     """For each sample: how many tokens to take, whether the second segment follows, and where in [0, 1) to split."""
     while True:
-        short = rng.random(BLOCK) < short_share
-        targets = np.where(short, rng.integers(2, longest + 1, BLOCK), longest)
+        targets = draw_targets(longest, short_share, rng, BLOCK)
         yield from zip(targets.tolist(), (rng.random(BLOCK) < 0.5).tolist(), rng.random(BLOCK).tolist())
 
 
@@ -122,10 +148,10 @@ def other_segments(
 def assemble(
     tokens: np.ndarray, cuts: Cuts, sequence_length: int, cls_id: int, sep_id: int
 ) -> Tuple[np.ndarray, np.ndarray]:
-    """input_ids [N, L] and lengths [N] of samples before masking: [CLS] first [SEP] second [SEP], then zeros."""
+    """input_ids [N, L] and lengths [N] of samples before masking: [CLS] first [SEP], any second [SEP], then zeros."""
     position = np.arange(sequence_length)
     first_end = (cuts.first_lengths + 1)[:, None]
-    last = first_end + cuts.second_lengths[:, None] + 1
+    last = first_end + np.where(cuts.second_lengths, cuts.second_lengths + 1, 0)[:, None]
     source = position + np.where(
         position < first_end, (cuts.first_starts - 1)[:, None], (cuts.second_starts - cuts.first_lengths - 2)[:, None]
     )
@@ -141,39 +167,37 @@ def make_samples(
     chunk: Chunk,
     special_ids: Sequence[int],
     masking: Optional[Masking],
-    sequence_length: int,
-    mask_tokens: int,
-    short_share: float,
+    options: PrepareOptions,
     rng: np.random.Generator,
 ) -> Tuple[Iterator[Samples], int]:
-    """The samples of a chunk in blocks, as an iterator, and the number of tokens that `cut` had to drop.
+    """The samples of a chunk in blocks, as an iterator, and the number of tokens that are in none of them.
 
-    `special_ids`: of [PAD], [UNK], [CLS], [SEP] and [MASK]. `masking`: how to mask; None leaves
-    the samples unmasked, for the loader to mask. The chunk's tokens have the vocabulary's type
-    (`data.shards.token_dtype`).
+    `special_ids`: of [PAD], [UNK], [CLS], [SEP] and [MASK]. `masking`: None leaves the samples unmasked, for the
+    loader to mask. The chunk's tokens have the vocabulary's type
+    (`data.samples.token_dtype`).
     """
-    cuts, dropped = cut(chunk, sequence_length, short_share, rng)
+    sequence_length, mask_tokens = options.sequence_length, options.mask_tokens
+    if options.nsp:
+        cuts, dropped = cut_pairs(chunk, sequence_length, options.short_share, rng)
+    else:
+        cuts, dropped = cut_single(chunk, sequence_length, options.short_share, rng), 0
 
-    def blocks():
+    def blocks() -> Iterator[Samples]:
         for start in range(0, len(cuts.nsp_labels), BLOCK):
             block = Cuts(**{name: values[start : start + BLOCK] for name, values in vars(cuts).items()})
             input_ids, lengths = assemble(chunk.tokens, block, sequence_length, special_ids[2], special_ids[3])
-            first_lengths, count = block.first_lengths + 2, len(lengths)
-            if masking is None:
-                masks = (
-                    np.zeros((count, mask_tokens), np.uint16),
-                    np.zeros((count, mask_tokens), input_ids.dtype),
-                    np.zeros(count, np.uint16),
-                )
-            else:
-                keys = rng.integers(0, 1 << 64, count, np.uint64)
-                masks = mask(input_ids, lengths, first_lengths, keys, mask_tokens, masking)
-            yield Samples(
+            count = len(lengths)
+            samples = Samples(
                 input_ids,
                 lengths.astype(np.uint16),
-                first_lengths.astype(np.uint16),
-                *masks,
+                (block.first_lengths + 2).astype(np.uint16),
+                np.zeros((count, mask_tokens), np.uint16),
+                np.zeros((count, mask_tokens), input_ids.dtype),
+                np.zeros(count, np.uint16),
                 block.nsp_labels.astype(np.uint8),
             )
+            if masking is not None:
+                mask(samples, rng.integers(0, 1 << 64, count, np.uint64), masking)
+            yield samples
 
     return blocks(), dropped

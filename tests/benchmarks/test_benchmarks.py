@@ -51,6 +51,7 @@ def tiny(tmp_path):
     return tmp_path / "tiny.json"
 
 
+@pytest.mark.slow
 def test_the_pretraining_benchmark_measures_both_on_the_same_samples(tmp_path, tiny):
     found, printed = run(
         tmp_path,
@@ -83,6 +84,7 @@ def test_the_pretraining_benchmark_measures_both_on_the_same_samples(tmp_path, t
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_the_pretraining_benchmark_takes_the_samples_that_it_is_told_to(tmp_path, tiny):
     shards = write_data_set(str(tmp_path), "full", 20, 64, 10, 300)
     found, _ = run(
@@ -124,6 +126,7 @@ def test_random_samples_have_the_lengths_that_are_asked_for(distribution, longes
     assert samples.lengths.mean() == pytest.approx(mean, rel=0.02)
 
 
+@pytest.mark.slow
 def test_the_ops_benchmark_measures_every_operation_in_both_shapes(tmp_path):
     picture = tmp_path / "ops.png"
     found, printed = run(tmp_path, "benchmarks/ops.py", "--device", "cpu", "--rounds", 1, "--plot", picture)
@@ -141,6 +144,7 @@ def test_the_ops_benchmark_measures_every_operation_in_both_shapes(tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_the_data_wait_benchmark_runs_the_command(tmp_path, tiny):
     found, printed = run(tmp_path, "benchmarks/data_wait.py", "--config", tiny, "--steps", 3)
     assert "step 3/3" in printed and len(found["steps"]["data_wait_fraction"]) == 2

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import convert as module
-from data.convert import convert, main, recognise
+from data.convert import ConvertOptions, convert, main, recognise
 from data.errors import InputError
 from data.foreign import hub
 from data.foreign.nvidia import is_nvidia, open_nvidia, read_nvidia, write_nvidia
@@ -72,7 +72,7 @@ def write_plain(path, samples):
 
 
 def run(paths, vocab, output, **options):
-    return convert([str(path) for path in paths], str(output), vocab=vocab, progress=False, **options)
+    return convert(ConvertOptions([str(path) for path in paths], str(output), vocab=vocab, **options), progress=False)
 
 
 def written(folder):
@@ -449,7 +449,7 @@ def test_without_pyarrow_the_way_to_get_it_is_told(tmp_path, vocab, monkeypatch)
 def test_an_option_that_cannot_be_used_is_named(tmp_path, vocab, options, message):
     path = write_hdf5(tmp_path / "a", bert_samples(np.random.default_rng(0), 5))
     with pytest.raises(InputError, match=message):
-        convert([path], str(tmp_path / "out"), progress=False, **dict(dict(vocab=vocab), **options))
+        run([path], output=tmp_path / "out", **{"vocab": vocab, **options})
 
 
 def test_shards_go_to_nvidia_only_with_their_own_vocabulary_and_labels_that_are_words(tmp_path, vocab):
@@ -458,7 +458,7 @@ def test_shards_go_to_nvidia_only_with_their_own_vocabulary_and_labels_that_are_
     with pytest.raises(InputError, match="holds shards of this project. Convert them alone, with --to nvidia"):
         run([tmp_path / "own.h5"], vocab, tmp_path / "out")
     write_shard(str(tmp_path / "other.h5"), samples, len(WORDS), "0" * 64, {})
-    with pytest.raises(InputError, match="other.h5: was made with another vocabulary than --vocab"):
+    with pytest.raises(InputError, match="words.txt: is not the vocabulary that .*other.h5 was made with.* --vocab"):
         run([tmp_path / "other.h5"], vocab, tmp_path / "out", target="nvidia")
     dynamic = {"masking": "dynamic", "mask_share": 0.15, "special_ids": [0, 1, 2, 3, 4], "continuations": ""}
     write_shard(str(tmp_path / "dynamic.h5"), samples, len(WORDS), vocab_sha256(WORDS), {}, dynamic)

@@ -10,7 +10,7 @@ import pytest
 from data import inspect as inspect_module
 from data.errors import InputError
 from data.foreign.nvidia import write_nvidia
-from data.inspect import inspect, main, readable
+from data.inspect import InspectOptions, inspect, main, readable
 from data.packing import SAMPLES_PER_ROW, pack
 from data.rows import RowShape
 from data.samples import Samples
@@ -30,7 +30,7 @@ def write(folder, samples, name="train-00000.h5", words=WORDS):
 
 
 def look(path, **options):
-    return inspect([str(path)], progress=False, **options)
+    return inspect(InspectOptions([str(path)], **options), progress=False)
 
 
 def test_every_figure_is_that_of_counting_sample_by_sample(tmp_path):
@@ -70,6 +70,33 @@ def test_samples_that_the_loader_masks_are_good_and_said_to_be_bare(tmp_path):
     )
     found = look(path, check=True)
     assert found.masking == "dynamic" and found.masked == 0 and "masked      nothing yet" in str(found)
+
+
+def test_samples_of_one_segment_are_told_shown_and_checked(tmp_path, capsys):
+    samples = bert_samples(np.random.default_rng(0), 20)
+    samples.input_ids[np.arange(20), samples.first_lengths - 1] = 9  # the [SEP] of the first segment
+    samples.first_lengths[:], samples.nsp_labels[:], samples.mlm_counts[:] = samples.lengths, 0, 0
+    samples.input_ids[np.arange(20), samples.lengths - 1] = 3
+    samples.mlm_positions[:], samples.mlm_labels[:] = 0, 0
+    (tmp_path / "vocab.txt").write_text("\n".join(WORDS) + "\n")
+    path = str(tmp_path / "train-00000.h5")
+
+    def write_one_segment():
+        write_shard(path, samples, len(WORDS), vocab_sha256(WORDS), {}, segments=1)
+
+    write_one_segment()
+    result = look(path, check=True)
+    report = str(result)
+    assert result.segments == 1 and "NSP         none: a sample is one segment" in report
+    assert "second segment" not in report and "sample is good" in report
+    samples.nsp_labels[3] = 1
+    write_one_segment()
+    assert main([path, "--check"]) == 2
+    assert "sample 3: nsp_labels holds 1, expected 0: the sample has one segment" in capsys.readouterr().err
+    samples.nsp_labels[3], samples.first_lengths[2] = 0, samples.lengths[2] - 1
+    write_one_segment()
+    assert main([path, "--check"]) == 2
+    assert "sample 2: first_lengths holds" in capsys.readouterr().err
 
 
 def test_packing_saves_padding(tmp_path):
@@ -112,7 +139,7 @@ def test_masked_words_are_shown_with_what_stands_there(tmp_path):
     path = write(tmp_path, samples, words=words)
     report = str(look(path, check=True))
     assert f"{path}: sample 0, 9 tokens, the second segment does not follow\n  {text}" in report
-    assert "every sample is good" in report and text not in str(look(path, examples=0))
+    assert "every sample is good" in report and text not in str(look(path, samples=0))
 
 
 def test_nvidias_files_are_inspected_as_shards_are(tmp_path):
@@ -135,7 +162,7 @@ def test_nvidias_files_are_inspected_as_shards_are(tmp_path):
         "duplicates",
     )
     assert [getattr(own, name) for name in same] == [getattr(foreign, name) for name in same]
-    assert inspect([path, str(tmp_path / "*.h5")], progress=False).samples == 200
+    assert inspect(InspectOptions([path, str(tmp_path / "*.h5")]), progress=False).samples == 200
 
 
 def setting(name, place, value):
@@ -154,11 +181,11 @@ def setting(name, place, value):
         (setting("input_ids", (7, 9), 6), "input_ids holds 6, expected 0 behind the sample's end"),
         (setting("input_ids", (7, 5), 0), r"input_ids before masking holds 0, expected no \[PAD\]"),
         (setting("first_lengths", 7, 0), "first_lengths holds 0"),
-        (setting("mlm_positions", (7, 0), 0), "mlm_positions holds 0, expected a word's place"),
-        (setting("mlm_positions", (7, 1), 7), "mlm_positions holds 7, expected a word's place"),
+        (setting("mlm_positions", (7, 0), 0), "mlm_positions holds 0, expected a token's place"),
+        (setting("mlm_positions", (7, 1), 7), "mlm_positions holds 7, expected a token's place"),
         (setting("mlm_positions", (7, 1), 1), "mlm_positions holds 1, expected more than the one before"),
         (setting("mlm_positions", (7, 3), 1), "mlm_positions holds 1, expected 0 behind the last"),
-        (setting("mlm_labels", (7, 0), 4), "mlm_labels holds 4, expected a word"),
+        (setting("mlm_labels", (7, 0), 4), "mlm_labels holds 4, expected a token"),
         (setting("mlm_labels", (7, 3), 9), "mlm_labels holds 9, expected 0 behind the last"),
         (setting("mlm_labels", (7, 3), 200), r"mlm_labels\[3\] is 200, expected below"),
         (setting("lengths", 7, 17), "lengths is 17"),
@@ -194,7 +221,7 @@ def test_check_exits_2_and_names_the_first_bad_sample(tmp_path, damage, message,
         (lambda folder: write(folder, bert_samples(np.random.default_rng(0), 0)), "holds no samples"),
         (
             lambda folder: write_nvidia(str(folder / "train-1.h5"), [bert_samples(np.random.default_rng(0), 3, 32)]),
-            "train-1.h5: sequence length 32, 4 masked tokens; .*train-00000.h5 has 16, 4",
+            "train-1.h5: its sequence_length is 32, that of .*train-00000.h5 is 16. Inspect them one after",
         ),
     ],
 )
@@ -202,9 +229,10 @@ def test_what_cannot_be_inspected_is_named(tmp_path, change, message):
     path = write(tmp_path, bert_samples(np.random.default_rng(0), 20))
     change(tmp_path)
     with pytest.raises(InputError, match=message):
-        inspect([path, str(tmp_path / "train-*")] if os.path.exists(path) else [path], progress=False)
+        paths = [path, str(tmp_path / "train-*")] if os.path.exists(path) else [path]
+        inspect(InspectOptions(paths), progress=False)
     with pytest.raises(InputError, match="--samples is -1"):
-        look(path, examples=-1)
+        look(path, samples=-1)
 
 
 def test_the_command_prints_text_or_json_and_draws(tmp_path, capsys):

@@ -3,7 +3,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.masking import Masking, choose_tokens, choose_words, mask, mask_dynamic, random_32, sample_keys
+from data.errors import InputError
+from data.masking import (
+    CHOICES,
+    Masking,
+    choice_reference,
+    choose_tokens,
+    choose_words,
+    load_choice,
+    mask,
+    mask_dynamic,
+    random_32,
+    sample_keys,
+)
 from data.samples import FIELDS, Samples
 
 VOCAB = 500
@@ -119,14 +131,36 @@ def test_random_bits_are_even_and_keys_are_told_apart_by_either_half():
     assert not np.isin(sample_keys(3, 4, np.arange(1000)), sample_keys(4, 3, np.arange(1000))).any()
 
 
-def test_masking_in_place_gives_the_types_of_a_shard():
+def test_masking_in_place_keeps_the_types_of_a_shard():
     samples = clean_samples(np.random.default_rng(0), 10)
-    positions, labels, counts = mask(
-        samples.input_ids,
-        samples.lengths,
-        samples.first_lengths,
-        np.arange(10, dtype=np.uint64),
-        10,
-        Masking.of(choose_tokens, 0.15, VOCAB, SPECIAL),
-    )
-    assert (positions.dtype, labels.dtype, counts.dtype) == (np.uint16,) * 3 and (samples.input_ids == MASK).any()
+    mask(samples, np.arange(10, dtype=np.uint64), Masking.of(choose_tokens, 0.15, VOCAB, SPECIAL))
+    types = (samples.mlm_positions.dtype, samples.mlm_labels.dtype, samples.mlm_counts.dtype)
+    assert types == (np.uint16,) * 3 and (samples.input_ids == MASK).any()
+
+
+def choose_all(candidates):
+    rows, positions = np.nonzero(~candidates.special)
+    return rows, positions
+
+
+def test_choosing_beyond_the_budget_is_an_error():
+    with pytest.raises(ValueError, match="choose_all chose more tokens of a sample than its budget"):
+        mask_dynamic(
+            clean_samples(np.random.default_rng(0), 2, full=True),
+            np.arange(2),
+            1,
+            0,
+            Masking.of(choose_all, 0.15, VOCAB, SPECIAL),
+        )
+
+
+def test_a_choice_is_named_by_its_module_and_an_unknown_one_is_refused(monkeypatch):
+    assert load_choice(choice_reference("words")) is choose_words
+    monkeypatch.setitem(CHOICES, "all", choose_all)
+    assert choice_reference("all") == "tests.data.test_masking:choose_all"
+    assert load_choice(choice_reference("all")) is choose_all
+    with pytest.raises(InputError, match="--masked-units: 'spans' .* expected tokens or words or all"):
+        choice_reference("spans")
+    monkeypatch.setattr(choose_all, "__module__", "__main__")
+    with pytest.raises(InputError, match="choose_all is defined in the program itself"):
+        choice_reference("all")

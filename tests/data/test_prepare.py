@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 
 import h5py
 import numpy as np
@@ -15,15 +16,16 @@ import pytest
 from data import prepare as module
 from data.errors import InputError, PrepareStopped
 from data.loading.shard_files import open_shards
-from data.masking import choose_words, mask_dynamic, masking_of
-from data.prepare import main, prepare
+from data.masking import CHOICES, choose_words, mask_dynamic, masking_of
+from data.prepare import PrepareOptions, main, prepare
 from data.preparing import chunks as chunks_module
-from data.preparing import staging, workers
-from data.preparing.chunks import ChunkMaker, Recipe
+from data.preparing import splits, staging, workers
+from data.preparing.chunks import ChunkMaker
+from data.preparing.corpus import Document
 from data.rows import unpacked_batch
 from data.samples import FIELDS, check_samples
 from data.shards import read_samples
-from data.tokenizer import SPECIAL_WORDS, read_vocab, vocab_sha256
+from data.tokenizer import SPECIAL_TOKENS, read_vocab, vocab_sha256
 from tests import ROOT
 
 SHARED = os.path.join(os.path.dirname(ROOT), "shared", "data")
@@ -47,14 +49,18 @@ def corpus(tmp_path_factory):
             ]
             texts.append("\n".join(lines))
         (folder / (f"{file}.txt")).write_text("\n\n".join(texts) + "\n", encoding="utf-8")
-    words = list(SPECIAL_WORDS) + [word for number in range(40) for word in document_words(number)]
+    words = list(SPECIAL_TOKENS) + [word for number in range(40) for word in document_words(number)]
     (folder / "vocab").write_text("\n".join(words) + "\n", encoding="utf-8")
     return folder
 
 
 def make(corpus, output, **options):
-    options = dict(dict(vocab=str(corpus / "vocab"), progress=False, **SIZES), **options)
-    return prepare(input=options.pop("input", [str(corpus / "*.txt")]), output=str(output), **options)
+    options = {**SIZES, **options}
+    if "input" not in options:
+        options["input"] = [str(corpus / "*.txt")]
+    if "vocab" not in options:
+        options["vocab"] = str(corpus / "vocab")
+    return prepare(PrepareOptions(output=str(output), **options), progress=False)
 
 
 def all_samples(folder, name="train"):
@@ -104,7 +110,7 @@ def test_the_folder_holds_shards_that_open_and_the_vocabulary_they_were_made_wit
 
 
 def test_every_token_of_the_text_is_in_the_samples_once_per_duplicate(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK_CHARACTERS", 3000)
+    monkeypatch.setattr(splits, "CHUNK_CHARACTERS", 3000)
     monkeypatch.setattr(module, "GROUP_CHUNKS", 3)
     monkeypatch.setattr("data.preparing.chunks.BATCH_CHARACTERS", 700)
     summary = make(corpus, tmp_path / "out", duplicates=3, workers=1)
@@ -122,6 +128,26 @@ def test_every_token_of_the_text_is_in_the_samples_once_per_duplicate(corpus, tm
     assert (seen == 3 * expected).all()
     assert (summary.tokens, summary.dropped_tokens, summary.unknown_tokens) == (len(text), 0, 0)
     assert (summary.documents, summary.lines) == (40, 480)
+
+
+def test_without_nsp_samples_are_one_segment_and_hold_every_token_once_per_duplicate(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(splits, "CHUNK_CHARACTERS", 3000)
+    summary = make(corpus, tmp_path / "out", duplicates=3, nsp=False)
+    words = read_vocab(str(tmp_path / "out" / "vocab.txt"))
+    seen = np.zeros(len(words), np.int64)
+    for samples in all_samples(tmp_path / "out"):
+        assert (samples.first_lengths == samples.lengths).all() and not samples.nsp_labels.any()
+        for row, length in zip(restored(samples), samples.lengths):
+            assert row[0] == 2 and row[length - 1] == 3 and not row[length:].any()
+            assert len({document_of(words, token) for token in row[1 : length - 1]}) == 1
+            np.add.at(seen, row[1 : length - 1], 1)
+    text = " ".join((corpus / name).read_text() for name in ("0.txt", "1.txt")).split()
+    assert (seen == 3 * np.bincount([words.index(word) for word in text], minlength=len(words))).all()
+    assert summary.dropped_tokens == 0 and "NSP         none: samples are of one segment" in str(summary)
+    (shard,) = open_shards([str(tmp_path / "out" / "*.h5")])
+    assert shard.segments == 1
+    with h5py.File(shard.path, "r") as file:
+        assert json.loads(file.attrs["made_by"])["nsp"] is False
 
 
 def test_second_segments_come_from_the_document_that_the_label_says(corpus, tmp_path):
@@ -147,22 +173,22 @@ def test_held_out_documents_are_a_share_and_none_is_trained_on(corpus, tmp_path)
             if token > 4
         }
 
-    splits = []
+    held_out = []
     for seed in (1, 2):
         out = tmp_path / str(seed)
         summary = make(corpus, out, held_out=0.1, seed=seed, duplicates=2)
         assert found(out, "train") | found(out, "held_out") == set(range(40))
         assert not found(out, "train") & found(out, "held_out")
         assert len(found(out, "held_out")) == summary.held_out_documents == 4
-        splits.append(found(out, "held_out"))
-    assert splits[0] != splits[1]
+        held_out.append(found(out, "held_out"))
+    assert held_out[0] != held_out[1]
 
 
 @pytest.mark.parametrize("share", [0.01, 0.05, 0.3, 0.5, 0.9])
 def test_the_held_out_share_is_kept_for_many_documents(share):
-    splits = module.HeldOut(share, 42)
-    assert abs(sum(splits.of(number) for number in range(1000)) - 1000 * share) <= 1
-    assert module.HeldOut(share, 42).of(7) == splits.of(7)
+    drawn = [splits.split_of(number, share, 42) for number in range(1000)]
+    assert abs(sum(drawn) - 1000 * share) <= 1
+    assert [splits.split_of(number, share, 42) for number in range(1000)] == drawn
 
 
 def test_parts_of_one_long_document_stay_in_one_split(corpus, tmp_path, monkeypatch):
@@ -200,7 +226,7 @@ def test_without_a_vocabulary_one_is_trained_and_two_runs_agree(corpus, tmp_path
 
 
 def test_wikitext_documents_are_told_apart_by_titles(corpus, tmp_path):
-    (tmp_path / "wiki.txt").write_text("".join(" = d%dw0 = \n \n d%dw1 d%dw2 d%dw3 \n" % ((n,) * 4) for n in range(5)))
+    (tmp_path / "wiki.txt").write_text("".join(f" = d{n}w0 = \n \n d{n}w1 d{n}w2 d{n}w3 \n" for n in range(5)))
     summary = make(corpus, tmp_path / "out", input=[str(tmp_path / "wiki.txt")], format="wikitext")
     assert (summary.documents, summary.lines, summary.tokens) == (5, 10, 20)
 
@@ -213,47 +239,30 @@ def test_lines_without_a_token_and_unknown_words_are_counted(corpus, tmp_path):
     assert "tokens      7 used, 0 dropped" in str(summary)
 
 
-def recipe(**options):
-    return Recipe(
-        **dict(
-            dict(
-                short_share=0.1,
-                mask_share=0.15,
-                duplicates=1,
-                masking="static",
-                whole_word_masking=False,
-                seed=42,
-                made_by={},
-                **SIZES,
-            ),
-            **options,
-        )
-    )
-
-
 def test_chunks_hold_no_line_and_no_document_without_a_token():
-    counts = dict.fromkeys(("documents", "lines", "empty_lines", "tokens", "unknown_tokens"), 0)
-    counts.update(first=None, last=None)
-    texts = [module.Document(0, ["a a", "\x07", "a"]), module.Document(1, ["\x07"]), module.Document(2, ["\x07", "a"])]
-    chunk = ChunkMaker(list(SPECIAL_WORDS) + ["a"], recipe()).encode(texts, counts)
+    texts = [Document(0, ["a a", "\x07", "a"]), Document(1, ["\x07"]), Document(2, ["\x07", "a"])]
+    maker = ChunkMaker(
+        list(SPECIAL_TOKENS) + ["a"], asdict(PrepareOptions([], "", **SIZES)), "data.masking:choose_tokens", {}
+    )
+    chunk, counts = maker.encode(texts)
     assert chunk.unit_starts.tolist() == [0, 2, 3] and chunk.document_starts.tolist() == [0, 3, 4]
     assert chunk.tokens.tolist() == [5] * 4
     assert (counts["documents"], counts["first"], counts["last"], counts["empty_lines"]) == (2, 0, 2, 3)
 
 
 def test_texts_are_handed_on_in_chunks_of_one_split(monkeypatch):
-    monkeypatch.setattr(module, "CHUNK_CHARACTERS", 10)
-    texts = [module.Document(number, ["word", "word"]) for number in range(20)]
-    chunks = list(module.text_chunks(texts, 0.2, 42))
+    monkeypatch.setattr(splits, "CHUNK_CHARACTERS", 10)
+    texts = [Document(number, ["word", "word"]) for number in range(20)]
+    chunks = list(splits.split_into_chunks(texts, 0.2, 42))
     assert sorted(document.number for _, chunk in chunks for document in chunk) == list(range(20))
-    assert sum(len(chunk) for split, chunk in chunks if split == module.HELD_OUT) == 4
+    assert sum(len(chunk) for split, chunk in chunks if split == splits.HELD_OUT) == 4
     assert all(len(chunk) <= 2 for _, chunk in chunks)
 
 
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Some ten chunks of the corpus, in groups of three: parallel work, many shards, on little text."""
-    monkeypatch.setattr(module, "CHUNK_CHARACTERS", 2000)
+    monkeypatch.setattr(splits, "CHUNK_CHARACTERS", 2000)
     monkeypatch.setattr(module, "GROUP_CHUNKS", 3)
 
 
@@ -267,7 +276,7 @@ def test_any_number_of_processes_gives_the_same_bytes(corpus, tmp_path, small_ch
 
 
 def test_shards_of_a_group_draw_from_all_of_its_text(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK_CHARACTERS", 2000)
+    monkeypatch.setattr(splits, "CHUNK_CHARACTERS", 2000)
     make(corpus, tmp_path / "out", workers=1, samples_per_shard=60)
     words = read_vocab(str(tmp_path / "out" / "vocab.txt"))
     for samples in all_samples(tmp_path / "out"):
@@ -277,16 +286,19 @@ def test_shards_of_a_group_draw_from_all_of_its_text(corpus, tmp_path, monkeypat
 KILLED = """
 import json, os, signal, sys
 from data import prepare as module
-module.CHUNK_CHARACTERS, module.GROUP_CHUNKS = 2000, 3
-last, real = int(sys.argv[2]), module.Queue.add
-calls = []
-def add(queue, task):
-    calls.append(task)
-    if len(calls) > last:
-        os.kill(os.getpid(), signal.SIGKILL)
-    real(queue, task)
-module.Queue.add = add
-module.prepare(progress=False, **json.loads(sys.argv[1]))
+from data.preparing import splits
+splits.CHUNK_CHARACTERS, module.GROUP_CHUNKS = 2000, 3
+last, calls = int(sys.argv[2]), []
+def killing(real):
+    def submit(pool, task):
+        calls.append(task)
+        if len(calls) > last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(pool, task)
+    return submit
+for kind in (module.InlineWorker, module.Workers):
+    kind.submit = killing(kind.submit)
+module.prepare(module.PrepareOptions(**json.loads(sys.argv[1])), progress=False)
 """
 
 
@@ -341,7 +353,8 @@ def test_a_stopped_run_with_other_options_is_refused_and_its_work_kept(corpus, t
 LIMITED = """
 import resource, sys
 from data import prepare as module
-module.CHUNK_CHARACTERS, module.GROUP_CHUNKS = 2000, 3
+from data.preparing import splits
+splits.CHUNK_CHARACTERS, module.GROUP_CHUNKS = 2000, 3
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
 sys.exit(module.main(sys.argv[2:]))
 """
@@ -398,9 +411,9 @@ def test_a_process_that_is_killed_stops_the_run_with_its_name(corpus, tmp_path, 
 
 def test_two_processes_do_not_make_one_data_set(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(staging, "LOCK_SECONDS", 0.1)
-    with staging.open_staging(str(tmp_path / "out"), {"chunks of a group": 1}):
-        with pytest.raises(InputError, match="another process is making this data set"):
-            make(corpus, tmp_path / "out")
+    refused = pytest.raises(InputError, match="another process is making this data set")
+    with staging.open_staging(str(tmp_path / "out"), {}), refused:
+        make(corpus, tmp_path / "out")
 
 
 def test_a_run_stopped_while_it_moves_its_files_into_a_folder_ends_the_move(corpus, tmp_path, monkeypatch):
@@ -440,16 +453,16 @@ def test_a_run_killed_after_its_files_moved_is_reported_as_done(corpus, tmp_path
         "--mask-tokens",
         "5",
     ]
-    real = staging.empty
+    real = staging.clear
 
     def killed(folder, keep):
-        if removed and "state.json" in keep:
+        if removed and keep == "state.json":
             real(folder, keep)
-        if "state.json" in keep:
+        if keep == "state.json":
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(staging, "empty", killed)
+        patch.setattr(staging, "clear", killed)
         assert main(command) == 130
     capsys.readouterr()
     before = file_hashes(tmp_path / "new" / "out")
@@ -509,30 +522,47 @@ def test_dynamic_masking_leaves_the_text_whole_and_tells_the_loader_what_it_need
     masked = mask_dynamic(clean, np.arange(len(clean)), 1, 0, masking)
     check_samples(masked, shard.vocab_size, shard.path)
     assert masked.mlm_counts.all() and (restored(masked) == clean.input_ids).all()
-    with pytest.raises(InputError, match="its masking is static .* dynamic"):
+    with pytest.raises(InputError, match="its masking is static.* dynamic"):
         open_shards([str(tmp_path / "dynamic" / "*.h5"), str(tmp_path / "static" / "*.h5")])
 
 
 def test_whole_words_are_masked_together(tmp_path):
-    words = list(SPECIAL_WORDS) + ["play", "##ing", "##s", "the"]
+    words = list(SPECIAL_TOKENS) + ["play", "##ing", "##s", "the"]
     (tmp_path / "vocab").write_text("\n".join(words))
     (tmp_path / "text").write_text("\n".join(["playing the plays playings the"] * 50 + ["", "the playing"]))
-    prepare(
-        [str(tmp_path / "text")],
-        str(tmp_path / "out"),
-        vocab=str(tmp_path / "vocab"),
-        whole_word_masking=True,
-        progress=False,
-        **SIZES,
-    )
+    files = {"input": [str(tmp_path / "text")], "vocab": str(tmp_path / "vocab")}
+    make(None, tmp_path / "out", whole_word_masking=True, **files)
     (samples,) = all_samples(tmp_path / "out")
-    for row, positions, count, first, length in zip(
-        restored(samples), samples.mlm_positions, samples.mlm_counts, samples.first_lengths, samples.lengths
+    for row, positions, count, first in zip(
+        restored(samples), samples.mlm_positions, samples.mlm_counts, samples.first_lengths
     ):
         masked, inner = np.isin(np.arange(32), positions[:count]), np.isin(row, [6, 7])
         inner[[1, first]] = False  # the first piece of a segment begins a word, whatever it is
         assert (masked[1:][inner[1:]] == masked[:-1][inner[1:]]).all()
     assert samples.mlm_counts.mean() > 3
+
+
+def choose_first_tokens(candidates):
+    rows = np.flatnonzero(candidates.budget)
+    return rows, np.ones_like(rows)
+
+
+@pytest.mark.parametrize("masking", ["static", "dynamic"])
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_another_way_to_choose_tokens_is_an_entry_also_in_other_processes(
+    corpus, tmp_path, small_chunks, monkeypatch, workers, masking
+):
+    monkeypatch.setitem(CHOICES, "firsts", choose_first_tokens)
+    arguments = ["--input", str(corpus / "*.txt"), "--vocab", str(corpus / "vocab"), "--output", str(tmp_path / "out")]
+    arguments += ["--sequence-length", "32", "--mask-tokens", "5", "--masked-units", "firsts", "--masking", masking]
+    assert main([*arguments, "--workers", workers]) == 0
+    shards = open_shards([str(tmp_path / "out" / "*.h5")])
+    for samples in all_samples(tmp_path / "out"):
+        if masking == "dynamic":
+            samples = mask_dynamic(samples, np.arange(len(samples)), 1, 0, masking_of(shards[0]))
+        assert (samples.mlm_counts == 1).all() and (samples.mlm_positions[:, 0] == 1).all()
+    with h5py.File(shards[0].path, "r") as file:
+        assert json.loads(file.attrs["made_by"])["masked_units"] == file.attrs["masked_units"] == "firsts"
 
 
 def test_a_sample_takes_343_bytes_at_phase_1_sizes_and_the_page_says_so(corpus, tmp_path):
@@ -573,6 +603,7 @@ def text(path, content):
         (lambda folder: dict(vocab=str(folder / "none")), "none: the vocabulary cannot be read"),
         (lambda folder: dict(vocab=None, vocab_size=10), "--vocab-size is 10"),
         (lambda folder: dict(mask_tokens=32), "--mask-tokens is 32, expected 1 to 29"),
+        (lambda folder: dict(mask_tokens=31, nsp=False), "--mask-tokens is 31, expected 1 to 30"),
         (lambda folder: dict(mask_tokens=0), "--mask-tokens is 0"),
         (lambda folder: dict(sequence_length=4, mask_tokens=1), "--sequence-length is 4"),
         (lambda folder: dict(mask_share=1.5), "--mask-share is 1.5"),
@@ -582,6 +613,7 @@ def text(path, content):
         (lambda folder: dict(seed=-1), "--seed is -1"),
         (lambda folder: dict(format="html"), "--format is html, expected lines or wikitext or wikiextractor or jsonl"),
         (lambda folder: dict(masking="none"), "--masking is none, expected static or dynamic"),
+        (lambda folder: dict(masked_units="letters"), "--masked-units is letters, expected tokens or words"),
         (lambda folder: dict(workers=0), "--workers is 0"),
         (
             lambda folder: dict(input=text(folder / "a.jsonl.gz", b"")),
@@ -694,15 +726,15 @@ def test_help_teaches_with_an_example_and_preparing_needs_no_torch():
 
 @pytest.mark.skipif(not os.path.isdir(SHARED), reason="development data is not there")
 def test_real_text_with_the_real_vocabulary_keeps_every_token_at_phase_2_sizes(tmp_path):
-    summary = prepare(
+    options = PrepareOptions(
         [os.path.join(SHARED, "wikitext-2-valid.txt")],
         str(tmp_path / "out"),
         format="wikitext",
-        progress=False,
         vocab=os.path.join(SHARED, "bert-base-uncased-vocab.txt"),
         sequence_length=512,
         mask_tokens=76,
     )
+    summary = prepare(options, progress=False)
     assert (summary.documents, summary.dropped_tokens) == (60, 0) and summary.tokens > 250000
     assert len(glob.glob(str(tmp_path / "out" / "*.h5"))) == 1
     assert summary.sample_tokens / summary.slots > 0.8

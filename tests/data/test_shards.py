@@ -133,7 +133,7 @@ def test_a_shard_that_is_not_as_it_must_be_is_named(tmp_path, change, message):
     [
         (dict(sequence_length=32), "sequence length 16, data.sequence_length is 32"),
         (dict(mask_tokens=5), "room for 4 masked tokens, data.mask_tokens is 5"),
-        (dict(vocab_size=99), "vocabulary of 100 words, model.vocab_size is 99. Set model.vocab_size to 100"),
+        (dict(vocab_size=99), "vocabulary of 100 tokens, model.vocab_size is 99. Set model.vocab_size to 100"),
     ],
 )
 def test_a_shard_that_does_not_fit_the_run_is_named(tmp_path, run, message):

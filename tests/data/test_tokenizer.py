@@ -9,11 +9,21 @@ from hypothesis import strategies as st
 
 from data import tokenizer
 from data.errors import InputError
-from data.tokenizer import SPECIAL_WORDS, TextEncoder, make_tokenizer, read_vocab, train_vocab, write_tokenizer_files
+from data.shards import ShardInfo
+from data.tokenizer import (
+    SPECIAL_TOKENS,
+    TextEncoder,
+    find_vocab,
+    make_tokenizer,
+    read_vocab,
+    train_vocab,
+    vocab_sha256,
+    write_tokenizer_files,
+)
 from tests import ROOT
 
 SHARED = os.path.join(os.path.dirname(ROOT), "shared", "data")
-WORDS = list(SPECIAL_WORDS) + [
+TOKENS = list(SPECIAL_TOKENS) + [
     "the",
     "cat",
     "##s",
@@ -78,7 +88,7 @@ def test_the_text_encoder_gives_the_tokenizers_ids_on_real_text():
     )
 )
 def test_the_text_encoder_gives_the_tokenizers_ids_on_any_text_however_often_it_forgets(batches):
-    encoder, reference = TextEncoder(WORDS), make_tokenizer(WORDS)
+    encoder, reference = TextEncoder(TOKENS), make_tokenizer(TOKENS)
     reference.encode_special_tokens = True
     for number, lines in enumerate(batches):
         lines = [line.encode("utf-8", "ignore").decode("utf-8") for line in lines]
@@ -90,24 +100,24 @@ def test_the_text_encoder_gives_the_tokenizers_ids_on_any_text_however_often_it_
 
 
 def test_special_words_in_a_corpus_are_plain_text():
-    ids, counts = TextEncoder(WORDS).encode(["the [MASK] sat", "[SEP]"])
-    assert [WORDS[number] for number in ids] == ["the", "[", "mask", "]", "sat", "[", "[UNK]", "]"]
+    ids, counts = TextEncoder(TOKENS).encode(["the [MASK] sat", "[SEP]"])
+    assert [TOKENS[number] for number in ids] == ["the", "[", "mask", "]", "sat", "[", "[UNK]", "]"]
     assert counts.tolist() == [5, 3] and ids.dtype == np.uint16
 
 
 def test_a_vocabulary_is_read_with_any_line_ending(tmp_path):
-    assert read_vocab(vocab_file(tmp_path, "\r\n".join(WORDS) + "\r\n")) == WORDS
-    assert read_vocab(vocab_file(tmp_path, "\n".join(WORDS))) == WORDS
+    assert read_vocab(vocab_file(tmp_path, "\r\n".join(TOKENS) + "\r\n")) == TOKENS
+    assert read_vocab(vocab_file(tmp_path, "\n".join(TOKENS))) == TOKENS
 
 
 @pytest.mark.parametrize(
     "words, message",
     [
         ([], "the vocabulary is empty"),
-        ([word for word in WORDS if word != "[MASK]"], r"has no \[MASK\]"),
-        (WORDS + ["cat"], "line 21 repeats 'cat' of line 7"),
-        (WORDS[:6] + [""] + WORDS[6:], "line 7 is empty"),
-        (WORDS[:5], "no words but the special ones"),
+        ([word for word in TOKENS if word != "[MASK]"], r"has no \[MASK\]"),
+        (TOKENS + ["cat"], "line 21 repeats 'cat' of line 7"),
+        (TOKENS[:6] + [""] + TOKENS[6:], "line 7 is empty"),
+        (TOKENS[:5], "no tokens but the special ones"),
     ],
 )
 def test_a_vocabulary_that_cannot_be_used_is_refused_by_name(tmp_path, words, message):
@@ -149,7 +159,7 @@ def test_training_a_vocabulary_gives_the_same_words_in_every_process_and_on_any_
 def test_a_trained_vocabulary_has_the_special_words_first_no_repeats_and_covers_its_text():
     lines = ["The cats sat, the cat sat: Été 中文!"] * 3 + [f"other words {number}" for number in range(100)]
     words = train_vocab(lambda: [lines], 120)
-    assert words[:5] == list(SPECIAL_WORDS) and len(set(words)) == len(words) <= 120
+    assert words[:5] == list(SPECIAL_TOKENS) and len(set(words)) == len(words) <= 120
     assert {"cat", "sat", "the"} <= set(words) and not any(word != word.lower() for word in words[5:])
     encoding = make_tokenizer(words).encode("the cat sat: other words 7")
     assert "[UNK]" not in encoding.tokens
@@ -162,13 +172,27 @@ def test_a_vocabulary_too_small_for_letters_is_refused():
 
 def test_transformers_loads_the_folder_and_gives_the_same_ids(tmp_path):
     transformers = pytest.importorskip("transformers")
-    write_tokenizer_files(str(tmp_path), WORDS)
-    assert read_vocab(str(tmp_path / "vocab.txt")) == WORDS
+    write_tokenizer_files(str(tmp_path), TOKENS)
+    assert read_vocab(str(tmp_path / "vocab.txt")) == TOKENS
     assert sorted(os.listdir(str(tmp_path))) == ["tokenizer.json", "tokenizer_config.json", "vocab.txt"]
     text = "The CATS sat, [MASK] thée 中"
-    expected = make_tokenizer(WORDS).encode(text).ids
+    expected = make_tokenizer(TOKENS).encode(text).ids
     for load in (transformers.AutoTokenizer, transformers.BertTokenizerFast):
         loaded = load.from_pretrained(str(tmp_path))
         assert loaded(text)["input_ids"] == expected
         assert (loaded.pad_token_id, loaded.mask_token_id, loaded.unk_token) == (0, 4, "[UNK]")
         assert "Bert" in type(loaded).__name__
+
+
+def test_the_vocabulary_of_shards_is_beside_them_or_named_and_has_their_hash(tmp_path):
+    def shard(name, tokens):
+        return ShardInfo(str(tmp_path / name), 1, 8, 1, len(tokens), vocab_sha256(tokens), 0)
+
+    path = vocab_file(tmp_path, "\n".join(TOKENS))
+    own, nvidias = shard("a.h5", TOKENS), ShardInfo("b.h5", 1, 8, 1, 20, "", 0, is_nvidia=True)
+    assert find_vocab(None, [own, nvidias]) == find_vocab(path, [nvidias]) == find_vocab(path, []) == (TOKENS, path)
+    with pytest.raises(InputError, match="vocab.txt: is not the vocabulary that .*c.h5 was made with.* --data.vocab"):
+        find_vocab(None, [own, shard("c.h5", TOKENS[:-1])], "--data.vocab")
+    os.remove(path)
+    with pytest.raises(InputError, match="vocab.txt: no such file. Give --vocab"):
+        find_vocab(None, [own])

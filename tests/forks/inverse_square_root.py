@@ -1,6 +1,7 @@
-"""A schedule: after the warm-up the learning rate falls as one over the root of the step (arXiv 1706.03762, section 5.3).
+"""A schedule: after the warm-up the learning rate falls as one over the root of the step (arXiv 1706.03762, section
+5.3).
 
-python -m tests.forks.inverse_square_root --config quickstart.json --optimizer.schedule inverse_square_root
+    python -m tests.forks.inverse_square_root --config quickstart.json --optimizer.schedule inverse_square_root
 """
 
 import sys

@@ -8,7 +8,8 @@ import sys
 import torch
 
 import run_pretraining
-from bert.optimizers import OPTIMIZERS, decay_groups
+from bert.optimizers import OPTIMIZERS
+from ops.lamb import lamb_groups
 
 
 class Lion(torch.optim.Optimizer):
@@ -29,7 +30,7 @@ class Lion(torch.optim.Optimizer):
 
 
 def make_lion(named_parameters, config):
-    return [Lion(decay_groups(named_parameters, config.weight_decay), config.learning_rate, config.betas)]
+    return [Lion(lamb_groups(named_parameters, config.weight_decay), config.learning_rate, config.betas)]
 
 
 OPTIMIZERS["lion"] = make_lion

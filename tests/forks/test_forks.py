@@ -113,7 +113,7 @@ def test_shared_layers(tmp_path, shards):
 
 
 def test_a_schedule(tmp_path, shards):
-    from tests.forks import inverse_square_root  # noqa: F401
+    from tests.forks import inverse_square_root
 
     options = {"optimizer__schedule": "inverse_square_root"}
     run_in_two_parts(run_pretraining.main, tmp_path, shards, **options)
@@ -124,7 +124,7 @@ def test_a_schedule(tmp_path, shards):
 
 
 def test_an_optimizer(tmp_path, shards):
-    from tests.forks import lion  # noqa: F401
+    from tests.forks import lion
 
     options = {"optimizer__name": "lion", "optimizer__learning_rate": 0.002}
     run_in_two_parts(run_pretraining.main, tmp_path, shards, **options)
@@ -134,7 +134,7 @@ def test_an_optimizer(tmp_path, shards):
 
 
 def test_an_update_of_lion_is_the_papers(tmp_path, shards):
-    from tests.forks import lion  # noqa: F401
+    from tests.forks import lion
 
     config = parse_command_line(arguments(tmp_path, shards, optimizer__name="lion")).optimizer
     weight = torch.nn.Parameter(torch.randn(4, 5))

@@ -13,7 +13,15 @@ import torch.nn.functional as F
 from ops.attention import CuSeqlens, attention
 from ops.dropout import dropout
 from ops.gather import embed
-from ops.linear import linear_dropout_add_norm, linear_gelu, linear_gelu_plain, linears, linears_plain
+from ops.linear import (
+    linear,
+    linear_dropout_add_norm,
+    linear_gelu,
+    linear_gelu_plain,
+    linear_plain,
+    linears,
+    linears_plain,
+)
 from ops.native import call, is_native, native
 from tests import ROOT
 from tests.ops.test_ops import gradients, relative_error
@@ -29,8 +37,8 @@ def assert_agree(fast, slow, inputs, tolerance=1e-5):
     assert relative_error(fast, slow) < tolerance
     direction = torch.randn_like(slow)
     expected = gradients(slow, inputs, direction)
-    for found, wanted in zip(gradients(fast, inputs, direction), expected):
-        assert relative_error(found, wanted) < tolerance
+    for got, wanted in zip(gradients(fast, inputs, direction), expected):
+        assert relative_error(got, wanted) < tolerance
 
 
 def test_the_kernels_are_built_here():
@@ -46,6 +54,7 @@ def test_linear_layers_agree(tokens, width, out, rows):
     fast, slow = (form(x, parameters[:2], parameters[2:]) for form in (linears, linears_plain))
     assert_agree(fast[0] * fast[1].cos(), slow[0] * slow[1].cos(), [x] + parameters)
     inputs = [x, parameters[0], parameters[2]]
+    assert_agree(linear(*inputs), linear_plain(*inputs), inputs)
     assert_agree(linear_gelu(*inputs), linear_gelu_plain(*inputs), inputs)
 
 
@@ -63,11 +72,13 @@ def test_what_is_computed_from_parameters_takes_pytorchs_operations():
 
 
 def test_other_types_are_refused_not_misread():
-    spans = spans_of([4, 5])
+    segments = cu_seqlens_of([4, 5])
     with pytest.raises(ValueError, match="bfloat16"):
-        attention(*[torch.randn(9, 16).bfloat16() for _ in range(3)], spans, 2, 0.0)
+        attention(*[torch.randn(9, 16).bfloat16() for _ in range(3)], segments, 2, 0.0)
     with pytest.raises(ValueError, match="int64"):
-        attention(*[torch.randn(9, 16) for _ in range(3)], spans._replace(cu_seqlens=spans.cu_seqlens.long()), 2, 0.0)
+        attention(
+            *[torch.randn(9, 16) for _ in range(3)], segments._replace(cu_seqlens=segments.cu_seqlens.long()), 2, 0.0
+        )
 
 
 def test_gelu_and_its_derivative_are_right_to_1e_6_everywhere():
@@ -98,11 +109,11 @@ def test_linear_dropout_add_norm_agrees(tokens, width, out, p):
 
 
 def test_layer_norm_survives_a_mean_far_from_zero():
-    x, one = torch.randn(20, 64), torch.eye(64)
-    found = linear_dropout_add_norm(
-        x, one, torch.full((64,), 1e3), torch.zeros(20, 64), torch.ones(64), torch.zeros(64), 1e-12, 0.0
+    x, identity = torch.randn(20, 64), torch.eye(64)
+    normal = linear_dropout_add_norm(
+        x, identity, torch.full((64,), 1e3), torch.zeros(20, 64), torch.ones(64), torch.zeros(64), 1e-12, 0.0
     )
-    assert (found - F.layer_norm(x + 1e3, (64,), eps=1e-12)).abs().max() < 1e-3
+    assert (normal - F.layer_norm(x + 1e3, (64,), eps=1e-12)).abs().max() < 1e-3
 
 
 def attention_with_mask(query, key, value, lengths, heads, mask=None):
@@ -120,40 +131,40 @@ def attention_with_mask(query, key, value, lengths, heads, mask=None):
     return torch.cat(parts)
 
 
-def spans_of(lengths):
+def cu_seqlens_of(lengths):
     return CuSeqlens(torch.tensor([0] + list(lengths)).cumsum(0).int(), max(lengths))
 
 
 @pytest.mark.parametrize("lengths", [[2, 1], [5, 1, 17, 16], [128, 100, 49, 48, 47], [512, 3, 370]])
 @pytest.mark.parametrize("heads, size", [(2, 64), (3, 8), (1, 20)])
-def test_attention_of_spans_agrees(lengths, heads, size):
+def test_unpadded_attention_agrees(lengths, heads, size):
     inputs = [torch.randn(sum(lengths), heads * size, requires_grad=True) for _ in range(3)]
     assert_agree(
-        attention(*inputs, spans_of(lengths), heads, 0.0), attention_with_mask(*inputs, lengths, heads), inputs
+        attention(*inputs, cu_seqlens_of(lengths), heads, 0.0), attention_with_mask(*inputs, lengths, heads), inputs
     )
 
 
-def test_attention_of_spans_leaves_out_samples_without_tokens():
+def test_unpadded_attention_leaves_out_samples_without_tokens():
     inputs = [torch.randn(9, 16) for _ in range(3)]
-    spans = CuSeqlens(torch.tensor([0, 4, 4, 9, 9], dtype=torch.int32), 5)
-    assert relative_error(attention(*inputs, spans, 2, 0.0), attention_with_mask(*inputs, [4, 5], 2)) < 1e-5
+    segments = CuSeqlens(torch.tensor([0, 4, 4, 9, 9], dtype=torch.int32), 5)
+    assert relative_error(attention(*inputs, segments, 2, 0.0), attention_with_mask(*inputs, [4, 5], 2)) < 1e-5
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
-def test_attention_of_spans_agrees_with_dropout(p):
+def test_unpadded_attention_agrees_with_dropout(p):
     lengths, heads, size = [64, 31, 64, 50], 2, 64
     tokens = sum(lengths)
     # Equal scores and values that are unit vectors: the context is the mask, divided by the length.
     units = torch.cat([torch.eye(n, size) for n in lengths]).repeat(1, heads)
-    spans, zeros = spans_of(lengths), torch.zeros(tokens, heads * size)
+    segments, zeros = cu_seqlens_of(lengths), torch.zeros(tokens, heads * size)
     torch.manual_seed(5)
-    context = attention(zeros, zeros, units, spans, heads, p).unflatten(-1, (heads, size))
+    context = attention(zeros, zeros, units, segments, heads, p).unflatten(-1, (heads, size))
     mask = context * torch.cat([torch.full((n,), float(n)) for n in lengths])[:, None, None]
     used = torch.cat([(torch.arange(size) < n).expand(n, heads, size) for n in lengths])
     assert abs((mask[used] == 0).float().mean() - p) < 0.02 and torch.allclose(mask.max(), torch.tensor(1 / (1 - p)))
     inputs = [torch.randn(tokens, heads * size, requires_grad=True) for _ in range(3)]
     torch.manual_seed(5)
-    assert_agree(attention(*inputs, spans, heads, p), attention_with_mask(*inputs, lengths, heads, mask), inputs)
+    assert_agree(attention(*inputs, segments, heads, p), attention_with_mask(*inputs, lengths, heads, mask), inputs)
 
 
 def test_dropout_masks_are_independent_of_each_other():
@@ -186,6 +197,6 @@ def test_without_a_compiler_one_warning_says_so_and_training_goes_on(tmp_path):
         "print(linear_gelu(torch.ones(2, 3), torch.ones(4, 3), torch.ones(4)).shape)"
     )
     environment = dict(os.environ, CXX="/nowhere/g++", TORCH_EXTENSIONS_DIR=str(tmp_path))
-    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert found.returncode == 0 and "[2, 4]" in found.stdout, found.stderr
-    assert found.stderr.count("Warning: the C++ kernels cannot be built") == 1 and "CXX" in found.stderr
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "[2, 4]" in done.stdout, done.stderr
+    assert done.stderr.count("Warning: the C++ kernels cannot be built") == 1 and "CXX" in done.stderr

@@ -18,8 +18,8 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 on_kernel = [] if INTERPRETED else on_cuda
 
 
-def relative_error(found, expected):
-    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+def relative_error(actual, expected):
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
 def kernel():

@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 
 from bert.config import Config, ModelConfig
-from bert.model.batch import Batch
+from bert.model.batch import Batch, State
 from bert.model.model import initialize
 from bert.tasks import make_model, make_task
+from ops.attention import SampleMask
 from ops.float8 import float8, float8_linear, float8_linear_plain, is_float8
 from ops.linear import linear_dropout_add_norm_plain, linear_gelu_plain, linears_plain
 from tests.cuda import on_cuda
@@ -15,8 +16,8 @@ from tests.cuda import on_cuda
 DEVICES = ["cpu", pytest.param("cuda", marks=on_cuda)]
 
 
-def relative_error(found, expected):
-    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+def relative_error(actual, expected):
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
 def layer(tokens, inputs, outputs, device="cpu", dtype=torch.float32):
@@ -75,8 +76,8 @@ def test_leading_dimensions_and_any_strides_are_taken():
     x, weight, bias, direction = layer(32, 48, 16)
     expected = output_and_gradients(float8_linear, x, weight, bias, direction)
     output = float8_linear(x.view(4, 8, 48), weight.t().contiguous().t(), bias)
-    found = torch.autograd.grad(output, (x, weight, bias), direction.t().contiguous().t().view(4, 8, 16))
-    assert all(relative_error(a, b) < 1e-6 for a, b in zip((output.flatten(0, 1), *found), expected))
+    got = torch.autograd.grad(output, (x, weight, bias), direction.t().contiguous().t().view(4, 8, 16))
+    assert all(relative_error(a, b) < 1e-6 for a, b in zip((output.flatten(0, 1), *got), expected))
 
 
 @pytest.mark.parametrize(
@@ -156,26 +157,27 @@ def test_the_graphs_encoder_is_float8_and_its_heads_are_not(monkeypatch):
     assert losses[0] != losses[1] and relative_error(losses[1], losses[0]) < 2e-2
     for loss in losses:
         loss.backward()
-    for (name, found), expected in zip(rounded.named_parameters(), exact.parameters()):
+    for (name, parameter), expected in zip(rounded.named_parameters(), exact.parameters()):
         if not name.endswith(
             "attention.self.key.bias"
         ):  # zero but for rounding: softmax does not see a shift of all scores
-            assert found.grad.dtype == torch.float32 and relative_error(found.grad, expected.grad) < 0.15, name
+            assert parameter.grad.dtype == torch.float32 and relative_error(parameter.grad, expected.grad) < 0.15, name
 
 
 def test_a_compiled_layer_is_float8_where_it_is_open():
-    graph, _ = graph_and_batch(float8=True)
-    one = graph.bert.encoder["layer"][0]
-    compiled = torch.compile(one, backend="aot_eager", dynamic=False, fullgraph=True)
-    x, within, direction = torch.randn(4, 32, 64, requires_grad=True), torch.zeros(4, 1, 32, 32), torch.randn(4, 32, 64)
+    graph, batch = graph_and_batch(float8=True)
+    layer = graph.layers["layer0"]
+    compiled = torch.compile(layer, backend="aot_eager", dynamic=False, fullgraph=True)
+    x, direction = torch.randn(4, 32, 64, requires_grad=True), torch.randn(4, 32, 64)
+    state = State(batch, SampleMask(torch.ones(4, 1, 32, 32, dtype=torch.bool)), x)
     results = []
-    for way in (one, compiled):
+    for way in (layer, compiled):
         with float8():
-            output = way(x, within)
-        results.append((output, *torch.autograd.grad(output, (x, *one.parameters()), direction)))
-    for (name, _), found, expected in zip(
-        [("output", None), ("x", None), *one.named_parameters()], results[1], results[0]
+            output = way(state).hidden
+        results.append((output, *torch.autograd.grad(output, (x, *layer.parameters()), direction)))
+    for (name, _), got, expected in zip(
+        [("output", None), ("x", None), *layer.named_parameters()], results[1], results[0]
     ):
         if not name.endswith("attention.self.key.bias"):
-            assert relative_error(found, expected) < 1e-3, name
-    assert 1e-4 < relative_error(compiled(x, within), results[1][0]) < 6e-2  # closed again, it is not
+            assert relative_error(got, expected) < 1e-3, name
+    assert 1e-4 < relative_error(compiled(state).hidden, results[1][0]) < 6e-2  # closed again, it is not

@@ -79,9 +79,8 @@ def test_ten_steps_equal_the_paper(implementation, eps, decay, trust_ratio, zero
             )
             way[i] += np.linalg.norm(weights[i] - before)
         optimizer.step()
-    for w, p, length in zip(
-        weights, parameters, way
-    ):  # relative to the way a weight went: where it ends near 0, its rounding does not
+    # Relative to the way that a weight went: where it ends near 0, its rounding does not.
+    for w, p, length in zip(weights, parameters, way):
         assert np.linalg.norm(p.detach().cpu().double().numpy() - w) <= 1e-6 * length
 
 
@@ -97,7 +96,7 @@ def trained(implementation, shapes, seed=0, steps=10, dtype=torch.float32, spoil
     half = len(parameters) // 2
     groups = [{"params": parameters[:half], "lr": 0.01}, {"params": parameters[half:], "lr": 0.03, "weight_decay": 0.0}]
     optimizer = Lamb([group for group in groups if group["params"]], lr=1.0, implementation=implementation)
-    optimizer.copies.update((p, p.detach().to(torch.bfloat16)) for p in parameters[::2])
+    optimizer.compute_weights.update((p, p.detach().to(torch.bfloat16)) for p in parameters[::2])
     for step in range(steps):
         for parameter in parameters:
             parameter.grad = draw(parameter.shape, 10.0 ** (step % 4 - 2))
@@ -114,7 +113,7 @@ def everything(parameters, optimizer):
         for tensors in (
             parameters,
             (state for p in parameters for state in optimizer.state[p].values()),
-            optimizer.copies.values(),
+            optimizer.compute_weights.values(),
         )
         for tensor in tensors
     ]
@@ -123,8 +122,8 @@ def everything(parameters, optimizer):
 def assert_as_plain(parameters, *arguments, **options):
     """The plain form computes in float64 here: in float32 its norms over many values are no better than 1e-6
     themselves."""
-    for found, expected in zip(parameters, trained("plain", *arguments, dtype=torch.float64, **options)[0]):
-        difference = (found.detach().cpu().double() - expected.detach()).norm().item()
+    for parameter, expected in zip(parameters, trained("plain", *arguments, dtype=torch.float64, **options)[0]):
+        difference = (parameter.detach().cpu().double() - expected.detach()).norm().item()
         assert difference <= 1e-6 * expected.detach().norm().item()
 
 
@@ -138,8 +137,8 @@ def test_fused_forms_equal_the_plain_one_in_any_shapes(implementation):
     def check(shapes, seed):
         parameters, optimizer = trained(implementation, shapes, seed)
         assert_as_plain(parameters, shapes, seed)
-        for parameter, copy in optimizer.copies.items():
-            assert parameter.numel() == 0 or torch.equal(copy, parameter.to(torch.bfloat16))
+        for parameter, rounded in optimizer.compute_weights.items():
+            assert parameter.numel() == 0 or torch.equal(rounded, parameter.to(torch.bfloat16))
 
     check()
 
@@ -163,7 +162,7 @@ def test_huge_and_denormal_values_stay_finite(implementation):
 
 
 @pytest.mark.parametrize("implementation", FUSED)
-def test_copies_are_rounded_as_pytorch_rounds(implementation):
+def test_compute_weights_are_rounded_as_pytorch_rounds(implementation):
     # Ties between two bfloat16 neighbours, of an even and an odd one; the largest float32; denormals; zero gradients
     # leave them.
     bits = torch.tensor(
@@ -174,9 +173,11 @@ def test_copies_are_rounded_as_pytorch_rounds(implementation):
     parameter = torch.nn.Parameter(weights.clone())
     parameter.grad = torch.zeros_like(parameter)
     optimizer = Lamb([parameter], lr=0.1, weight_decay=0.0, implementation=implementation)
-    optimizer.copies[parameter] = torch.empty_like(parameter, dtype=torch.bfloat16)
+    optimizer.compute_weights[parameter] = torch.empty_like(parameter, dtype=torch.bfloat16)
     optimizer.step()
-    assert torch.equal(parameter, weights) and torch.equal(optimizer.copies[parameter], weights.to(torch.bfloat16))
+    assert torch.equal(parameter, weights) and torch.equal(
+        optimizer.compute_weights[parameter], weights.to(torch.bfloat16)
+    )
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -222,11 +223,8 @@ def test_query_key_and_value_have_ratios_of_their_own(implementation):
     for parameter in (query, key, value):
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    for parameter, scale in (
-        (query, 1.0),
-        (key, 2.0),
-        (value, 4.0),
-    ):  # a step of lr times its own norm, whatever the others' norms are
+    # A step of lr times its own norm, whatever the others' norms are.
+    for parameter, scale in ((query, 1.0), (key, 2.0), (value, 4.0)):
         assert torch.allclose(parameter, torch.full_like(parameter, 0.9 * scale))
 
 
@@ -268,12 +266,12 @@ def test_autograd_notices_that_weights_changed(implementation):
 def test_tensors_that_the_kernels_cannot_take_are_named(implementation):
     device = device_of(implementation)
 
-    def message(weight, gradient=None, copy=None):
+    def message(weight, gradient=None, compute_weight=None):
         parameter = torch.nn.Parameter(weight.to(device))
         parameter.grad = torch.ones_like(parameter) if gradient is None else gradient.to(device)
         optimizer = Lamb([{"params": [parameter], "names": ["layer.weight"]}], lr=0.1, implementation=implementation)
-        if copy is not None:
-            optimizer.copies[parameter] = copy.to(device)
+        if compute_weight is not None:
+            optimizer.compute_weights[parameter] = compute_weight.to(device)
         with pytest.raises(ValueError, match="layer.weight") as raised:
             optimizer.step()
         return str(raised.value)
@@ -281,7 +279,7 @@ def test_tensors_that_the_kernels_cannot_take_are_named(implementation):
     assert "torch.float64" in message(torch.ones(2, 3, dtype=torch.float64))
     assert "strides (1, 3)" in message(torch.ones(2, 3).t())
     assert "strides (0, 0)" in message(torch.ones(2, 3), gradient=torch.ones(()).expand(2, 3))
-    assert "bfloat16" in message(torch.ones(2, 3), copy=torch.ones(2, 3))
+    assert "bfloat16" in message(torch.ones(2, 3), compute_weight=torch.ones(2, 3))
 
 
 def test_the_form_is_chosen_by_the_device_and_wrong_ones_are_refused():
@@ -297,7 +295,8 @@ def test_the_form_is_chosen_by_the_device_and_wrong_ones_are_refused():
 def test_without_a_compiler_it_warns_once_and_works(tmp_path, compiler, reason):
     code = (
         "import torch, warnings\nfrom ops.lamb import Lamb\nwarnings.simplefilter('always')\n"
-        "for _ in range(2):\n    p = torch.nn.Parameter(torch.ones(3)); p.grad = torch.ones(3)\n    optimizer = Lamb([p], lr=0.1)\n"
+        "for _ in range(2):\n    p = torch.nn.Parameter(torch.ones(3)); p.grad = torch.ones(3)\n"
+        "    optimizer = Lamb([p], lr=0.1)\n"
         "    optimizer.step(); print(optimizer.implementation, bool((p < 1).all()))"
     )
     done = subprocess.run(
@@ -328,6 +327,7 @@ def test_kernels_are_built_once_for_processes_that_start_together(tmp_path):
 
 
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="Triton's form is tested in this process")
+@pytest.mark.slow
 def test_triton_form_in_its_interpreter():
     pytest.importorskip("triton", reason="Triton is not installed")
     done = subprocess.run(
@@ -354,8 +354,8 @@ def test_triton_kernels_compile_for_hopper_and_load_16_bytes_a_thread(aligned, t
         "parameters": "*i64",
         "groups": "*fp32",
         "numbers": "*i32",
-        "weight_squares": "*fp64",
-        "update_squares": "*fp64",
+        "w_squares": "*fp64",
+        "u_squares": "*fp64",
         "infinite": "*i32",
         "steps": "*fp32",
         "skip": "*i32",
@@ -385,16 +385,16 @@ def test_groups_are_the_recipes():
     sizes = dict(vocab_size=50, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     config = Config(model=ModelConfig(**sizes))
     graph = make_model(config, make_task(config))
-    found = {
+    options = {
         name: (group["weight_decay"], group["trust_ratio"])
         for group in lamb_groups(graph.named_parameters(), 0.01)
         for name in group["names"]
     }
-    assert set(found) == set(dict(graph.named_parameters()))
+    assert set(options) == set(dict(graph.named_parameters()))
     layer = "bert.encoder.layer.0."
     for part in ("query", "key", "value"):  # three parameters, each with a trust ratio of its own
-        assert found[layer + f"attention.self.{part}.weight"] == (0.01, True)
-        assert found[layer + f"attention.self.{part}.bias"] == (0.0, False)
-    assert found["bert.embeddings.word_embeddings.weight"] == found["cls.seq_relationship.weight"] == (0.01, True)
-    assert found["bert.embeddings.LayerNorm.weight"] == found[layer + "output.LayerNorm.weight"] == (0.0, True)
-    assert found["bert.embeddings.LayerNorm.bias"] == found["cls.predictions.bias"] == (0.0, False)
+        assert options[layer + f"attention.self.{part}.weight"] == (0.01, True)
+        assert options[layer + f"attention.self.{part}.bias"] == (0.0, False)
+    assert options["bert.embeddings.word_embeddings.weight"] == options["cls.seq_relationship.weight"] == (0.01, True)
+    assert options["bert.embeddings.LayerNorm.weight"] == options[layer + "output.LayerNorm.weight"] == (0.0, True)
+    assert options["bert.embeddings.LayerNorm.bias"] == options["cls.predictions.bias"] == (0.0, False)

@@ -20,8 +20,8 @@ from ops.ipu import (
 from ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_plain
 
 
-def relative_error(found, expected):
-    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+def relative_error(actual, expected):
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
 def gradients(output, inputs, direction):
@@ -72,11 +72,13 @@ def test_layers_take_a_mask_and_on_the_ipu_ids_of_the_hidden_states_type():
 def test_gather_forms_agree():
     hidden = torch.randn(5, 40, 16, requires_grad=True)
     positions = torch.randint(0, 40, (5, 7), dtype=torch.int32)
-    found, expected = gather_tokens(hidden, positions), gather_tokens_one_hot(hidden, positions)
-    assert torch.equal(found, expected) and torch.equal(found[3, 2], hidden[3, positions[3, 2]])
-    direction = torch.randn_like(found)
+    gathered, expected = gather_tokens(hidden, positions), gather_tokens_one_hot(hidden, positions)
+    assert torch.equal(gathered, expected) and torch.equal(gathered[3, 2], hidden[3, positions[3, 2]])
+    direction = torch.randn_like(gathered)
     assert torch.allclose(
-        torch.autograd.grad(found, hidden, direction)[0], torch.autograd.grad(expected, hidden, direction)[0], atol=1e-6
+        torch.autograd.grad(gathered, hidden, direction)[0],
+        torch.autograd.grad(expected, hidden, direction)[0],
+        atol=1e-6,
     )
 
 
@@ -91,17 +93,12 @@ def test_serialized_linear_cross_entropy_agrees_with_the_plain_one(monkeypatch, 
         torch.randn(vocab, size, requires_grad=True),
         torch.randn(vocab, requires_grad=True),
     ]
-    labels, weights = (
-        torch.randint(0, vocab, (tokens,), dtype=torch.int32),
-        torch.rand(tokens) * (torch.rand(tokens) > 0.3),
-    )
-    (loss, correct), (expected, expected_correct) = (
-        linear_cross_entropy(*inputs, labels, weights, factor),
-        linear_cross_entropy_plain(*inputs, labels, weights),
-    )
+    labels, weights = torch.randint(0, vocab, (tokens,)).int(), torch.rand(tokens) * (torch.rand(tokens) > 0.3)
+    loss, correct = linear_cross_entropy(*inputs, labels, weights, factor)
+    expected, expected_correct = linear_cross_entropy_plain(*inputs, labels, weights)
     assert torch.isclose(loss, expected, rtol=1e-6) and torch.isclose(correct, expected_correct)
-    slow = gradients(expected, inputs, torch.tensor(3.0))
-    for fast, slow in zip(gradients(loss, inputs, torch.tensor(3.0)), slow):
+    expected_gradients = gradients(expected, inputs, torch.tensor(3.0))
+    for fast, slow in zip(gradients(loss, inputs, torch.tensor(3.0)), expected_gradients):
         assert relative_error(fast, slow) < 1e-5
     with torch.no_grad():
         assert torch.isclose(linear_cross_entropy(*inputs, labels, weights, factor)[0], expected, rtol=1e-6)
@@ -175,7 +172,7 @@ def test_annotations_go_to_poptorch_where_it_compiles_and_are_free_elsewhere():
     assert not is_lowering()
     with lowering(recorder, {"layer0": 1}, loss_factor=8.0, proportions={"attention_scores": 0.1}):
         assert is_lowering()
-        found = annotated()
+        lowered = annotated()
     assert recorder.calls == [
         ("block", "layer0", 1),
         ("attribute", {"__outline": {"layer": "embeddings"}}),
@@ -184,8 +181,8 @@ def test_annotations_go_to_poptorch_where_it_compiles_and_are_free_elsewhere():
         ("serialized", "output channels", 2),
         ("loss", "none"),
     ]
-    assert all(torch.equal(one, other) for one, other in zip(plain[:4], found)) and found[4] == 8 * plain[4]
-    assert torch.allclose(found[2], x @ weight.t(), rtol=1e-6)
+    assert all(torch.equal(a, b) for a, b in zip(plain[:4], lowered)) and lowered[4] == 8 * plain[4]
+    assert torch.allclose(lowered[2], x @ weight.t(), rtol=1e-6)
 
 
 def test_annotations_that_name_what_is_not_there_are_refused():

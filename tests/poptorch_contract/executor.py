@@ -111,7 +111,7 @@ class PoplarExecutor:
 
     def compile(self, *args, **kwargs):
         if self.isCompiled():
-            warnings.warn("compile: the executor is compiled already, and stays as it is")
+            warnings.warn("compile: the executor is compiled already, and stays as it is", stacklevel=2)
             return
         inputs, self._structure = _flatten(args, kwargs)
         self._signature = [(tensor.shape, tensor.dtype) for tensor in inputs]
@@ -251,9 +251,9 @@ class PoplarExecutor:
             )
             if number < needed:
                 raise RuntimeError(f"{name} is {number}; a pipeline of {stages} stages needs at least {needed}")
-        if self._training and called.get("Training.setAutomaticLossScaling"):
-            if not self._mean or self._optimizer.accum_type != torch.float16:
-                raise RuntimeError("automatic loss scaling needs ReductionType.Mean and accum_type=torch.float16")
+        scaled = self._training and called.get("Training.setAutomaticLossScaling")
+        if scaled and not (self._mean and self._optimizer.accum_type == torch.float16):
+            raise RuntimeError("automatic loss scaling needs ReductionType.Mean and accum_type=torch.float16")
         if self._training:
             grouped = {name for group in self._values["groups"] for name in group["names"]}
             missing = sorted(set(self._trained) - grouped)
@@ -390,7 +390,7 @@ class PoplarExecutor:
         for key, tensor in self._tensors().items():
             loaded = state.pop(key, None)
             if loaded is None:
-                warnings.warn(f"the optimizer's state has no {key}: the device keeps its own")
+                warnings.warn(f"the optimizer's state has no {key}: the device keeps its own", stacklevel=2)
                 continue
             # They are read through a raw pointer.
             if (loaded.dtype, loaded.shape) != (tensor.dtype, tensor.shape) or not loaded.is_contiguous():
@@ -400,7 +400,7 @@ class PoplarExecutor:
                 )
             tensor.copy_(loaded)
         for key in state:
-            warnings.warn(f"the optimizer's state has {key}, which the device has not")
+            warnings.warn(f"the optimizer's state has {key}, which the device has not", stacklevel=2)
 
     def _tensors(self):
         tensors = {}
@@ -412,7 +412,8 @@ class PoplarExecutor:
                     continue
                 # PopART names the state of a serialized weight after the parts of its product.
                 for i, part in enumerate(moment.chunk(parts) if moment.dim() else [moment] * parts):
-                    tensors["%sMatMul:MatMulRhsGradOp_Slice:0%s" % (prefix, "/%d" % i if i else "")] = part
+                    number = f"/{i}" if i else ""
+                    tensors[f"{prefix}MatMul:MatMulRhsGradOp_Slice:0{number}"] = part
         return tensors
 
     def _read_state(self):
@@ -434,7 +435,6 @@ def _flatten(args, kwargs):
         if tensor.dtype not in _INPUT_TYPES:
             raise TypeError(f"an input is {tensor.dtype}; an IPU takes int32, float32, float16 and bool")
     if len({tensor.shape[:1] for tensor in inputs}) != 1 or not inputs[0].dim():
-        raise RuntimeError(
-            "the inputs need the same first dimension; their shapes are %s" % [tuple(tensor.shape) for tensor in inputs]
-        )
+        shapes = [tuple(tensor.shape) for tensor in inputs]
+        raise RuntimeError(f"the inputs need the same first dimension; their shapes are {shapes}")
     return [tensor.detach() for tensor in inputs], structure

@@ -73,7 +73,8 @@ def function(owner: str, name: str, parameters, implementation, is_method: bool 
         for key, value in bound.arguments.items():
             parameter = signature.parameters[key]
             if value is not parameter.default and not _fits(value, parameter.annotation):
-                raise TypeError("%s takes %s, not %r for it" % (place, str(parameter).replace("'", ""), value))
+                expected = str(parameter).replace("'", "")
+                raise TypeError(f"{place} takes {expected}, not {value!r} for it")
         return implementation(*bound.args, **bound.kwargs) if variadic else implementation(**bound.arguments)
 
     functools.update_wrapper(call, implementation)

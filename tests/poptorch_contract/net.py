@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from tests.poptorch_contract import sdk
 
 # B rows of a micro-batch, I input features, C classes.
-I, C = 6, 4
+I, C = 6, 4  # noqa: E741
 
 
 @pytest.fixture
@@ -87,4 +87,4 @@ def weights_after(poptorch, batches, options, settings=(), **changes):
 def assert_same(these, those, **tolerance):
     assert these.keys() == those.keys()
     for name in these:
-        torch.testing.assert_close(these[name], those[name], msg=lambda text: f"{name}: {text}", **tolerance)
+        torch.testing.assert_close(these[name], those[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)

@@ -237,7 +237,7 @@ class Options(_Group):
         for ipu, proportion in available_memory_proportion.items():
             if not re.fullmatch(r"IPU\d+", ipu) or not 0 < proportion <= 1:
                 raise ValueError(
-                    'setAvailableMemoryProportion takes {"IPU0": 0.2, ...}, shares of 1; not %r: %r' % (ipu, proportion)
+                    f'setAvailableMemoryProportion takes {{"IPU0": 0.2, ...}}, shares of 1; not {ipu!r}: {proportion!r}'
                 )
         return _record(self, "setAvailableMemoryProportion", {"": dict(available_memory_proportion)})
 

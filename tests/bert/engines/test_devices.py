@@ -89,9 +89,7 @@ def test_too_few_ipus_are_named_with_the_ways_out(install, there, ipus, found):
         "--device auto",
     )
     device, line = choose_device("auto", ipus)
-    assert device == "cpu" and line.endswith(
-        "PopTorch finds %s)" % ("%d IPUs, not %d" % (there, 16) if there else "no IPU")
-    )
+    assert device == "cpu" and line.endswith(f"PopTorch finds {f'{there} IPUs, not 16' if there else 'no IPU'})")
 
 
 def test_without_need_of_hardware_none_is_looked_for(install):

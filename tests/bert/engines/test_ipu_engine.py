@@ -24,6 +24,8 @@ from tests.bert.run.test_training import LENGTH, MASKS, ROOT, VOCAB, arguments, 
 from tests.make_samples import random_samples
 from tests.poptorch_contract import python_path, sdk
 
+pytestmark = pytest.mark.ipu
+
 EXACT = {
     "training__precision": "float32",
     "model__hidden_dropout_prob": 0,
@@ -90,6 +92,7 @@ def assert_same_run(tmp_path, one, other, tolerance=1e-5):
     ],
     ids=lambda options: " ".join(options) or "as it is",
 )
+@pytest.mark.slow
 def test_a_run_on_ipus_has_the_weights_of_one_on_the_cpu(tmp_path, shards, poptorch, options):
     assert main(arguments(tmp_path, shards, **EXACT, **options, training__output=tmp_path / "cpu")) == 0
     assert (
@@ -108,6 +111,7 @@ def test_a_run_on_ipus_has_the_weights_of_one_on_the_cpu(tmp_path, shards, popto
     assert_same_run(tmp_path, "ipu", "cpu")
 
 
+@pytest.mark.slow
 def test_phase_2_on_ipus_starts_from_phase_1s_weights(tmp_path, shards, poptorch):
     longer = make_shards(tmp_path / "longer", seed=1, length=2 * LENGTH, masks=2 * MASKS)
     both = {**EXACT, "model__max_position_embeddings": 2 * LENGTH, "ipu__executable_cache_dir": tmp_path / "exe"}
@@ -134,6 +138,7 @@ def test_phase_2_on_ipus_starts_from_phase_1s_weights(tmp_path, shards, poptorch
 
 
 @pytest.mark.parametrize("first, second", [("cpu", "ipu"), ("ipu", "cpu"), ("ipu", "ipu")])
+@pytest.mark.slow
 def test_a_run_goes_on_on_another_device(tmp_path, shards, poptorch, first, second):
     exact = {
         **EXACT,
@@ -160,6 +165,7 @@ def test_a_run_goes_on_on_another_device(tmp_path, shards, poptorch, first, seco
     assert_same_run(tmp_path, "parts", "whole")
 
 
+@pytest.mark.slow
 def test_in_float16_a_stopped_and_resumed_run_is_the_uninterrupted_one(tmp_path, shards, poptorch):
     half = {
         **EXACT,
@@ -182,6 +188,7 @@ def test_in_float16_a_stopped_and_resumed_run_is_the_uninterrupted_one(tmp_path,
     assert losses == pytest.approx(expected, rel=2e-2) and losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_held_out_samples_are_evaluated_on_the_ipus_as_on_the_cpu(tmp_path, shards, poptorch, engines):
     for device in ({}, GEOMETRY):
         name = device.get("device", "cpu")
@@ -227,6 +234,7 @@ def engine_for(tmp_path, shards, **changes):
     return make_engine(parse_command_line(arguments(tmp_path, shards, **changes)), "ipu")
 
 
+@pytest.mark.slow
 def test_a_serialized_weights_moments_come_back_whole(tmp_path, shards, poptorch):
     engine = engine_for(tmp_path, shards, ipu__embedding_serialization_factor=3)
     engine.step(unpacked_batch(random_samples(np.random.default_rng(), 24, LENGTH, MASKS, VOCAB)), 0.01, 1)
@@ -238,6 +246,7 @@ def test_a_serialized_weights_moments_come_back_whole(tmp_path, shards, poptorch
     }
 
 
+@pytest.mark.slow
 def test_device_iterations_are_steps_one_after_the_other(tmp_path, shards, poptorch):
     steps = {"training__log_every": 2, "training__save_every": 2, "training__max_steps": 4}
     batches = [unpacked_batch(random_samples(np.random.default_rng(), 24, LENGTH, MASKS, VOCAB)) for _ in range(2)]
@@ -251,6 +260,7 @@ def test_device_iterations_are_steps_one_after_the_other(tmp_path, shards, popto
     assert one.steps_done == two.steps_done == 2
 
 
+@pytest.mark.slow
 def test_a_run_with_device_iterations_takes_their_steps_and_samples(tmp_path, shards, poptorch, capsys):
     changes = {
         **EXACT,
@@ -321,6 +331,7 @@ def poprun(words, folder, replicas=2):
     return [(process.returncode,) + output for process, output in zip(started, outputs)]
 
 
+@pytest.mark.slow
 def test_two_processes_of_poprun_do_what_one_does(tmp_path, shards, poptorch):
     changes = {**EXACT, **GEOMETRY, "ipu__executable_cache_dir": tmp_path / "exe"}
     assert main(arguments(tmp_path, shards, **changes, training__output=tmp_path / "one")) == 0

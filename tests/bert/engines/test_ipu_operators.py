@@ -16,6 +16,8 @@ from bert.tasks import make_model, make_task
 from tests.poptorch_contract import sdk
 from tests.poptorch_contract.operators import check
 
+pytestmark = pytest.mark.ipu
+
 
 def trace(poptorch, name, training=True):
     config = parse_command_line(["--config", name, "--device", "ipu"])
@@ -28,7 +30,7 @@ def trace(poptorch, name, training=True):
     inputs = [torch.from_numpy(np.zeros(*layout[name])).to("meta") for name in model.inputs]
     assert {tensor.dtype for tensor in inputs} == {torch.int32, torch.float32}
     strategy = poptorch.PipelinedExecution(*(poptorch.Stage(*stage.blocks).ipu(stage.ipu) for stage in stages))
-    found, types = check(
+    traced, types = check(
         lambda state, tensors: functional_call(model, state, tuple(tensors)),
         dict(model.named_parameters()),
         {},
@@ -36,37 +38,37 @@ def trace(poptorch, name, training=True):
         strategy,
         training,
     )
-    return config, stages, found, types
+    return config, stages, traced, types
 
 
 @pytest.mark.parametrize(
     "name", ["pod16_phase1.json", "pod16_phase2.json", "pod4_phase2_packed.json", "large_pod16_phase1.json"]
 )
 def test_poptorch_lowers_every_operator_of_the_recipes_graphs(monkeypatch, name):
-    config, stages, found, types = trace(sdk(monkeypatch), name)
+    config, stages, traced, types = trace(sdk(monkeypatch), name)
     layers, rows, length = config.model.num_hidden_layers, config.ipu.micro_batch_size, config.data.sequence_length
     assert types == [torch.float32] * 5
-    assert {(event.block, event.ipu) for event in found.events} == set(placement(stages).items())
-    for event in found.events:
+    assert {(event.block, event.ipu) for event in traced.events} == set(placement(stages).items())
+    for event in traced.events:
         assert event.dtype in (None, torch.float16, torch.float32, torch.int32, torch.int64, torch.bool), event
         if event.name in ("mm", "bmm", "addmm", "_softmax", "native_layer_norm", "gelu", "dropout", "embedding"):
             assert event.dtype == torch.float16, event
         if event.dtype == torch.int64:  # PopTorch makes them int32; PyTorch asks for them by name
             assert event.name in ("argmax", "_to_copy", "one_hot", "view", "_unsafe_view", "detach", "alias"), event
-    counts = collections.Counter(event.name for event in found.events)
+    counts = collections.Counter(event.name for event in traced.events)
     assert counts["poptorch.recomputationCheckpoint"] == layers and counts["poptorch.identity_loss"] == 1
     assert counts["dropout"] == 1 + 3 * layers and counts["native_layer_norm"] == 2 + 2 * layers
-    outlined = [event.block for event in found.events if event.name == "poptorch.Attribute"]
+    outlined = [event.block for event in traced.events if event.name == "poptorch.Attribute"]
     assert outlined == ["embeddings"]  # its LayerNorm is kept apart
-    factors = [event.arguments["factor"] for event in found.events if event.name == "poptorch.serializedMatMul"]
+    factors = [event.arguments["factor"] for event in traced.events if event.name == "poptorch.serializedMatMul"]
     assert factors == (
         [config.ipu.embedding_serialization_factor] if config.ipu.embedding_serialization_factor > 1 else []
     )
-    scores = [event for event in found.events if event.name == "_softmax"]
+    scores = [event for event in traced.events if event.name == "_softmax"]
     assert [event.shape for event in scores] == [(rows, config.model.num_attention_heads, length, length)] * layers
 
 
 def test_evaluation_drops_nothing_and_marks_no_loss(monkeypatch):
-    _, _, found, _ = trace(sdk(monkeypatch), "pod16_phase1.json", training=False)
-    names = {event.name for event in found.events}
+    _, _, traced, _ = trace(sdk(monkeypatch), "pod16_phase1.json", training=False)
+    names = {event.name for event in traced.events}
     assert "mm" in names and not names & {"dropout", "poptorch.identity_loss"}

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from tests.poptorch_contract import executors
 from tests.poptorch_contract.net import C, Net, make_batch, make_lamb, make_options, make_training, poptorch
 
+pytestmark = pytest.mark.ipu
+
 
 def compile_net(poptorch, options=None, **changes):
     _, _, executor = make_training(poptorch, options, **changes)

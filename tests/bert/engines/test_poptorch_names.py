@@ -8,6 +8,8 @@ import torch
 from tests.poptorch_contract import ROOT
 from tests.poptorch_contract.net import make_options, make_training, poptorch
 
+pytestmark = pytest.mark.ipu
+
 
 def test_the_facts_are_those_of_the_sdks_description():
     path = ROOT.parent / "shared" / "poptorch" / "api.json"

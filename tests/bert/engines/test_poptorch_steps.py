@@ -23,6 +23,8 @@ from tests.poptorch_contract.net import (
     weights_after,
 )
 
+pytestmark = pytest.mark.ipu
+
 
 def test_host_weights_are_stale_until_they_are_copied(poptorch):
     model, _, executor = make_training(poptorch)
@@ -369,6 +371,7 @@ torch.save(model.state_dict(), sys.argv[1])
 """
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(poptorch, tmp_path):
     environment = dict(
         os.environ,

@@ -13,17 +13,11 @@ from bert.command_line import CONFIG_FOLDER, parse_command_line
 from bert.model.stages import make_stages
 from bert.plan.ipu_plan import IPU_BYTES, make_ipu_plan, temporaries
 from bert.plan.measure import Measured
-from bert.plan.picture import cycle_parts
-from bert.plan.report import (
-    DataFacts,
-    calibrate,
-    ipu_report,
-    is_for_ipu,
-    look_at_data,
-    measured_report,
-    other_pods,
-    speed_of,
-)
+from bert.plan.measured import measured_report
+from bert.plan.picture import visits_of
+from bert.plan.report import ipu_report, is_for_ipu
+from bert.plan.speed import calibrate, other_pods, speed_of
+from bert.plan.step import DataFacts, look_at_data
 from bert.plan.trace import trace
 from bert.plan.warnings import warnings_of
 from bert.tasks import make_model, make_task
@@ -120,14 +114,14 @@ def test_the_trace_names_every_product_and_leaves_nothing_behind():
 def test_the_recipes_pipeline_is_popart_s():
     found = plan_of("pod16_phase1")
     assert (found.cycles, found.filling) == (512 + 8, 8)
-    assert [one.micro_batches_kept for one in found.stages] == [9, 7, 5, 3, 1]
+    assert [one.stashed for one in found.stages] == [9, 7, 5, 3, 1]
     tokens = 32 * 128
     # Four layers' inputs and the samples' ids, in float16.
-    assert [one.kept for one in found.stages[1:4]] == [4 * tokens * 768 * 2 + tokens * 2] * 3
+    assert [one.stash for one in found.stages[1:4]] == [4 * tokens * 768 * 2 + tokens * 2] * 3
     assert [one.recompute == one.forward for one in found.stages] == [True] * 4 + [False] and found.stages[
         -1
     ].recompute == 0
-    assert found.memory[1].stashes > found.memory[2].stashes > found.memory[3].stashes
+    assert found.memory[1].parts["stashes"] > found.memory[2].parts["stashes"] > found.memory[3].parts["stashes"]
     assert found.slowest == 1 and 0 < found.work_of(0) < 0.2 * found.work_of(1) == 0.2 * found.work_of(3)
 
 
@@ -139,10 +133,17 @@ def test_one_ipu_has_no_pipeline_and_recomputes_nothing():
 def test_work_and_stashes_grow_with_the_micro_batch_and_weights_do_not():
     one, two = plan_of("pod16_phase2", "--ipu.micro_batch_size", "4"), plan_of("pod16_phase2")
     for less, more in zip(one.stages, two.stages):
-        assert (more.forward, more.backward, more.kept) == (2 * less.forward, 2 * less.backward, 2 * less.kept)
+        assert (more.forward, more.backward, more.stash) == (2 * less.forward, 2 * less.backward, 2 * less.stash)
     for less, more in zip(one.memory, two.memory):
-        assert (less.weights, less.gradients, less.optimizer) == (more.weights, more.gradients, more.optimizer)
-        assert less.activations < more.activations and less.temporaries <= more.temporaries
+        assert (less.parts["weights"], less.parts["gradients"], less.parts["optimizer"]) == (
+            more.parts["weights"],
+            more.parts["gradients"],
+            more.parts["optimizer"],
+        )
+        assert (
+            less.parts["activations"] < more.parts["activations"]
+            and less.parts["temporaries"] <= more.parts["temporaries"]
+        )
 
 
 def test_checkpoints_of_layers_cost_stashes_and_save_activations():
@@ -151,14 +152,17 @@ def test_checkpoints_of_layers_cost_stashes_and_save_activations():
         plan_of("pod16_phase1", "--ipu.recompute_checkpoint_every_layer", "false"),
     )
     for more, less in zip(with_them.memory[1:], without.memory[1:]):
-        assert less.stashes < 0.3 * more.stashes and less.activations > 2 * more.activations
+        assert (
+            less.parts["stashes"] < 0.3 * more.parts["stashes"]
+            and less.parts["activations"] > 2 * more.parts["activations"]
+        )
 
 
 def test_the_optimizers_state_is_split_over_replicas_halved_or_off_the_chip():
     def states(*changes):
-        return [one.optimizer for one in plan_of("pod16_phase1", *changes).memory]
+        return [one.parts["optimizer"] for one in plan_of("pod16_phase1", *changes).memory]
 
-    weights = [one.weights for one in plan_of("pod16_phase1").memory]
+    weights = [one.parts["weights"] for one in plan_of("pod16_phase1").memory]
     assert states() == [
         size * 3 // 4 for size in weights
     ]  # 2 + 4 bytes a parameter beside the weight's 2, over 4 replicas
@@ -172,7 +176,7 @@ def test_the_optimizers_state_is_split_over_replicas_halved_or_off_the_chip():
 def test_temporaries_stay_within_the_memory_proportion_and_a_factor_makes_them_less():
     for share in (0.1, 0.22):
         memory = plan_of("pod16_phase2", "--ipu.matmul_proportion", str(share)).memory
-        assert max(one.temporaries for one in memory) == int(share * IPU_BYTES)
+        assert max(one.parts["temporaries"] for one in memory) == int(share * IPU_BYTES)
     proportions = "--ipu.operation_proportions", json.dumps({"output": 0.05, "intermediate": 0.05})
     assert plan_of("pod16_phase2", *proportions).memory[1].total < plan_of("pod16_phase2").memory[1].total
     parts = [
@@ -184,8 +188,11 @@ def test_temporaries_stay_within_the_memory_proportion_and_a_factor_makes_them_l
 
 def test_float32_takes_twice_the_memory_and_a_quarter_of_the_speed():
     half, full = plan_of("pod16_phase1"), plan_of("pod16_phase1", "--training.precision", "float32")
-    assert full.memory[1].weights == 2 * half.memory[1].weights and full.stages[1].forward == half.stages[1].forward
-    assert full.peak == half.peak / 4
+    assert (
+        full.memory[1].parts["weights"] == 2 * half.memory[1].parts["weights"]
+        and full.stages[1].forward == half.stages[1].forward
+    )
+    assert full.peak_flops == half.peak_flops / 4
 
 
 def test_the_calibration_gives_back_the_published_speed():
@@ -285,7 +292,9 @@ def test_the_fullest_of_a_backward_pass_is_what_a_hand_counts():
     assert temporaries(product, mlp, False) == int(3 * (a * b * 2 * c * 1472) ** (1 / 3))
     # In the backward pass of a layer, at the gradient of its last product: what the products, softmax, GELU and norms
     # keep, and gradients.
-    saved = next(one for one in plan_of("pod16_phase1").memory if one.moment == "output of layer0").activations
+    saved = next(one for one in plan_of("pod16_phase1").memory if one.operation == "output of layer0").parts[
+        "activations"
+    ]
     kept = 2 * (rows * hidden * 6 + rows * inner * 2 + 2 * heads * 32 * 128 * 128)
     assert 0.8 * kept < saved < 2.2 * kept
 
@@ -301,7 +310,7 @@ def test_the_estimate_of_another_config_is_its_own():
     assert sorted(pods) == [4, 8, 32, 64]
     assert pods[64] == (pytest.approx(speed_of(plan_of("pod64_phase1"), efficiency).step), True)
     large = config_of("large_pod16_phase1")
-    assert dict((pod, fits) for pod, _, fits in other_pods(large, make_ipu_plan(large), phase1)) == {
+    assert {pod: fits for pod, _, fits in other_pods(large, make_ipu_plan(large), phase1)} == {
         4: False,
         8: False,
         32: True,
@@ -318,7 +327,7 @@ def test_the_run_takes_its_steps_times_a_step():
 
 
 def test_what_was_measured_is_scaled_to_a_step_and_a_run(monkeypatch):
-    monkeypatch.setattr("bert.plan.measure.measure", lambda config, rows: Measured("here", 100, 0.5, 0.25))
+    monkeypatch.setattr("bert.plan.measured.measure", lambda config, rows: Measured("here", 100, 0.5, 0.25))
     config = config_of("cpu_small")  # 256 samples a step, 10,000 steps
     lines = " ".join(measured_report(config, DataFacts(25600, 0.9, 1.0), ""))
     assert "3 micro-batches" in lines and f"3 x 0.500 s + 0.250 s = 1.75 s, {256 / 1.75:.3g} sequences/s" in lines
@@ -332,7 +341,7 @@ def test_the_pictures_schedule_does_everything_once_and_in_order(layers):
     for cycle in range(found.cycles):
         for ipu in range(len(found.memory)):
             end = 0.0
-            for stage, phase, micro_batch, begin, stop in cycle_parts(found, ipu, cycle):
+            for stage, phase, micro_batch, begin, stop in visits_of(found, ipu, cycle):
                 assert begin == end and (stage, phase, micro_batch) not in done and found.stages[stage].stage.ipu == ipu
                 end, done[stage, phase, micro_batch] = stop, (cycle, begin)
             assert end <= 1.1
@@ -342,7 +351,7 @@ def test_the_pictures_schedule_does_everything_once_and_in_order(layers):
         order += [done[stage, "backward", micro_batch] for stage in reversed(range(last + 1))]
         assert order == sorted(order)
     assert [done[stage, "backward", 0][0] - done[stage, "forward", 0][0] + 1 for stage in range(last + 1)] == [
-        one.micro_batches_kept for one in found.stages
+        one.stashed for one in found.stages
     ]
 
 
@@ -421,6 +430,7 @@ def test_shards_that_do_not_fit_the_config_are_an_error(tmp_path, monkeypatch, c
 
 
 @pytest.mark.parametrize("packing", ["auto", "off"])
+@pytest.mark.slow
 def test_on_a_cpu_a_micro_batch_is_measured(tmp_path, monkeypatch, capsys, packing):
     monkeypatch.chdir(tmp_path)
     files = shards_of(tmp_path, 48, 9, 1000)

