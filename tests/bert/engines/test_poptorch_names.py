@@ -94,7 +94,7 @@ def test_a_name_that_nothing_here_uses_asks_for_a_model(poptorch, ask):
         ask(poptorch)
 
 
-def test_another_optimizer_than_lamb_is_refused(poptorch):
+def test_an_optimizer_of_torch_is_refused(poptorch):
     model, _, executor = make_training(poptorch)
     with pytest.raises(TypeError, match="poptorch.optim.LAMB"):
         executor.setOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
@@ -121,6 +121,7 @@ def test_another_optimizer_than_lamb_is_refused(poptorch):
         lambda p, o: o._Popart.set("subgraphCopyingStrategy", True),
         lambda p, o: o._Popart.set("accumulateOuterFragmentSettings.excludedVirtualGraphs", [0]),
         lambda p, o: p.optim.LAMB([torch.nn.Parameter(torch.ones(2))], lr=0.1, trust_ratio=False),
+        lambda p, o: p.optim.AdamW([torch.nn.Parameter(torch.ones(2))], lr=0.1, max_weight_norm=0.0),
         lambda p, o: p.ipuHardwareVersion(1),
     ],
 )

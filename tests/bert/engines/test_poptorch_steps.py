@@ -198,6 +198,38 @@ def test_the_update_is_lamb(poptorch):
     assert_same(dict(model.state_dict()), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("bias_correction", [True, False])
+def test_the_update_is_adamw_and_counts_its_steps_where_it_corrects_the_bias(poptorch, bias_correction):
+    model, expected = Net(), Net()
+    expected.load_state_dict(model.state_dict())
+    settings = {"lr": 0.05, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1}
+    optimizer = poptorch.optim.AdamW(model.parameters(), bias_correction=bias_correction, **settings)
+    executor = poptorch.trainingModel(model, make_options(poptorch), optimizer)
+    torchs = torch.optim.AdamW(expected.parameters(), **settings)
+    for step in range(1, 4):
+        x, labels = make_batch(seed=step)
+        torchs.zero_grad()
+        logits = expected.last(F.gelu(expected.first(x)))
+        (F.cross_entropy(logits, labels.long(), reduction="sum") / 4).backward()
+        if not bias_correction:  # the corrected update is the same with these
+            root = (1 - 0.99**step) ** 0.5
+            rate = 0.05 * (1 - 0.9**step) / root
+            torchs.param_groups[0].update(lr=rate, weight_decay=0.1 * 0.05 / rate, eps=1e-6 / root)
+        torchs.step()
+        executor(x, labels)
+    executor.copyWeightsToHost()
+    assert_same(dict(model.state_dict()), dict(expected.state_dict()), rtol=1e-5, atol=1e-6)
+    state = optimizer.state_dict()["ipu_state"]
+    steps = {name: tensor for name, tensor in state.items() if name.startswith("Step___")}
+    assert len(steps) == (4 if bias_correction else 0) and len(state) == 8 + len(steps)
+    assert all(tensor.shape == () and tensor.dtype == torch.float32 and tensor == 3 for tensor in steps.values())
+
+
+def test_what_poptorchs_adamw_has_no_model_for_here_is_refused(poptorch):
+    with pytest.raises(NotImplementedError, match="amsgrad, max_grad_norm"):
+        poptorch.optim.AdamW(Net().parameters(), amsgrad=True, max_grad_norm=1.0)
+
+
 def test_float16_weights_are_rounded_and_trained(poptorch):
     model, _, executor = make_training(poptorch, half=True)
     before, (x, labels) = model.first.weight.detach().clone(), make_batch()
