@@ -61,7 +61,8 @@ class SelfAttention(nn.Module):
     def project(self, state: State):
         """Q, K and V, each [R, L, H]."""
         layers = self.query, self.key, self.value
-        return linears(state.hidden, [layer.weight for layer in layers], [layer.bias for layer in layers])
+        weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+        return linears(state.hidden, weights, biases, "query_key_value")
 
 
 class DenseAddNorm(nn.Module):

@@ -12,7 +12,6 @@ from tests.bert.plan.plans import SMALL, config_of, plan_of
 
 
 def parameters_of(config):
-    stages = make_stages(config.ipu.layers_per_ipu, config.ipu.matmul_proportion)
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in make_model(config, make_task(config)).parameters())
 
