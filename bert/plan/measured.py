@@ -24,24 +24,21 @@ def measured_report(config: Config, facts: DataFacts, why_not_ipu: str) -> List[
     how = "one a row" if facts.per_row or packing == "off" else "taken as one a row"
     if per_row > 1:
         how = f"{per_row:.2f} a row, as the first of data.files pack"
-    full_rows = f"{count_of(measured.rows, 'full row')} of {config.data.sequence_length} tokens"
+    length = config.data.sequence_length
+    all_rows = f"{rows:,} rows of {length} tokens, {count_of(micro_batches, 'micro-batch', 'micro-batches')}"
+    full_rows = f"{count_of(measured.rows, 'full row')} of {length} tokens"
     forward_backward, update = f"{measured.micro_batch:.3f} s", f"{measured.update:.3f} s"
+    both = f"{forward_backward} forward and backward, {name_of_optimizer(config)}'s update {update}"
+    total = f"{micro_batches:,} x {forward_backward} + {update} = {rounded(step)} s"
     run = f"the whole run, {steps:,} steps, {steps * samples:,} samples"
-    lines = [f"Plan of {name_of_run(config)} on this machine: {measured.machine}"]
-    if why_not_ipu:
-        lines.append(f"  not for IPUs: {why_not_ipu}")
-    lines.append(
-        f"  a step: {samples:,} samples, {how}: {rows:,} rows of {config.data.sequence_length} tokens, "
-        f"{count_of(micro_batches, 'micro-batch', 'micro-batches')}"
-    )
-    if facts.missing:
-        then = "the plan says how they share rows, and how many epochs the run is"
-        lines.append(f"  {facts.missing}: with shards there, {then}")
-    return lines + [
-        f"  measured: a micro-batch of {full_rows} {forward_backward} forward and backward, "
-        f"{name_of_optimizer(config)}'s update {update}",
-        f"  a step: {micro_batches:,} x {forward_backward} + {update} = {rounded(step)} s, "
-        f"{rounded(samples / step)} sequences/s",
+    missing = "with shards there, the plan says how they share rows, and how many epochs the run is"
+    return [
+        f"Plan of {name_of_run(config)} on this machine: {measured.machine}",
+        *([f"  not for IPUs: {why_not_ipu}"] if why_not_ipu else []),
+        f"  a step: {samples:,} samples, {how}: {all_rows}",
+        *([f"  {facts.missing}: {missing}"] if facts.missing else []),
+        f"  measured: a micro-batch of {full_rows} {both}",
+        f"  a step: {total}, {rounded(samples / step)} sequences/s",
         f"  {run}: about {duration(steps * step)}{epochs_of(steps * samples, facts)}",
         "  Not counted: reading data, checkpoints, evaluation. Rows that are not full are faster, where no padding is "
         "computed.",

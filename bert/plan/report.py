@@ -1,6 +1,5 @@
 """The plan as it is printed: which device it is for, and its lines."""
 
-import sys
 import textwrap
 from typing import List, Sequence, Tuple
 
@@ -40,20 +39,13 @@ def print_plan(config: Config) -> None:
     draw_plan(plan, f"{name} on {ipus_of(config)} IPUs", name_of_optimizer(config), path)
     print_lines([f"Picture of the pipeline and the memory: {path}"])
     if config.device == "auto":
-        print_lines(
-            ["This is the plan for IPUs. To measure this machine: --plan --device cpu, or --plan --device cuda"]
-        )
+        print("This is the plan for IPUs. To measure this machine: --plan --device cpu, or --plan --device cuda")
 
 
 def print_lines(lines: Sequence[str]) -> None:
-    """Long lines are wrapped, and indented as they are."""
     for line in lines:
-        indent = " " * (len(line) - len(line.lstrip()))
-        wrapped = textwrap.wrap(
-            line.lstrip(), WIDTH, initial_indent=indent, subsequent_indent=indent + "  ", break_on_hyphens=False
-        )
-        print("\n".join(wrapped) if len(line) > WIDTH else line)
-    sys.stdout.flush()
+        indent = " " * (len(line) - len(line.lstrip()) + 2)
+        print("\n".join(textwrap.wrap(line, WIDTH, subsequent_indent=indent, break_on_hyphens=False)), flush=True)
 
 
 def is_for_ipu(config: Config) -> Tuple[bool, str]:

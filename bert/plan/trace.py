@@ -14,7 +14,6 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 
 from bert.config import Config
 from bert.geometry import row_shape
@@ -133,7 +132,7 @@ class Tracer(TorchDispatchMode):
         return self.trace.operations[made_by]
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        inputs = tensors_in(arguments)
+        inputs = list(tensors_in(arguments))
         for tensor in inputs:
             self.value(tensor).differentiable |= tensor.requires_grad
         operation = Operation(self.block, function.overloadpacket.__name__, [self.index(tensor) for tensor in inputs])
@@ -210,5 +209,9 @@ class WholeOperations(TorchFunctionMode):
         return function(*arguments, **(options or {}))
 
 
-def tensors_in(values: Any) -> List[torch.Tensor]:
-    return [value for value in tree_flatten(values)[0] if isinstance(value, torch.Tensor)]
+def tensors_in(values: Any) -> Iterator[torch.Tensor]:
+    if isinstance(values, torch.Tensor):
+        yield values
+    elif isinstance(values, (list, tuple)):
+        for value in values:
+            yield from tensors_in(value)
