@@ -7,7 +7,6 @@ import math
 from typing import Callable, Dict
 
 from bert.config import OptimizerConfig
-from data.errors import InputError
 
 __all__ = ["SCHEDULES", "learning_rate_at"]
 
@@ -41,12 +40,7 @@ SCHEDULES: Dict[str, Schedule] = {"linear": linear, "cosine": cosine, "wsd": wsd
 
 
 def learning_rate_at(step: int, config: OptimizerConfig, max_steps: int) -> float:
-    """The learning rate of step 1..max_steps. The last step of the warm-up has the peak; without one, the first step.
-
-    Raises InputError for a schedule that is not in SCHEDULES.
-    """
-    if config.schedule not in SCHEDULES:
-        raise InputError(f'optimizer.schedule is "{config.schedule}", expected one of {", ".join(SCHEDULES)}')
+    """The learning rate of step 1..max_steps. The last step of the warm-up has the peak, without one the first step."""
     warmup = whole_steps(config.warmup_ratio, max_steps)
     if step <= warmup:
         return config.learning_rate * step / warmup

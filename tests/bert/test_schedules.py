@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bert.config import OptimizerConfig
+from bert.config import Config, OptimizerConfig
 from bert.schedules import SCHEDULES, learning_rate_at
+from bert.validation import validate
 from data.errors import InputError
 
 RUNS = (st.integers(1, 400), st.floats(0, 1), st.floats(0, 1), st.floats(1e-6, 10))
@@ -85,4 +86,4 @@ def test_a_schedule_of_ones_own_is_one_entry(monkeypatch):
 
 def test_a_schedule_that_is_not_there_is_an_error_that_names_those_that_are():
     with pytest.raises(InputError, match='optimizer.schedule is "mine", expected one of linear, cosine, wsd, constant'):
-        rates("mine", 2, 0.5, 0.0, 1.0)
+        validate(Config(optimizer=OptimizerConfig(schedule="mine")))
