@@ -63,17 +63,8 @@ def write_shard(
     Raises OSError that names the file when the disk is full.
     """
     with replacing(path) as temporary, new_hdf5(temporary) as file:
-        file.attrs.update(
-            {
-                "format": FORMAT,
-                "schema_version": SCHEMA_VERSION,
-                "vocab_size": vocab_size,
-                "vocab_sha256": vocab_hash,
-                "segments": segments,
-                "made_by": json.dumps(made_by),
-            }
-        )
-        file.attrs.update(masking or {})
+        file.attrs.update(format=FORMAT, schema_version=SCHEMA_VERSION, vocab_size=vocab_size, vocab_sha256=vocab_hash)
+        file.attrs.update(masking or {}, segments=segments, made_by=json.dumps(made_by))
         for name in FIELDS:
             file.create_dataset(name, data=getattr(samples, name))
 
