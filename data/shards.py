@@ -64,7 +64,9 @@ def write_shard(
     """
     with replacing(path) as temporary, new_hdf5(temporary) as file:
         file.attrs.update(format=FORMAT, schema_version=SCHEMA_VERSION, vocab_size=vocab_size, vocab_sha256=vocab_hash)
-        file.attrs.update(masking or {}, segments=segments, made_by=json.dumps(made_by))
+        file.attrs.update(
+            masking or {}, made_by=json.dumps(made_by), **({} if segments == 2 else {"segments": segments})
+        )
         for name in FIELDS:
             file.create_dataset(name, data=getattr(samples, name))
 
