@@ -7,7 +7,7 @@ import time
 import torch
 
 from bert.config import Config
-from bert.engines import choose_device
+from bert.engines.choosing import choose_device
 from data.errors import InputError
 
 __all__ = ["Stopwatch", "cuda_or_cpu", "gemm_rate", "timed"]

@@ -5,8 +5,8 @@ __all__ = ["InputError", "LoaderDied", "PrepareStopped"]
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used. The message names the file, the key, what was found, what was expected, the
-    way out."""
+    """What the user gave cannot be used. The message names the file, the key, the value found and
+    expected, and what to do."""
 
 
 class LoaderDied(RuntimeError):
@@ -14,5 +14,5 @@ class LoaderDied(RuntimeError):
 
 
 class PrepareStopped(RuntimeError):
-    """Preparing ended before the data set was whole; what is done is kept, the same command goes on. The message says
-    why."""
+    """Preparing ended before the data set was whole; what is done is kept, and the same command continues from there.
+    The message says why."""

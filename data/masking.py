@@ -62,7 +62,7 @@ class Candidates:
     keys: np.ndarray
     """[N] uint64, for more random numbers: `random_32(keys[:, None], counters)`"""
     continuations: Optional[np.ndarray]
-    """[V] bool, whether an id goes on a word (`##`); None with "tokens" """
+    """[V] bool, whether an id continues a word (`##`); may be None with "tokens" """
 
 
 Choose = Callable[[Candidates], Tuple[np.ndarray, np.ndarray]]

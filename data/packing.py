@@ -26,6 +26,10 @@ class Packing(NamedTuple):
     start: np.ndarray  # [N] int64: the token slot at which it begins
     mask_start: np.ndarray  # [N] int64: the mask slot at which its masked tokens begin
 
+    def take(self, index: np.ndarray) -> "Packing":
+        """Of the samples at `index` alone, in that order; the rows are the same."""
+        return Packing(self.rows, *(field[index] for field in self[1:]))
+
 
 def pack(
     lengths: np.ndarray, mask_counts: np.ndarray, sequence_length: int, mask_slots: int, samples_per_row: int

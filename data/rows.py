@@ -16,24 +16,11 @@ from typing import Any, Dict, NamedTuple, Sequence, Tuple
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from data.packing import pack
+from data.packing import Packing, pack
 from data.samples import Samples
 
-__all__ = [
-    "MLM",
-    "NSP",
-    "RowShape",
-    "Target",
-    "fill_packed",
-    "fill_unpacked",
-    "normalize_weights",
-    "packed_batch",
-    "static_batch",
-    "unpacked_batch",
-    "unpad",
-    "unpadded_batch",
-    "weight_counts",
-]
+__all__ = ["MLM", "NSP", "RowShape", "Target", "fill_packed", "fill_unpacked", "normalize_weights", "packed_batch"]
+__all__ += ["static_batch", "unpacked_batch", "unpad", "unpadded_batch", "weight_counts"]
 
 TOKEN_FIELDS = ("input_ids", "token_type_ids", "position_ids")
 
@@ -109,20 +96,13 @@ def fill_unpacked(batch: Dict[str, np.ndarray], samples: Samples) -> None:
     batch["nsp_weights"][:] = 1
 
 
-def fill_packed(
-    batch: Dict[str, np.ndarray],
-    samples: Samples,
-    row: np.ndarray,
-    place: np.ndarray,
-    start: np.ndarray,
-    mask_start: np.ndarray,
-) -> None:
-    """Writes N checked samples where `data.packing` put them, into the arrays of `batch`, R rows each of which gets
-    some.
+def fill_packed(batch: Dict[str, np.ndarray], samples: Samples, packing: Packing, first_row: int = 0) -> None:
+    """Writes checked samples where `packing` puts them, into the arrays of `batch`: R rows from its row `first_row` on,
+    each of which gets some.
 
-    `row`, `place`, `start`, `mask_start` [N] are the packing's, with rows counted from the first of `batch`; the
-    samples come row after row, in the order of their places. Weights become 0 and 1 as in `fill_unpacked`.
+    The samples come row after row, in the order of their places. Weights become 0 and 1 as in `fill_unpacked`.
     """
+    row, place, start = packing.row - first_row, packing.place, packing.start
     length, slots = samples.input_ids.shape[1], samples.mlm_positions.shape[1]
     filled, used = filled_slots(length), filled_slots(slots)[samples.mlm_counts]
     inside, tokens = filled[samples.lengths], row * length + start
@@ -130,7 +110,7 @@ def fill_packed(
     write_end_to_end(batch["token_type_ids"], inside - filled[samples.first_lengths], tokens)
     write_end_to_end(batch["position_ids"], slot_positions(length)[samples.lengths], tokens)
     write_end_to_end(batch["sample_ids"], inside * (place + 1).astype(np.int32)[:, None], tokens)
-    masks = row * batch["mlm_weights"].shape[1] + mask_start
+    masks = row * batch["mlm_weights"].shape[1] + packing.mask_start
     write_end_to_end(batch["mlm_positions"], (samples.mlm_positions + start.astype(np.int32)[:, None]) * used, masks)
     write_end_to_end(batch["mlm_labels"], samples.mlm_labels, masks)
     write_end_to_end(batch["mlm_weights"], used, masks)
@@ -177,7 +157,7 @@ def packed_batch(samples: Samples, samples_per_row: int) -> Dict[str, np.ndarray
     packing = pack(samples.lengths, samples.mlm_counts, *shape)
     batch: Dict[str, np.ndarray] = {name: np.zeros(*array) for name, array in shape.layout(packing.rows).items()}
     order = np.lexsort((packing.place, packing.row))
-    fill_packed(batch, samples.take(order), *(field[order] for field in packing[1:]))
+    fill_packed(batch, samples.take(order), packing.take(order))
     normalize_weights(batch)
     return batch
 

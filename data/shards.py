@@ -63,18 +63,10 @@ def write_shard(
     Raises OSError that names the file when the disk is full.
     """
     with replacing(path) as temporary, new_hdf5(temporary) as file:
+        file.attrs.update(format=FORMAT, schema_version=SCHEMA_VERSION, vocab_size=vocab_size, vocab_sha256=vocab_hash)
         file.attrs.update(
-            {
-                "format": FORMAT,
-                "schema_version": SCHEMA_VERSION,
-                "vocab_size": vocab_size,
-                "vocab_sha256": vocab_hash,
-                "made_by": json.dumps(made_by),
-            }
+            masking or {}, made_by=json.dumps(made_by), **({} if segments == 2 else {"segments": segments})
         )
-        if segments != 2:
-            file.attrs["segments"] = segments
-        file.attrs.update(masking or {})
         for name in FIELDS:
             file.create_dataset(name, data=getattr(samples, name))
 

@@ -18,16 +18,8 @@ from data.files import replacing
 from data.samples import token_dtype
 from data.shards import ShardInfo
 
-__all__ = [
-    "SPECIAL_TOKENS",
-    "TextEncoder",
-    "find_vocab",
-    "make_tokenizer",
-    "read_vocab",
-    "train_vocab",
-    "vocab_sha256",
-    "write_tokenizer_files",
-]
+__all__ = ["SPECIAL_TOKENS", "TextEncoder", "find_vocab", "make_tokenizer", "read_vocab", "train_vocab"]
+__all__ += ["vocab_sha256", "write_tokenizer_files"]
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
@@ -126,11 +118,7 @@ def write_tokenizer_files(folder: str, tokens: Sequence[str], longest: int = 512
         "strip_accents": None,
         "tokenize_chinese_chars": True,
         "model_max_length": longest,
-        "pad_token": "[PAD]",
-        "unk_token": "[UNK]",
-        "cls_token": "[CLS]",
-        "sep_token": "[SEP]",
-        "mask_token": "[MASK]",
+        **{f"{token.strip('[]').lower()}_token": token for token in SPECIAL_TOKENS},
     }
     contents = {
         "vocab.txt": "".join(token + "\n" for token in tokens),

@@ -119,6 +119,9 @@ def claim(config: Config, step: int) -> Iterator[None]:
                 f"{folder}: another process is training there. Wait for it, or choose another folder with "
                 "--training.output"
             )
+        for name in os.listdir(folder):
+            if ".tmp-" in name:  # of a process that was killed as it wrote a file
+                os.remove(os.path.join(folder, name))
         metrics = os.path.join(folder, "metrics.jsonl")
         if os.path.exists(metrics):
             kept = [line for line in read_metrics(metrics) if line["step"] <= step]

@@ -109,8 +109,8 @@ class Table(NamedTuple):
         """[N, L] of a column of lists."""
         column = self.batch.column(name)
         if not (hasattr(column, "value_lengths") or hasattr(column.type, "list_size")) or column.null_count:
-            found = f"{column.type} with {column.null_count} nulls"
-            raise InputError(f"{self.path}: the column {name!r} is {found}, expected lists of integers")
+            actual = f"{column.type} with {column.null_count} nulls"
+            raise InputError(f"{self.path}: the column {name!r} is {actual}, expected lists of integers")
         values = self.integers(name, column.flatten())
         if hasattr(column, "value_lengths"):
             lengths = column.value_lengths().to_numpy(zero_copy_only=False)
@@ -124,8 +124,8 @@ class Table(NamedTuple):
 
     def integers(self, name: str, column: Any) -> np.ndarray:
         if column.null_count or not str(column.type).lstrip("u").startswith("int"):
-            found = f"{column.type} with {column.null_count} nulls"
-            raise InputError(f"{self.path}: the column {name!r} holds {found}, expected integers")
+            actual = f"{column.type} with {column.null_count} nulls"
+            raise InputError(f"{self.path}: the column {name!r} holds {actual}, expected integers")
         return column.to_numpy(zero_copy_only=False)
 
 
@@ -175,7 +175,7 @@ def import_pyarrow() -> Any:
     return pyarrow
 
 
-def need_columns(found: Sequence[str], columns: Sequence[str], path: str) -> None:
+def need_columns(names: Sequence[str], columns: Sequence[str], path: str) -> None:
     for name in columns:
-        if name not in found:
-            raise InputError(f"{path}: the column {name!r} is missing; found {sorted(found)}, expected {list(COLUMNS)}")
+        if name not in names:
+            raise InputError(f"{path}: the column {name!r} is missing; found {sorted(names)}, expected {list(COLUMNS)}")

@@ -36,7 +36,7 @@ class GlobalBatch:
     counts: Dict[str, int]
     """of each field of weights, how many are not 0: "mlm_weights" the masked tokens, "nsp_weights" the samples"""
     position: int
-    """in the run's order after this batch, from which another loader goes on"""
+    """in the run's order after this batch: where another loader may continue"""
     skipped: Dict[str, str]
     """shards left out by then: path -> why"""
 
@@ -80,7 +80,7 @@ class LoaderSettings:
 class Loader:
     """Global batches in the order of `data.loading.order`, assembled ahead of their use; without end.
 
-    `shards`: as `open_shards` opened them for this run. `position`: where to go on (a batch's `position`; 0: at the
+    `shards`: as `open_shards` opened them for this run. `position`: where to begin (a batch's `position`; 0: at the
     start). `skipped`: shards that were left out before.
 
     Raises InputError, before a process is started, for a value out of range, masking that is not known, and too little

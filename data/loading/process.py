@@ -173,8 +173,7 @@ def fill(
         if per_row == 1:
             fill_unpacked(part, samples)
         else:
-            row, *places = (field[here] for field in packing[1:])
-            fill_packed(part, samples, row - first, *places)
+            fill_packed(part, samples, packing.take(here), first)
 
     list(threads.map(fill_chunk, range(0, packing.rows, chunk)))
 

@@ -8,7 +8,7 @@ import contextlib
 import os
 import resource
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import h5py
 import numpy as np
@@ -36,7 +36,7 @@ class ShardFiles:
         self.shards, self._skip_bad, left_out = shards, skip_bad, left_out or {}
         self.skipped = {number: left_out[shard.path] for number, shard in enumerate(shards) if shard.path in left_out}
         allow_open_files(len(shards) + 64)
-        self._files: List[Any] = [h5py.File(one.path, "r") if one.is_nvidia else open_file(one.path) for one in shards]
+        self._files: List[Any] = [open_file(shard) for shard in shards]
 
     @contextlib.contextmanager
     def skipping_bad(self, shard: int) -> Iterator[None]:
@@ -87,7 +87,7 @@ class NextSamples(NamedTuple):
     samples: Samples  # what holds them, among others
     skipped: Dict[int, str]  # shards that are left out by now
     indices: np.ndarray  # [N] int64: which of `samples` each is
-    ends: np.ndarray  # [N] int64: the position in the run's order after each, where a run goes on
+    ends: np.ndarray  # [N] int64: the position in the run's order after each
     numbers: np.ndarray  # [N] int64: which sample of the data set each is, through the shards in turn
 
     def lengths(self) -> np.ndarray:
@@ -206,8 +206,8 @@ def allow_open_files(count: int) -> None:
         )
 
 
-def open_file(path: str) -> int:
+def open_file(shard: ShardInfo) -> Union[int, h5py.File]:
     try:
-        return os.open(path, os.O_RDONLY)
+        return h5py.File(shard.path, "r") if shard.is_nvidia else os.open(shard.path, os.O_RDONLY)
     except OSError as error:
-        raise InputError(f"{path}: cannot be opened ({error.strerror})")
+        raise InputError(f"{shard.path}: cannot be opened ({error.strerror or error})")

@@ -107,7 +107,7 @@ def test_packed_rows_hold_the_samples_of_unpacked_ones(seed, count, samples_per_
     # What is there must all be written over.
     batch = {name: np.full(size, 77, dtype) for name, (size, dtype) in shape.layout(packing.rows).items()}
     order = np.lexsort((packing.place, packing.row))
-    fill_packed(batch, samples.take(order), *(field[order] for field in packing[1:]))
+    fill_packed(batch, samples.take(order), packing.take(order))
     plain = unpacked_batch(samples)
     for name in ("mlm_weights", "nsp_weights"):
         plain[name] = (plain[name] > 0).astype(np.float32)

@@ -191,3 +191,13 @@ def test_taking_and_concatenating_are_inverse():
     for together in (whole.take(index), samples.take(index)):
         for name in FIELDS:
             np.testing.assert_array_equal(getattr(together, name), getattr(samples, name)[[3, 0, 9]])
+
+
+def test_a_shard_says_how_many_segments_its_samples_have_and_others_are_not_of_its_data_set(tmp_path):
+    paths = [str(tmp_path / f"{segments}.h5") for segments in (1, 2)]
+    for path, segments in zip(paths, (1, 2)):
+        samples = random_samples(np.random.default_rng(0), 5)
+        write_shard(path, samples, 100, "f" * 64, {}, segments=segments)
+        assert open_shards([path])[0].segments == segments
+    with pytest.raises(InputError, match="its segments is 2 and that of .*1.h5 is 1. Train on shards of one data set"):
+        open_shards(paths)

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from bert.engines import choose_device
+from bert.engines.choosing import choose_device
 from data.errors import InputError
 
 POPTORCH = """
