@@ -494,25 +494,28 @@ def test_nvidias_files_are_loaded_as_they_are(files, tmp_path):
     ]
 
 
-@pytest.fixture
-def unmasked_file(tmp_path):
-    path = str(tmp_path / "dynamic.h5")
+def write_unmasked(path, segments=2):
+    """A shard with dynamic masking; of samples of one segment, some have a single token to mask."""
     samples = bert_samples(np.random.default_rng(3), 400, 32, 5)
     for name in ("mlm_positions", "mlm_labels", "mlm_counts"):
         getattr(samples, name)[:] = 0
-    write_shard(
-        path,
-        samples,
-        100,
-        "0" * 64,
-        {},
-        {"masking": "dynamic", "mask_share": 0.15, "special_ids": [0, 1, 2, 3, 4], "continuations": ""},
-    )
+    if segments == 1:
+        samples.lengths[:200], samples.input_ids[:200, 3:] = 3, 0
+        samples.first_lengths[:] = samples.lengths
+    masking = {"masking": "dynamic", "mask_share": 0.15, "special_ids": [0, 1, 2, 3, 4], "continuations": ""}
+    write_shard(path, samples, 100, "0" * 64, {}, masking, segments)
     return path
 
 
+@pytest.fixture
+def unmasked_file(tmp_path):
+    return write_unmasked(str(tmp_path / "dynamic.h5"))
+
+
+@pytest.mark.parametrize("segments", [1, 2])
 @pytest.mark.parametrize("packing", ["off", "samples", "rows"])
-def test_masking_anew_is_a_function_of_epoch_and_sample_alone(unmasked_file, packing):
+def test_masking_anew_is_a_function_of_epoch_and_sample_alone(tmp_path, packing, segments):
+    unmasked_file = write_unmasked(str(tmp_path / "dynamic.h5"), segments)
     info = open_shards([unmasked_file])[0]
     order = Order([400], 5, 32)
     plain = read_samples(unmasked_file, 0, 400)
@@ -537,8 +540,8 @@ def test_masking_anew_is_a_function_of_epoch_and_sample_alone(unmasked_file, pac
 
 def test_evaluation_masks_unmasked_samples_the_same_each_time(unmasked_file):
     shards = open_shards([unmasked_file])
-    one, other = [[samples_of(batch.arrays) for batch in batches_in_order(shards, 400)] for _ in range(2)]
-    assert one == other and all(sample[2] for sample in one[0])
+    first, second = [[samples_of(batch.arrays) for batch in batches_in_order(shards, 400)] for _ in range(2)]
+    assert first == second and all(sample[2] for sample in first[0])
 
 
 def test_where_the_samples_of_a_window_are():
@@ -547,6 +550,31 @@ def test_where_the_samples_of_a_window_are():
     block, numbers = locate(Window(blocks, np.array([0, 43, 44, 58, 54, 53])), np.array([0, 10, 10, 15]))
     assert block.tolist() == [0, 0, 1, 2, 2, 1]
     assert numbers.tolist() == [15 + 256, 15 + 299, 0, 14, 10, 9]
+
+
+def test_the_loaders_process_imports_what_a_notebook_can(unmasked_file, tmp_path, monkeypatch):
+    # A notebook has "" on its path, for the folder that it is in.
+    (tmp_path / "fork.py").write_text(
+        "import numpy as np\n"
+        "from data.masking import CHOICES, choose_tokens\n"
+        "def choose_mine(candidates):\n    return choose_tokens(candidates)\n"
+        "CHOICES['tokens'] = choose_mine\n"
+    )
+    code = NOTEBOOK.format(project=PROJECT, file=unmasked_file)
+    assert (
+        b"64" in subprocess.run([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, check=True).stdout
+    )
+
+
+NOTEBOOK = """
+import sys
+sys.path.append({project!r})
+import fork
+from data.loading.loader import Loader, LoaderSettings
+from data.loading.shard_files import open_shards
+with Loader(open_shards([{file!r}]), LoaderSettings(64, 5)) as loader:
+    print(loader.next().samples)
+"""
 
 
 def choose_first_tokens(candidates):
