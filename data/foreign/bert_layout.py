@@ -33,9 +33,9 @@ Check = Tuple[str, np.ndarray, str, np.ndarray]
 def to_samples(arrays: Dict[str, np.ndarray], vocab_size: int, path: str, first: int = 0) -> Samples:
     """Samples from arrays in BERT's layout, of any integer types; what stands in the padding is dropped.
 
-    Raises InputError that names the sample and what is wrong with it: ids beyond the vocabulary, a mask that is not
-    ones and then zeros, segments that are not zeros and then ones, positions outside the sample or twice, other labels
-    than 0 and 1. `path` and `first` (the index of the first sample in its file) are for the message.
+    Raises InputError that names the first bad sample: ids beyond the vocabulary, a mask that is not ones and then
+    zeros, segments that are not zeros and then ones, positions outside the sample or twice, other labels than 0 and 1.
+    `path` and `first` (the index of the first sample in its file) are for the message.
     """
     check_shapes(arrays, path)
     ids, mask, segments, _, labels, nsp_labels = (arrays[name] for name in BERT_FEATURES)
