@@ -1,9 +1,4 @@
-"""Samples on disk: the project's HDF5 shards.
-
-A shard holds N samples in contiguous, uncompressed datasets, one for each field of data/samples.py, of its shape and
-type. Attributes: format, schema_version, vocab_size, vocab_sha256, segments, made_by (JSON: how the shard was made),
-and, where known, how it is masked (MASKING). `FORMAT.md` has all of it.
-"""
+"""Samples on disk: the project's HDF5 shards, whose format is in data/FORMAT.md."""
 
 import glob
 import json
@@ -87,19 +82,12 @@ def open_shard(path: str) -> ShardInfo:
     with file:
         check_format(file, path)
         check_datasets(file, path)
-        count, sequence_length = file["input_ids"].shape
-        return ShardInfo(
-            path,
-            count,
-            sequence_length,
-            file["mlm_positions"].shape[1],
-            int(file.attrs["vocab_size"]),
-            str(file.attrs["vocab_sha256"]),
-            os.path.getsize(path),
-            tuple(file[name].id.get_offset() or 0 for name in FIELDS),
-            segments=int(file.attrs.get("segments", 2)),
-            **read_masking(path, file.attrs),
-        )
+        (count, length), (_, masks) = file["input_ids"].shape, file["mlm_positions"].shape
+        vocab_size, vocab_hash = int(file.attrs["vocab_size"]), str(file.attrs["vocab_sha256"])
+        offsets = tuple(file[name].id.get_offset() or 0 for name in FIELDS)
+        fields = {"segments": int(file.attrs.get("segments", 2)), **read_masking(path, file.attrs)}
+        size = os.path.getsize(path)
+        return ShardInfo(path, count, length, masks, vocab_size, vocab_hash, size, offsets, **fields)
 
 
 def check_format(file: h5py.File, path: str) -> None:

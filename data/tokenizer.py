@@ -115,7 +115,7 @@ def write_tokenizer_files(folder: str, tokens: Sequence[str], longest: int = 512
         **{f"{token.strip('[]').lower()}_token": token for token in SPECIAL_TOKENS},
     }
     contents = {
-        "vocab.txt": "".join(token + "\n" for token in tokens),
+        "vocab.txt": "".join(f"{token}\n" for token in tokens),
         "tokenizer.json": make_tokenizer(tokens).to_str(pretty=True) + "\n",
         "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
     }
@@ -144,7 +144,7 @@ def train_vocab(read_texts: Callable[[], Iterable[List[str]]], vocab_size: int) 
         show_progress=False,
         initial_alphabet=letters,
         limit_alphabet=len(letters),
-        special_tokens=list(SPECIAL_TOKENS) + letters + inner,
+        special_tokens=[*SPECIAL_TOKENS, *letters, *inner],
     )
     tokenizer.train_from_iterator(read_texts(), trainer)
     ids = tokenizer.get_vocab()

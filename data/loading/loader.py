@@ -9,7 +9,7 @@ import json
 import os
 import select
 from dataclasses import asdict, dataclass
-from typing import Any, Deque, Dict, Iterator, Mapping, Optional, Sequence, Tuple
+from typing import Any, Deque, Dict, Iterator, Mapping, Optional, Sequence
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from data.loading.ring import ring_bytes, ring_slots, shared_file
 from data.loading.shard_files import read_checked
 from data.masking import choice_reference
 from data.packing import SAMPLES_PER_ROW
-from data.rows import NSP, RowShape, unpacked_batch, weight_counts
+from data.rows import NSP, Layout, RowShape, unpacked_batch, weight_counts
 from data.samples import Samples
 from data.shards import ShardInfo
 from data.subprocesses import ChildProcess, encode
@@ -68,8 +68,8 @@ class LoaderSettings:
         per_row = 1 if self.packing == "off" else self.samples_per_row
         return RowShape.of(shard.sequence_length, shard.mask_tokens, per_row)
 
-    def layout(self, shard: ShardInfo) -> Dict[str, Tuple[Tuple[int, int], type]]:
-        """Of the arrays of a slot, as `RowShape.layout` gives it."""
+    def layout(self, shard: ShardInfo) -> Layout:
+        """Of a slot."""
         return self.row_shape(shard).layout(self.batch_size)
 
     def check(self) -> None:
