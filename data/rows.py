@@ -19,7 +19,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from data.packing import Packing, pack
 from data.samples import Samples
 
-__all__ = ["MLM", "NSP", "Layout", "RowShape", "Target", "fill_packed", "fill_unpacked", "normalize_weights"]
+__all__ = ["MLM", "NSP", "Arrays", "Layout", "RowShape", "Target", "fill_packed", "fill_unpacked", "normalize_weights"]
 __all__ += ["packed_batch", "unpacked_batch", "unpad", "weight_counts"]
 
 TOKEN_FIELDS = ("input_ids", "token_type_ids", "position_ids")

@@ -18,7 +18,7 @@ from data.loading.ring import ring_bytes, ring_slots, shared_file
 from data.loading.shard_files import read_checked
 from data.masking import choice_reference
 from data.packing import SAMPLES_PER_ROW
-from data.rows import NSP, Layout, RowShape, unpacked_batch, weight_counts
+from data.rows import NSP, Arrays, Layout, RowShape, unpacked_batch, weight_counts
 from data.samples import Samples
 from data.shards import ShardInfo
 from data.subprocesses import ChildProcess, encode
@@ -30,7 +30,7 @@ __all__ = ["GlobalBatch", "Loader", "LoaderSettings", "batches_in_order"]
 class GlobalBatch:
     """The rows of one optimizer step."""
 
-    arrays: Dict[str, np.ndarray]
+    arrays: Arrays
     """as `data.rows` describes them"""
     counts: Dict[str, int]
     """of each field of weights, how many are not 0: "mlm_weights" the masked tokens, "nsp_weights" the samples"""
@@ -83,11 +83,10 @@ class LoaderSettings:
 class Loader:
     """Global batches in the order of `data.loading.order`, assembled ahead of their use; without end.
 
-    `shards`: as `open_shards` opened them for this run. `position`: where to begin (a batch's `position`; 0: at the
-    start). `skipped`: shards that were left out before.
-
-    Raises InputError, before a process is started, for a value out of range, masking that is not known, and too little
-    memory. A context manager: leaving it, or the end of this process in whatever way, ends the loader's process.
+    `shards`: as `open_shards` opened them. `position`: where to begin, a batch's `position` or 0. `skipped`: shards
+    that were left out before. Raises InputError, before a process is started, for a value out of range, masking that is
+    not known, and too little memory. A context manager: leaving it, or the end of this process in whatever way, ends
+    the loader's process.
     """
 
     def __init__(
@@ -122,9 +121,8 @@ class Loader:
     def next(self) -> GlobalBatch:
         """The next global batch; waits for it only when the loader is behind.
 
-        Its arrays are views of a slot that the following call of `next` gives back: they are valid until then, copy
-        what is needed for longer. Raises InputError when a shard turns out bad, cut off or removed (the message names
-        it), LoaderDied when the loader's process ended (the message says how).
+        Its arrays are valid until the following call, which gives their memory back. Raises InputError that names a
+        shard that turns out bad, cut off or removed, LoaderDied that says how the loader's process ended.
         """
         if self._in_use is not None:
             self._send(self._in_use)

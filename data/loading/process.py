@@ -20,7 +20,7 @@ from data.loading.ring import ring_slots
 from data.loading.windows import NextSamples, ShardFiles, read_windows
 from data.masking import load_choice, mask_budget, mask_dynamic, masking_of
 from data.packing import Packing, largest_prefix, one_a_row, pack
-from data.rows import fill_packed, fill_unpacked, normalize_weights
+from data.rows import Arrays, fill_packed, fill_unpacked, normalize_weights
 from data.samples import Samples
 from data.shards import ShardInfo
 from data.subprocesses import error_message, open_channel
@@ -139,11 +139,7 @@ def choose(stream: SampleStream, settings: LoaderSettings, info: ShardInfo) -> T
 
 
 def fill(
-    threads: ThreadPoolExecutor,
-    batch: Dict[str, np.ndarray],
-    chosen: NextSamples,
-    packing: Packing,
-    mask: Optional[Mask],
+    threads: ThreadPoolExecutor, batch: Arrays, chosen: NextSamples, packing: Packing, mask: Optional[Mask]
 ) -> None:
     """Writes the chosen samples into `batch`, where `packing` puts them, masked if there is a `mask`."""
     per_row = batch["nsp_weights"].shape[1]

@@ -74,10 +74,10 @@ def stream(files, batch_size, count, **options):
         return batches
 
 
-def assert_same(found, expected):
-    assert found.keys() == expected.keys()
+def assert_same(actual, expected):
+    assert actual.keys() == expected.keys()
     for name in expected:
-        assert found[name].dtype == expected[name].dtype and found[name].tobytes() == expected[name].tobytes(), name
+        assert actual[name].dtype == expected[name].dtype and actual[name].tobytes() == expected[name].tobytes(), name
 
 
 def is_running(pid):
@@ -110,10 +110,10 @@ def test_windows_are_read_one_after_another(files, monkeypatch):
         patched.setattr(
             subprocess, "Popen", lambda command, **options: start([sys.executable, "-c", code, command[-1]], **options)
         )
-        found = stream(files, 200, 20)
+        actual = stream(files, 200, 20)
     monkeypatch.setattr("data.loading.order.WINDOW_TOKENS", 512 * 16)
     assert Order(SIZES, 5, 16).window_samples < TOTAL / 2
-    for index, batch in enumerate(found):
+    for index, batch in enumerate(actual):
         assert_same(batch, reference_batch(files, 200, 5, index))
 
 
@@ -125,9 +125,9 @@ def test_going_on_from_any_sample_is_the_uninterrupted_stream(files, samples_see
 
 def test_an_epoch_holds_every_sample_once_though_batches_span_its_end(files):
     batches = stream(files, 7 * 79, 3)  # 3 * 553 = 1659 samples of 1501
-    found = np.concatenate([batch["input_ids"] for batch in batches])[:TOTAL]
+    actual = np.concatenate([batch["input_ids"] for batch in batches])[:TOTAL]
     expected = np.concatenate([read_samples(path, 0, size).input_ids for path, size in zip(files, SIZES)])
-    assert sorted(map(bytes, found)) == sorted(map(bytes, expected.astype(np.int32)))
+    assert sorted(map(bytes, actual)) == sorted(map(bytes, expected.astype(np.int32)))
 
 
 def test_a_batch_may_be_larger_than_the_data_set(files):
@@ -367,39 +367,39 @@ def test_the_data_package_imports_without_torch():
 
 
 def packed_stream(files, batch_size, count, **options):
-    found = []
+    actual = []
     with open_loader(files, batch_size, **options) as loader:
         for _ in range(count):
             batch = loader.next()
-            found.append(({name: array.copy() for name, array in batch.arrays.items()}, batch.samples, batch.position))
-    return found
+            actual.append(({name: array.copy() for name, array in batch.arrays.items()}, batch.samples, batch.position))
+    return actual
 
 
 @pytest.mark.parametrize("per_row", [1, 3])
 def test_a_packed_batch_holds_the_samples_of_the_unpacked_one_in_fewer_rows(files, per_row):
     plain = stream(files, 256, 12)
-    for (found, samples, position), expected, index in zip(
+    for (actual, samples, position), expected, index in zip(
         packed_stream(files, 256, 12, packing="samples", samples_per_row=per_row), plain, range(12)
     ):
         assert (samples, position) == (256, 256 * (index + 1))
-        assert samples_of(found) == samples_of(expected)
-        assert len(found["input_ids"]) == 256 if per_row == 1 else len(found["input_ids"]) < 200
+        assert samples_of(actual) == samples_of(expected)
+        assert len(actual["input_ids"]) == 256 if per_row == 1 else len(actual["input_ids"]) < 200
         for name in ("mlm_weights", "nsp_weights"):
-            assert found[name].sum() == pytest.approx(1, abs=1e-5)
+            assert actual[name].sum() == pytest.approx(1, abs=1e-5)
 
 
 def test_fixed_rows_lose_no_sample_and_go_on_from_any_batch(files):
     batches = packed_stream(files, 150, 12, packing="rows", samples_per_row=3)
     position = 0
-    for found, samples, end in batches:
-        assert len(found["input_ids"]) == 150 and end == position + samples and samples > 150
+    for actual, samples, end in batches:
+        assert len(actual["input_ids"]) == 150 and end == position + samples and samples > 150
         expected = unpacked_batch(reference_samples(files, 5, position, samples))
-        assert samples_of(found) == samples_of(expected)
+        assert samples_of(actual) == samples_of(expected)
         position = end
     assert position > TOTAL
     again = packed_stream(files, 150, 3, packing="rows", samples_per_row=3, position=batches[6][2], workers=1)
-    for (found, _, _), (expected, _, _) in zip(again, batches[7:]):
-        assert_same(found, expected)
+    for (actual, _, _), (expected, _, _) in zip(again, batches[7:]):
+        assert_same(actual, expected)
 
 
 def test_bad_shards_are_left_out_where_that_is_asked_for(own_files):
