@@ -56,10 +56,9 @@ def read_vocab(path: str) -> List[str]:
             raise InputError(f"{path}: {repeated}; expected each token once. {advice}")
     missing = [token for token in SPECIAL_TOKENS if token not in first_line]
     if missing:
-        raise InputError(
-            f"{path}: the vocabulary of {len(tokens)} tokens has no {', '.join(missing)}; expected all of "
-            f"{' '.join(SPECIAL_TOKENS)}. Use a BERT vocabulary, or leave out --vocab to train one"
-        )
+        expected = f"all of {' '.join(SPECIAL_TOKENS)}. Use a BERT vocabulary, or leave out --vocab to train one"
+        lack = f"the vocabulary of {len(tokens)} tokens has no {', '.join(missing)}"
+        raise InputError(f"{path}: {lack}; expected {expected}")
     if len(tokens) == len(SPECIAL_TOKENS):
         raise InputError(f"{path}: the vocabulary has no tokens but the special ones; expected WordPieces, one a line")
     return tokens

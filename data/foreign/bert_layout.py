@@ -132,10 +132,8 @@ def check_shapes(arrays: Mapping[str, Any], path: str) -> None:
     expected.update(dict.fromkeys(TOKEN_FEATURES, tokens), next_sentence_labels=tokens[:1])
     for name, shape in expected.items():
         if name in arrays and arrays[name].shape != shape:
-            raise InputError(
-                f"{path}: {name} has the shape {arrays[name].shape}, expected {shape} to go with input_ids {tokens} "
-                f"and masked_lm_positions {masks}"
-            )
+            expected_shape = f"{shape} to go with input_ids {tokens} and masked_lm_positions {masks}"
+            raise InputError(f"{path}: {name} has the shape {arrays[name].shape}, expected {expected_shape}")
 
 
 def within(values: np.ndarray, end: Union[int, np.ndarray]) -> np.ndarray:

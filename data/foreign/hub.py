@@ -74,10 +74,8 @@ def read_hub(path: str, mask_tokens: int) -> Iterator[Tuple[Dict[str, np.ndarray
         counts = masked.sum(axis=1)
         if counts.max() > mask_tokens:
             bad = int(np.argmax(counts > mask_tokens))
-            raise InputError(
-                f"{path}: sample {table.first + bad} has {counts[bad]} masked tokens, --mask-tokens is {mask_tokens}. "
-                "Leave it out to make room for all"
-            )
+            excess = f"{counts[bad]} masked tokens, --mask-tokens is {mask_tokens}. Leave it out to make room for all"
+            raise InputError(f"{path}: sample {table.first + bad} has {excess}")
         used = np.arange(mask_tokens) < counts[:, None]
         positions, mask_ids = np.zeros((2, *used.shape), np.int64)
         positions[used], mask_ids[used] = np.nonzero(masked)[1], labels[masked]

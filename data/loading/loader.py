@@ -103,7 +103,7 @@ class Loader:
         self._unread = b""
         with shared_file(ring_bytes(layout, settings.slots)) as memory:
             self._slots = ring_slots(memory.fileno(), layout, settings.slots)
-            self._child: Optional[ChildProcess] = ChildProcess("data.loading.process", [memory.fileno()])
+            self._child, self._closed = ChildProcess("data.loading.process", [memory.fileno()]), False
             self._send(
                 {
                     "shards": [asdict(shard) for shard in shards],
@@ -124,6 +124,8 @@ class Loader:
         Its arrays are valid until the following call, which gives their memory back. Raises InputError that names a
         shard that turns out bad, cut off or removed, LoaderDied that says how the loader's process ended.
         """
+        if self._closed:
+            raise RuntimeError("the loader is closed")
         if self._in_use is not None:
             self._send(self._in_use)
         while not self._messages:
@@ -136,15 +138,14 @@ class Loader:
 
     def check(self) -> None:
         """Raises what `next` would, as soon as the loader's process has failed: for steps that take long."""
-        while self._child is not None and select.select([self._child.output], [], [], 0)[0]:
+        while not self._closed and select.select([self._child.output], [], [], 0)[0]:
             self._receive()
 
     def close(self) -> None:
         """Ends the loader's process at once and gives its memory back; may be called again."""
-        if self._child is not None:
-            child, self._child, self._slots = self._child, None, []
-            self._messages.clear()
-            child.end()
+        if not self._closed:
+            self._closed, self._slots = True, []
+            self._child.end()
 
     def __enter__(self) -> "Loader":
         return self
@@ -153,25 +154,19 @@ class Loader:
         self.close()
 
     def _send(self, message: Any) -> None:
-        self._open_child().send(encode(message))
+        self._child.send(encode(message))
 
     def _receive(self) -> None:
-        child = self._open_child()
-        data = os.read(child.output.fileno(), 1 << 16)
+        data = os.read(self._child.output.fileno(), 1 << 16)
         *lines, self._unread = (self._unread + data).split(b"\n")
         self._messages.extend(map(json.loads, lines))
         failure = next((message for message in self._messages if "error" in message), None)
         if failure is None and not data:
-            end = f"the loader's process {child.how_it_ended()}. Start again from the last checkpoint"
+            end = f"the loader's process {self._child.how_it_ended()}. Start again from the last checkpoint"
             failure = {"error": end, "bad_input": False}
         if failure is not None:  # batches that are ready are not used up first: a run should stop where it is
             self.close()
             raise (InputError if failure["bad_input"] else LoaderDied)(failure["error"])
-
-    def _open_child(self) -> ChildProcess:
-        if self._child is None:
-            raise RuntimeError("the loader is closed")
-        return self._child
 
 
 def batches_in_order(shards: Sequence[ShardInfo], batch_size: int) -> Iterator[GlobalBatch]:

@@ -42,10 +42,8 @@ def shared_file(size: int) -> BinaryIO:
     in_memory = hasattr(os, "memfd_create")
     place = "memory" if in_memory else tempfile.gettempdir()
     available = available_memory() if in_memory else shutil.disk_usage(place).free
-    shortage = (
-        f"the loader's batches need {size / 1e6:.1f} MB in {place}, {available / 1e6:.1f} MB are available. Lower "
-        "the global batch or free some"
-    )
+    sizes = f"need {size / 1e6:.1f} MB in {place}, {available / 1e6:.1f} MB are available"
+    shortage = f"the loader's batches {sizes}. Lower the global batch or free some"
     if size > available:
         raise InputError(shortage)
     if in_memory:

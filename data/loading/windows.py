@@ -66,9 +66,8 @@ class ShardFiles:
                 except OSError as error:
                     raise InputError(f"{info.path}: cannot read samples {start} to {stop} ({error})")
                 if count == 0:
-                    raise InputError(
-                        f"{info.path}: was cut off while in use: samples {start} to {stop} are not there. Make it again"
-                    )
+                    missing = f"samples {start} to {stop} are not there"
+                    raise InputError(f"{info.path}: was cut off while in use: {missing}. Make it again")
                 data, offset = data[count:], offset + count
 
     def check_unchanged(self) -> None:
@@ -191,9 +190,8 @@ def allow_open_files(count: int) -> None:
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, count), hard))
     except ValueError:
-        raise InputError(
-            f"the shards need {count} open files, {hard} are allowed. Use fewer, larger shards or raise `ulimit -Hn`"
-        )
+        advice = "Use fewer, larger shards or raise `ulimit -Hn`"
+        raise InputError(f"the shards need {count} open files, {hard} are allowed. {advice}")
 
 
 def open_file(shard: ShardInfo) -> Union[int, h5py.File]:
