@@ -23,7 +23,7 @@ import numpy as np
 import tokenizers
 from tqdm import tqdm
 
-from data.commands import parse_options, run_command
+from data.commands import parse_options, run_command, table
 from data.errors import InputError
 from data.masking import choice_reference
 from data.preparing import splits
@@ -104,25 +104,22 @@ class Summary:
 
     def __str__(self) -> str:
         samples = self.train_samples + self.held_out_samples
-        used = self.tokens - self.dropped_tokens
-        why_dropped = "documents of one token without another document to pair them with"
-        dropped = why_dropped if self.dropped_tokens else "none cut off"
+        why = "documents of one token without another document to pair them with"
+        dropped = f"{self.dropped_tokens:,} dropped ({why if self.dropped_tokens else 'none cut off'})"
         unknown = f"{100 * self.unknown_tokens / max(1, self.tokens):.2f} % [UNK]"
-        not_next = f"{100 * self.not_next_samples / samples:.1f} %"
-        held_out = f"{self.held_out_samples:,} held out in {self.held_out_shards}"
-        return "\n".join(
-            [
-                f"documents   {self.documents:,}, of which {self.held_out_documents:,} held out",
-                f"lines       {self.lines - self.empty_lines:,}, and {self.empty_lines:,} without a token",
-                f"tokens      {used:,} used, {self.dropped_tokens:,} dropped ({dropped}), {unknown}",
-                f"samples     {self.train_samples:,} to train on in {self.train_shards} shards, {held_out}",
-                f"NSP         {not_next} of the second segments do not follow the first"
-                if self.nsp
-                else "NSP         none: samples are of one segment",
-                f"padding     {100 - 100 * self.sample_tokens / self.slots:.1f} % of the token slots",
-                f"vocabulary  {self.vocab_size:,} tokens",
-                f"written to  {self.output}",
-            ]
+        not_next = f"{100 * self.not_next_samples / samples:.1f} % of the second segments do not follow the first"
+        train = f"{self.train_samples:,} to train on in {self.train_shards} shards"
+        return table(
+            {
+                "documents": f"{self.documents:,}, of which {self.held_out_documents:,} held out",
+                "lines": f"{self.lines - self.empty_lines:,}, and {self.empty_lines:,} without a token",
+                "tokens": f"{self.tokens - self.dropped_tokens:,} used, {dropped}, {unknown}",
+                "samples": f"{train}, {self.held_out_samples:,} held out in {self.held_out_shards}",
+                "NSP": not_next if self.nsp else "none: samples are of one segment",
+                "padding": f"{100 - 100 * self.sample_tokens / self.slots:.1f} % of the token slots",
+                "vocabulary": f"{self.vocab_size:,} tokens",
+                "written to": self.output,
+            }
         )
 
 
@@ -140,7 +137,7 @@ def prepare(options: PrepareOptions, progress: bool = True) -> Summary:
     check_formats(files, options.format)
     check_output(options.output, options.vocab)
     tokens = None if options.vocab is None else read_vocab(options.vocab)
-    total = corpus_bytes(files)
+    total, size = corpus_bytes(files), options.vocab_size
 
     def read(purpose: str) -> Iterator[Document]:
         with tqdm(total=total, unit="B", unit_scale=True, desc=purpose, disable=not progress) as bar:
@@ -155,10 +152,7 @@ def prepare(options: PrepareOptions, progress: bool = True) -> Summary:
             tokens = read_vocab(trained)
         if tokens is None:
             stride = -(-total // VOCAB_TEXT_BYTES) or 1
-            tokens = train_vocab(
-                lambda: (document.lines for document in read("vocabulary") if document.number % stride == 0),
-                options.vocab_size,
-            )
+            tokens = train_vocab(lambda: (text for number, text in read("vocabulary") if number % stride == 0), size)
         write_tokenizer_files(staging.data, tokens)
         chunks = splits.split_into_chunks(read("samples"), options.held_out, options.seed)
         groups = make_groups(chunks, staging, options, tokens, made_by(options, files))
@@ -170,46 +164,34 @@ def prepare(options: PrepareOptions, progress: bool = True) -> Summary:
 
 def made_by(options: PrepareOptions, files: Sequence[str]) -> Dict[str, Any]:
     """What the shards say of how they were made."""
-    entries = {
+    names = ("format", "mask_share", "short_share", "duplicates", "held_out", "seed", "masking")
+    return {
         "command": "data.prepare",
         "input": [os.path.basename(path) for path in files[:NAMED_FILES]],
         "input_files": len(files),
-        "format": options.format,
-        "mask_share": options.mask_share,
-        "short_share": options.short_share,
-        "duplicates": options.duplicates,
-        "held_out": options.held_out,
-        "seed": options.seed,
-        "masking": options.masking,
+        **{name: getattr(options, name) for name in names},
         "whole_word_masking": options.units == "words",
+        **({} if options.units in ("tokens", "words") else {"masked_units": options.units}),
+        **({} if options.nsp else {"nsp": False}),
     }
-    if options.units not in ("tokens", "words"):
-        entries["masked_units"] = options.units
-    if not options.nsp:
-        entries["nsp"] = False
-    return entries
 
 
 def what_decides_the_bytes(
     options: PrepareOptions, files: Sequence[str], tokens: Optional[Sequence[str]]
 ) -> Dict[str, Any]:
     """What has to be the same for a stopped run to be continued (name -> JSON value)."""
-    decisive = asdict(options)
-    for name in ("input", "output", "workers", "whole_word_masking"):
-        del decisive[name]
-    decisive.update(
-        {
-            "files": [file_state(path) for path in files],
-            "vocab": tokens and vocab_sha256(tokens),
-            "vocab_size": None if tokens else options.vocab_size,
-            "masked_units": options.units,
-            "version of numpy": np.__version__,
-            "version of tokenizers": tokenizers.__version__,
-            "chunk characters": splits.CHUNK_CHARACTERS,
-            "chunks of a group": GROUP_CHUNKS,
-        }
-    )
-    return decisive
+    free = ("input", "output", "workers", "whole_word_masking")
+    return {
+        **{name: value for name, value in asdict(options).items() if name not in free},
+        "files": [file_state(path) for path in files],
+        "vocab": tokens and vocab_sha256(tokens),
+        "vocab_size": None if tokens else options.vocab_size,
+        "masked_units": options.units,
+        "version of numpy": np.__version__,
+        "version of tokenizers": tokenizers.__version__,
+        "chunk characters": splits.CHUNK_CHARACTERS,
+        "chunks of a group": GROUP_CHUNKS,
+    }
 
 
 def file_state(path: str) -> List[Union[str, int]]:
@@ -311,7 +293,7 @@ def summarize(options: PrepareOptions, vocab_size: int, groups: Sequence[Dict[st
         documents[split] += part["documents"] - (part["first"] is not None and part["first"] == last[split])
         last[split] = last[split] if part["last"] is None else part["last"]
         samples[split] += part["samples"]
-    shards = [sum(group["shards"][split] for group in groups) for split in (splits.TRAIN, splits.HELD_OUT)]
+    train_shards, held_out_shards = [sum(group["shards"][split] for group in groups) for split in range(2)]
     names = ("lines", "empty_lines", "tokens", "unknown_tokens", "dropped_tokens", "not_next_samples", "sample_tokens")
     return Summary(
         output=options.output,
@@ -321,30 +303,28 @@ def summarize(options: PrepareOptions, vocab_size: int, groups: Sequence[Dict[st
         held_out_documents=documents[splits.HELD_OUT],
         train_samples=samples[splits.TRAIN],
         held_out_samples=samples[splits.HELD_OUT],
-        train_shards=shards[splits.TRAIN],
-        held_out_shards=shards[splits.HELD_OUT],
+        train_shards=train_shards,
+        held_out_shards=held_out_shards,
         slots=sum(samples) * options.sequence_length,
         **{name: sum(part[name] for part in parts) for name in names},
     )
 
 
 def check_samples_made(summary: Summary, files: Sequence[str], held_out: float) -> None:
-    if summary.slots == 0:
+    if not summary.slots:
         raise InputError(
             f"{', '.join(files)}: no text to make a sample of ({summary.lines} lines, {summary.tokens} tokens); "
             "expected documents of one sentence or paragraph a line"
         )
-    counts = (
-        f"the text has {summary.documents} documents with a token, of which {summary.held_out_documents} were held out"
-    )
-    if summary.train_samples == 0:
+    fault = advice = ""
+    if not summary.train_samples:
+        fault, advice = "leaves nothing to train on", "Give more documents or a smaller share"
+    elif held_out and not summary.held_out_samples:
+        fault, advice = "holds nothing out", "Give more documents, a larger share, or 0"
+    if fault:
         raise InputError(
-            f"--held-out is {held_out:g} and leaves nothing to train on: {counts}. Give more documents or a "
-            "smaller share"
-        )
-    if held_out and summary.held_out_samples == 0:
-        raise InputError(
-            f"--held-out is {held_out:g} and holds nothing out: {counts}. Give more documents, a larger share, or 0"
+            f"--held-out is {held_out:g} and {fault}: the text has {summary.documents} documents with a token, of "
+            f"which {summary.held_out_documents} were held out. {advice}"
         )
 
 
