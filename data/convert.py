@@ -12,7 +12,7 @@ import sys
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
-from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import h5py
 import numpy as np
@@ -27,8 +27,8 @@ from data.foreign.tfrecord import feature_names, read_packed, read_plain
 from data.loading.shard_files import open_shards, read_checked
 from data.preparing.staging import Staging, check_output, open_staging
 from data.samples import Samples
-from data.shards import ShardInfo, expand, write_shard
-from data.tokenizer import find_vocab, read_vocab, vocab_sha256, write_tokenizer_files
+from data.shards import expand, write_shard
+from data.tokenizer import find_vocab, vocab_sha256, write_tokenizer_files
 
 __all__ = ["FORMATS", "Conversion", "ConvertOptions", "convert", "main", "recognise"]
 
@@ -81,8 +81,7 @@ class Conversion:
     """What `convert` did; printed, it is the command's report."""
 
     output: str
-    formats: Tuple[str, ...]
-    """of the files, each once"""
+    formats: Tuple[str, ...]  # of the files, each once
     sequence_length: int
     mask_tokens: int
     samples: int = 0
@@ -100,14 +99,6 @@ class Conversion:
                 "written to": self.output,
             }
         )
-
-
-class Block(NamedTuple):
-    samples: Samples
-    path: str
-    """of their file"""
-    first: int
-    """the place of the first of them in the file"""
 
 
 def convert(options: ConvertOptions, progress: bool = True) -> Conversion:
@@ -196,8 +187,14 @@ class Reader:
     def __init__(self, files: Dict[str, str], options: ConvertOptions, progress: bool):
         self.files, self.progress = files, progress
         self.formats = tuple(sorted(set(files.values())))
-        self.tokens = [] if options.vocab is None else read_vocab(options.vocab)
-        shards = open_own(self.of_format(NATIVE), options.vocab)
+        shards = open_shards(self.of_format(NATIVE)) if NATIVE in self.formats else []
+        for shard in shards:
+            if shard.masking != "static":
+                raise InputError(
+                    f"{shard.path}: its masking is {shard.masking}: nothing is masked yet, and NVIDIA's layout needs "
+                    "masked samples. Prepare the text with --masking static"
+                )
+        self.tokens = find_vocab(options.vocab, shards)[0] if options.vocab else []
         self.vocab_size = shards[0].vocab_size if shards else len(self.tokens)
         shards += [open_nvidia(path, self.vocab_size) for path in self.of_format("nvidia")]
         self.shards = {shard.path: shard for shard in shards}
@@ -209,7 +206,8 @@ class Reader:
     def of_format(self, name: str) -> List[str]:
         return [path for path, format in self.files.items() if format == name]
 
-    def blocks(self) -> Iterator[Block]:
+    def blocks(self) -> Iterator[Tuple[Samples, str, int]]:
+        """Samples, their file, and the place of the first of them in it."""
         sizes = {path: os.path.getsize(path) for path in self.files}
         total = sum(sizes.values())
         with tqdm(total=total, unit="B", unit_scale=True, desc="samples", disable=not self.progress) as bar:
@@ -218,7 +216,7 @@ class Reader:
                 for samples, done in self.blocks_of(path):
                     if self.tokens:
                         check_begins(samples, self.tokens.index("[CLS]"), path, first)
-                    yield Block(samples, path, first)
+                    yield samples, path, first
                     first += len(samples)
                     bar.update(before + done - bar.n)
                 bar.update(before + sizes[path] - bar.n)
@@ -243,20 +241,6 @@ class Reader:
             first += len(samples)
 
 
-def open_own(paths: Sequence[str], vocab: Optional[str]) -> List[ShardInfo]:
-    """Opens shards of this project; checks that they are masked, and made with the vocabulary `vocab`, if given."""
-    shards = open_shards(paths) if paths else []
-    for shard in shards:
-        if shard.masking != "static":
-            raise InputError(
-                f"{shard.path}: its masking is {shard.masking}: nothing is masked yet, and NVIDIA's layout needs "
-                "masked samples. Prepare the text with --masking static"
-            )
-    if vocab is not None and shards:
-        find_vocab(vocab, shards)
-    return shards
-
-
 def check_begins(samples: Samples, cls_id: int, path: str, first: int) -> None:
     good = samples.input_ids[:, 0] == cls_id
     if not good.all():
@@ -274,8 +258,8 @@ def write_files(reader: Reader, staging: Staging, options: ConvertOptions) -> Co
     head = next(blocks, None)
     if head is None:
         raise InputError(f"{', '.join(reader.files)}: no samples")
-    length = options.sequence_length or head.samples.input_ids.shape[1]
-    slots = reader.mask_tokens or head.samples.mlm_positions.shape[1]
+    length = options.sequence_length or head[0].input_ids.shape[1]
+    slots = reader.mask_tokens or head[0].mlm_positions.shape[1]
     result = Conversion(options.output, reader.formats, length, slots)
     fitted = (fit_samples(samples, length, slots, path, first) for samples, path, first in chain([head], blocks))
     if reader.tokens:

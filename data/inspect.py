@@ -68,32 +68,20 @@ class Inspection:
     sequence_length: int
     mask_tokens: int
     vocab_size: int
-    masking: str
-    """static, or dynamic: the loader's, in each epoch"""
-    segments: int
-    """of a sample"""
+    masking: str  # static, or dynamic: the loader's, in each epoch
+    segments: int  # of a sample
     samples: int
     tokens: int
-    length_histogram: List[int]
-    """samples of 0, 1, .. L tokens"""
-    padding: float
-    """of the token slots, one sample a row"""
-    padding_packed: float
-    """of the token slots, with the first PACKED_SAMPLES packed"""
-    masked: float
-    """of the tokens but [CLS] and [SEP]; BERT's: 0.15"""
-    masked_as_mask: float
-    """of the masked tokens, how many are [MASK]; BERT's: 0.8"""
-    masked_as_random: float
-    """how many are another token; BERT's: 0.1"""
-    masked_unchanged: float
-    """how many are as they were; BERT's: 0.1"""
-    not_next: float
-    """of the samples, how many second segments do not follow the first; BERT's: 0.5"""
-    duplicates: int
-    """samples whose tokens, before masking, are those of another sample before it"""
-    checked: bool
-    """every sample was verified and is good"""
+    length_histogram: List[int]  # samples of 0, 1, .. L tokens
+    padding: float  # of the token slots, one sample a row
+    padding_packed: float  # of the token slots, with the first PACKED_SAMPLES packed
+    masked: float  # of the tokens but [CLS] and [SEP]; BERT's: 0.15
+    masked_as_mask: float  # of the masked tokens, how many are [MASK]; BERT's: 0.8
+    masked_as_random: float  # how many are another token; BERT's: 0.1
+    masked_unchanged: float  # how many are as they were; BERT's: 0.1
+    not_next: float  # of the samples, how many second segments do not follow the first; BERT's: 0.5
+    duplicates: int  # samples whose tokens, before masking, are those of another sample before it
+    checked: bool  # every sample was verified and is good
     examples: List[str]
 
     def __str__(self) -> str:

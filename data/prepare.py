@@ -15,7 +15,7 @@ import os
 import sys
 from collections import deque
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import chain, groupby, islice
 from typing import Any, Deque, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
 
@@ -31,6 +31,7 @@ from data.preparing.chunks import read_part_counts
 from data.preparing.corpus import Document, check_formats, corpus_bytes, documents, find_files
 from data.preparing.options import PrepareOptions
 from data.preparing.python_prose import PYTHON
+from data.preparing.splits import TextChunk
 from data.preparing.staging import Staging, check_output, open_staging
 from data.preparing.workers import InlineWorker, Workers
 from data.samples import layout
@@ -38,7 +39,7 @@ from data.tokenizer import read_vocab, train_vocab, vocab_sha256, write_tokenize
 
 __all__ = ["PrepareOptions", "Summary", "main", "prepare"]
 
-SHARD_NAMES = ("train", "held_out")  # by split
+SPLIT_NAMES = ("train", "held_out")  # by number
 
 # An attribute of a shard has room for 64 KB.
 NAMED_FILES = 20
@@ -80,27 +81,26 @@ class Summary:
     """What `prepare` did; printed, it is the command's report."""
 
     output: str
-    nsp: bool
-    """samples are pairs of segments"""
+    nsp: bool  # samples are pairs of segments
     vocab_size: int
-    documents: int
+    train_documents: int
     held_out_documents: int
     lines: int
-    empty_lines: int
-    """lines without a token: control characters only"""
-    tokens: int
-    """of the text, once"""
+    empty_lines: int  # lines without a token: control characters only
+    tokens: int  # of the text, once
     unknown_tokens: int
-    dropped_tokens: int
-    """in documents of one token that had no other document to be paired with"""
+    dropped_tokens: int  # in documents of one token that had no other document to be paired with
     train_samples: int
     held_out_samples: int
     train_shards: int
     held_out_shards: int
     not_next_samples: int
     sample_tokens: int
-    slots: int
-    """samples times sequence length"""
+    slots: int  # samples times sequence length
+
+    @property
+    def documents(self) -> int:
+        return self.train_documents + self.held_out_documents
 
     def __str__(self) -> str:
         samples = self.train_samples + self.held_out_samples
@@ -133,6 +133,7 @@ def prepare(options: PrepareOptions, progress: bool = True) -> Summary:
     full; what was done stays.
     """
     options.check()
+    choose = choice_reference(options.units)
     files = find_files(options.input)
     check_formats(files, options.format)
     check_output(options.output, options.vocab)
@@ -143,7 +144,7 @@ def prepare(options: PrepareOptions, progress: bool = True) -> Summary:
         with tqdm(total=total, unit="B", unit_scale=True, desc=purpose, disable=not progress) as bar:
             yield from documents(files, options.format, bar.update)
 
-    with open_staging(options.output, what_decides_the_bytes(options, files, tokens)) as staging:
+    with open_staging(options.output, identity(options, files, tokens)) as staging:
         if staging.report is not None:  # a run that was killed as it ended had done all
             staging.remove()
             return Summary(**dict(staging.report, output=options.output))
@@ -155,7 +156,8 @@ def prepare(options: PrepareOptions, progress: bool = True) -> Summary:
             tokens = train_vocab(lambda: (text for number, text in read("vocabulary") if number % stride == 0), size)
         write_tokenizer_files(staging.data, tokens)
         chunks = splits.split_into_chunks(read("samples"), options.held_out, options.seed)
-        groups = make_groups(chunks, staging, options, tokens, made_by(options, files))
+        settings = {"tokens": tokens, "options": asdict(replace(options, input=[])), "choose": choose}
+        groups = make_groups(chunks, staging, options, {**settings, "made_by": made_by(options, files)})
         summary = summarize(options, len(tokens), groups)
         check_samples_made(summary, files, options.held_out)
         staging.publish(asdict(summary))
@@ -176,9 +178,7 @@ def made_by(options: PrepareOptions, files: Sequence[str]) -> Dict[str, Any]:
     }
 
 
-def what_decides_the_bytes(
-    options: PrepareOptions, files: Sequence[str], tokens: Optional[Sequence[str]]
-) -> Dict[str, Any]:
+def identity(options: PrepareOptions, files: Sequence[str], tokens: Optional[List[str]]) -> Dict[str, Any]:
     """What has to be the same for a stopped run to be continued (name -> JSON value)."""
     free = ("input", "output", "workers", "whole_word_masking")
     return {
@@ -203,25 +203,15 @@ def file_state(path: str) -> List[Union[str, int]]:
 
 
 def make_groups(
-    chunks: Iterator[Tuple[int, List[Document]]],
-    staging: Staging,
-    options: PrepareOptions,
-    tokens: Sequence[str],
-    made_by: Dict[str, Any],
+    chunks: Iterator[TextChunk], staging: Staging, options: PrepareOptions, settings: Dict[str, Any]
 ) -> List[Dict[str, Any]]:
     """Makes what is missing of the parts and then of the shards of each group of chunks; gives the groups' records.
 
-    A record has the counts of the group's parts, and the number of its shards by split.
+    `settings` are ChunkMaker's. A record has the counts of the group's parts, and the number of its shards by split.
     """
     workers = options.workers or len(os.sched_getaffinity(0))
-    settings = {
-        "tokens": tokens,
-        "options": asdict(replace(options, input=[])),
-        "choose": choice_reference(options.units),
-        "made_by": made_by,
-    }
-    fields = layout(options.sequence_length, options.mask_tokens, len(tokens)).values()
-    sample_bytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in fields)
+    datasets = layout(options.sequence_length, options.mask_tokens, len(settings["tokens"])).values()
+    sample_bytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in datasets)
     shards_at_once = max(1, min(workers, SHARDS_BYTES // (options.samples_per_shard * sample_bytes)))
     first, records = list(islice(chunks, 2)), staging.groups()
     few = len(first) < 2 or workers == 1
@@ -240,7 +230,7 @@ def make_groups(
 
 
 def part_tasks(
-    numbered: Iterable[Tuple[int, Tuple[int, List[Document]]]], staging: Staging, parts: List[str]
+    numbered: Iterable[Tuple[int, TextChunk]], staging: Staging, parts: List[str]
 ) -> Iterator[Dict[str, Any]]:
     """The tasks that make the missing parts of a group of numbered chunks; appends the paths of all to `parts`."""
     for number, (split, texts) in numbered:
@@ -259,7 +249,7 @@ def shard_tasks(
     """
     record: Dict[str, Any] = {"parts": [read_part_counts(path) for path in parts], "shards": []}
     tasks = []
-    for split, name in enumerate(SHARD_NAMES):
+    for split, name in enumerate(SPLIT_NAMES):
         samples = {path: counts["samples"] for path, counts in zip(parts, record["parts"]) if counts["split"] == split}
         shards = -(-sum(samples.values()) // options.samples_per_shard)
         before = sum(earlier["shards"][split] for earlier in records)
@@ -285,29 +275,22 @@ def run_all(tasks: Iterable[Dict[str, Any]], pool: Union[InlineWorker, Workers],
 
 
 def summarize(options: PrepareOptions, vocab_size: int, groups: Sequence[Dict[str, Any]]) -> Summary:
-    parts = [part for group in groups for part in group["parts"]]
-    documents, samples, last = [0, 0], [0, 0], [None, None]
-    for part in parts:
-        split = part["split"]
+    counts = dict.fromkeys((field.name for field in fields(Summary)), 0)
+    last: Dict[str, int] = {}
+    for part in chain.from_iterable(group["parts"] for group in groups):
+        split = SPLIT_NAMES[part["split"]]
         # A long document may continue in the next chunk of its split.
-        documents[split] += part["documents"] - (part["first"] is not None and part["first"] == last[split])
-        last[split] = last[split] if part["last"] is None else part["last"]
-        samples[split] += part["samples"]
-    train_shards, held_out_shards = [sum(group["shards"][split] for group in groups) for split in range(2)]
-    names = ("lines", "empty_lines", "tokens", "unknown_tokens", "dropped_tokens", "not_next_samples", "sample_tokens")
-    return Summary(
-        output=options.output,
-        nsp=options.nsp,
-        vocab_size=vocab_size,
-        documents=sum(documents),
-        held_out_documents=documents[splits.HELD_OUT],
-        train_samples=samples[splits.TRAIN],
-        held_out_samples=samples[splits.HELD_OUT],
-        train_shards=train_shards,
-        held_out_shards=held_out_shards,
-        slots=sum(samples) * options.sequence_length,
-        **{name: sum(part[name] for part in parts) for name in names},
-    )
+        counts[f"{split}_documents"] += part["documents"] - (part["first"] == last.get(split, -1))
+        counts[f"{split}_samples"] += part["samples"]
+        for name in counts.keys() & part.keys():  # of lines and tokens
+            counts[name] += part[name]
+        if part["last"] is not None:
+            last[split] = part["last"]
+    for split, shards in zip(SPLIT_NAMES, zip(*[group["shards"] for group in groups])):
+        counts[f"{split}_shards"] = sum(shards)
+    slots = (counts["train_samples"] + counts["held_out_samples"]) * options.sequence_length
+    own: Dict[str, Any] = {"output": options.output, "nsp": options.nsp, "vocab_size": vocab_size, "slots": slots}
+    return Summary(**{**counts, **own})
 
 
 def check_samples_made(summary: Summary, files: Sequence[str], held_out: float) -> None:

@@ -34,12 +34,9 @@ BLOCK = 4096  # samples assembled at a time: a few MB of temporaries, which stay
 class Chunk:
     """Documents that samples are made of together; none is empty, nor is a unit."""
 
-    tokens: np.ndarray
-    """[T] ids of all documents end to end"""
-    unit_starts: np.ndarray
-    """[U] where units begin, ascending; each document begins with a unit"""
-    document_starts: np.ndarray
-    """[D + 1] where documents begin, ascending, and T"""
+    tokens: np.ndarray  # [T] ids of all documents end to end
+    unit_starts: np.ndarray  # [U] where units begin, ascending; each document begins with a unit
+    document_starts: np.ndarray  # [D + 1] where documents begin, ascending, and T
 
 
 @dataclass
