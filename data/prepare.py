@@ -71,9 +71,9 @@ EXAMPLES = """examples:
 
 The output folder gets train-00000.h5 and so on, held_out-00000.h5 and so on, vocab.txt, tokenizer.json and
 tokenizer_config.json; data/FORMAT.md describes the shards. The same text, options and seed give the same files, on any
-number of processes. Until they are whole they are in .NAME.unfinished beside the output folder; what a stopped run has
-done there is used when the same command is given again (the text is read up to there, not tokenized). Remove that
-folder to begin anew."""
+number of processes. Until they are whole they are in .NAME.unfinished, beside the output folder or, where that is there
+already, in it; what a stopped run has done there is used when the same command is given again (the text is read up to
+there, not tokenized). Remove that folder to begin anew."""
 
 
 @dataclass
