@@ -108,5 +108,5 @@ def other_pods(config: Config, plan: IpuPlan, speed: Speed) -> List[Tuple[int, f
         if can_do and pod != ipus * replicas:
             settings = {"ipu.replication_factor": pod // ipus, "ipu.gradient_accumulation_steps": accumulation}
             other = make_ipu_plan(with_settings(config, settings), plan.trace)
-            pods.append((pod, speed.cycle * other.cycles, other.fullest <= 1))
+            pods.append((pod, speed.cycle * other.cycles, other.fullest_share <= 1))
     return pods

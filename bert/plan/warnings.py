@@ -68,7 +68,7 @@ def better_balance(config: Config, plan: IpuPlan) -> str:
     gain = 1 - other.slowest_work / plan.slowest_work
     if gain < WORTH_NAMING:
         return ""
-    full = f"and the fullest IPU would be {percent(other.fullest)} full"
+    full = f"and the fullest IPU would be {percent(other.fullest_share)} full"
     return f". ipu.layers_per_ipu {json.dumps(even)}: {percent(gain)} less work for the slowest, {full}"
 
 
@@ -79,15 +79,15 @@ def what_helps(config: Config, plan: IpuPlan) -> Iterator[str]:
     enough = False
     for settings in remedies(config):
         together.update(settings)
-        share = make_ipu_plan(with_settings(config, settings)).fullest
-        if share < plan.fullest - 0.005:
+        share = make_ipu_plan(with_settings(config, settings)).fullest_share
+        if share < plan.fullest_share - 0.005:
             names = ", ".join(f"{name} {json.dumps(value)}" for name, value in settings.items())
             yield f"{names}: {share * IPU_BYTES / MIB:.0f} MiB{'' if share <= 1 else ', still too much'}"
             enough |= share <= 1
             if share <= 1 and "ipu.micro_batch_size" in settings:
                 break  # the next are smaller still
     if not enough:
-        share = make_ipu_plan(with_settings(config, together)).fullest
+        share = make_ipu_plan(with_settings(config, together)).fullest_share
         more = ", still too much. More IPUs with fewer layers each: ipu.layers_per_ipu" if share > 1 else ""
         yield f"all of these together: {share * IPU_BYTES / MIB:.0f} MiB{more}"
 

@@ -7,8 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from bert.plan.measure import Measured
-from bert.plan.measured import measured_report
+from bert.plan.measured import Measured, measured_report
 from bert.plan.picture import visits_of
 from bert.plan.report import ipu_report, is_for_ipu
 from bert.plan.speed import calibrate, other_pods, speed_of
