@@ -73,7 +73,7 @@ def _parts(factor: int, *tensors: torch.Tensor) -> Iterable[Tuple[torch.Tensor, 
 
 @functools.lru_cache(maxsize=None)
 def _kernel(device: str) -> Optional[Callable]:
-    """`_cross_entropy` as one kernel; None where there is none for the device."""
+    """`_cross_entropy` as one Triton kernel; None where there is none for the device."""
     if device != "cuda" or importlib.util.find_spec("triton") is None:
         return None
     from ops.cross_entropy_triton import cross_entropy
