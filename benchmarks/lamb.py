@@ -70,9 +70,8 @@ def run(own, config):
         update = median(rounds)
         results["ways"][name] = {"seconds": update, "share_of_copy_bandwidth": least / update, "rounds": rounds}
         rows.append([name, f"{1e3 * update:.2f}", f"{update / ours:.2f}", f"{100 * least / update:.0f} %"])
-    print(
-        f"{count / 1e6:.1f} M parameters on {device} ({results['implementation']}); medians of {count_of(own.rounds, 'round')}"
-    )
+    rounds = f"medians of {count_of(own.rounds, 'round')}"
+    print(f"{count / 1e6:.1f} M parameters on {device} ({results['implementation']}); {rounds}")
     print(f"a copy moves {bandwidth / 1e9:.1f} GB/s: 40 bytes a parameter take {1e3 * least:.2f} ms")
     print_table(["", "ms", "this project is faster by", "of the copy bandwidth"], rows)
     versions = {"torch": torch.__version__, "threads": str(torch.get_num_threads()), "device": device_name(device)}

@@ -107,7 +107,7 @@ def linear_norm_case(rows, length, random):
     )
 
 
-def mlm_loss_case(rows, length, random):
+def decoder_loss_case(rows, length, random):
     slots = int(0.15 * rows * length)
     hidden, decoder, bias = random(slots, HIDDEN), random(VOCAB, HIDDEN, std=0.02), random(VOCAB, std=0.02)
     labels, weights = torch.randint(VOCAB, (slots,)).to(hidden.device), torch.rand(slots, device=hidden.device) / slots
@@ -122,7 +122,7 @@ CASES = {
     "query, key, value": linears_case,
     "linear, GELU": linear_gelu_case,
     "linear, dropout, add, norm": linear_norm_case,
-    "MLM loss": mlm_loss_case,
+    "MLM loss": decoder_loss_case,
 }
 
 

@@ -151,7 +151,7 @@ def lamb_plain(
     """Updates weights and moments in place, and fills the compute weights (None where a parameter has none); where a
     gradient is not finite it only adds 1 to `skipped`. `groups` has each parameter's group.
 
-    One parameter after the other: what the fast forms are held to.
+    One parameter after the other: the fast forms are tested against it.
     """
     if not torch.stack(torch._foreach_norm(gradients, float("inf"))).isfinite().all():
         skipped += 1
