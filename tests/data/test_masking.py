@@ -1,3 +1,6 @@
+import sys
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -162,5 +165,9 @@ def test_a_choice_is_named_by_its_module_and_an_unknown_one_is_refused(monkeypat
     with pytest.raises(InputError, match="--masked-units: 'spans' .* expected tokens or words or all"):
         choice_reference("spans")
     monkeypatch.setattr(choose_all, "__module__", "__main__")
+    program = sys.modules["__main__"]
+    monkeypatch.setattr(program, "__spec__", SimpleNamespace(name="a.program"))  # python -m a.program
+    assert choice_reference("all") == "a.program:choose_all"
+    monkeypatch.setattr(program, "__spec__", None)  # python a/program.py
     with pytest.raises(InputError, match="choose_all is defined in the program itself"):
         choice_reference("all")

@@ -132,7 +132,7 @@ def test_tokens_end_to_end_are_those_of_the_rows(rows, static, seed):
     for (r, slot), place in where.items():
         for name in ("input_ids", "token_type_ids", "position_ids"):
             assert found[name][place] == batch[name][r, slot]
-    for labels, positions, weights in (MLM, NSP):
+    for labels, positions, weights, _ in (MLM, NSP):
         expected = [
             (where[r, batch[positions][r, m]], batch[labels][r, m], batch[weights][r, m])
             for r, m in zip(*np.nonzero(batch[weights]))
