@@ -108,8 +108,8 @@ class OptimizerConfig:
     """The optimizer, and the schedule of its learning rate: a linear warm-up to the peak, then `schedule`."""
 
     name: str = "lamb"
-    """lamb: the recipe's, without bias correction; adamw; muon: Muon for the encoder's matrices, AdamW for the rest. A
-    fork may add its own (bert/optimizers.py)."""
+    """lamb: the recipe's, without bias correction; adamw; muon: Muon for the encoder's matrices, AdamW for the rest.
+    IPUs have lamb and adamw. A fork may add its own (bert/optimizers.py)."""
     learning_rate: PositiveNumber = 0.006
     """The peak."""
     schedule: str = "linear"
@@ -197,7 +197,7 @@ class IpuConfig:
     enable_half_partials: bool = True
     """Partial sums of matrix products in float16."""
     enable_half_first_order_momentum: bool = True
-    """LAMB's first moment in float16."""
+    """The optimizer's first moment in float16."""
     executable_cache_dir: str = "./exe_cache"
     """Compiled executables are kept here."""
     synthetic_data: bool = False
@@ -208,15 +208,16 @@ class IpuConfig:
 
 @dataclass
 class Config:
-    """BERT pre-training: config -> shards -> global batches -> LAMB -> checkpoint that transformers loads."""
+    """BERT pre-training: config -> shards -> global batches -> optimizer -> checkpoint that transformers loads."""
 
     device: Literal["auto", "ipu", "cuda", "cpu"] = "auto"
     """Where to train; auto: IPUs where PopTorch finds some, else CUDA where there is a device, else the CPU."""
     resume: Literal["never", "auto"] = "never"
     """auto: continue the run in the output folder, where there is one, exactly where its newest checkpoint is."""
     plan: bool = False
-    """`--plan`: do not train, say what would run where, how full each IPU gets, how long the run takes, and draw it.
-    For ipu, and auto where the ipu section gives the global batch, on any machine; for cuda and cpu it measures."""
+    """`--plan`: instead of training, print what would run where, how full each IPU gets and how long the run takes, and
+    draw it. For ipu (and auto, where the ipu section gives the global batch) it needs no device; for cuda and cpu it
+    measures."""
     compile_only: bool = False
     """`--compile-only`: compile for IPUs into ipu.executable_cache_dir and stop; needs PopTorch, but no IPU."""
     ipu_model: bool = False
