@@ -175,8 +175,8 @@ def blocks(shards: Sequence[ShardInfo], total: int, ids: Optional[Dict[str, int]
 
 def read_block(shard: ShardInfo, start: int, stop: int, ids: Optional[Dict[str, int]] = None) -> Samples:
     """Samples that are safe to use; with `ids`, those of the special tokens, they are also as BERT's must be."""
-    read = read_nvidia(shard.path, start, stop, shard.vocab_size) if shard.is_nvidia else None
-    samples = good = read or read_samples(shard.path, start, stop)
+    place = (shard.path, start, stop)
+    samples = good = read_nvidia(*place, shard.vocab_size) if shard.is_nvidia else read_samples(*place)
     fault = None
     # find_bad_sample gives one of those that fail its first check: an earlier one may fail another.
     while (bad := find_bad_sample(good, shard.vocab_size)) is not None:
@@ -213,7 +213,7 @@ def restored_ids(samples: Samples) -> np.ndarray:
 
 
 def hash_rows(ids: np.ndarray) -> np.ndarray:
-    """[N] uint64: the same for equal rows, and for others as good as never."""
+    """[N] uint64: equal rows have equal hashes, others almost surely have not."""
     weights = np.random.default_rng(0).integers(0, 1 << 63, ids.shape[1], np.uint64) * np.uint64(2) + np.uint64(1)
     return ids.astype(np.uint64) @ weights
 
@@ -271,8 +271,7 @@ def show_examples(shards: Sequence[ShardInfo], tokens: Sequence[str], count: int
 
 
 def readable(samples: Samples, index: int, tokens: Sequence[str]) -> str:
-    """A sample as text, word pieces joined; a masked token as `[what stood there→what stands there]`, MASK for
-    [MASK]."""
+    """A sample as text, word pieces joined; a masked token as `[before→after]`, MASK for [MASK]."""
     shown = [tokens[token] for token in samples.input_ids[index, : samples.lengths[index]]]
     for slot in range(samples.mlm_counts[index]):
         place = samples.mlm_positions[index, slot]

@@ -1,16 +1,7 @@
 """Text files to documents, streamed: a document is a list of lines, each a sentence, a paragraph or a heading.
 
-Formats of a text file (UTF-8):
-
-    lines           a blank line ends a document, as in BERT's own data
-    wikitext        a `= Title =` line begins a document, as in WikiText. Headings of all levels stay as lines of their
-                    own, without their `=` signs; text before the first title is a document of its own
-    wikiextractor   a document is what is between `<doc ...>` and `</doc>`, as WikiExtractor writes it
-    jsonl           a JSON object a line, its field `text` a document, as of WikiExtractor's --json; blank lines in it
-                    are left out
-
-A file may be compressed: `.gz`, `.zst`. The name `python` stands for a corpus without a file
-(`data.preparing.python_prose`).
+`PrepareOptions.format` says what the formats of a file are. A file is UTF-8, and may be compressed: `.gz`, `.zst`. The
+name `python` stands for a corpus without a file (`data.preparing.python_prose`).
 """
 
 import glob

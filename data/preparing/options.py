@@ -11,10 +11,6 @@ from data.preparing.corpus import FORMATS
 __all__ = ["PrepareOptions"]
 
 
-def at_least_one(number: int) -> bool:
-    return number >= 1
-
-
 @dataclass
 class PrepareOptions:
     """Makes a BERT pre-training data set from text: HDF5 shards of masked samples, with their vocabulary."""
@@ -26,8 +22,9 @@ class PrepareOptions:
     """the folder to make; one that holds a data set is refused"""
     format: str = option("lines", choices=FORMATS)
     """lines: one sentence or paragraph a line, a blank line ends a document. wikitext: a `= Title =` line begins a
-    document. wikiextractor: what is between <doc ...> and </doc> is a document, as WikiExtractor writes it. jsonl: a
-    JSON object a line, its field `text` a document"""
+    document; headings stay as lines, without their = signs, and text before the first title is a document.
+    wikiextractor: what is between <doc ...> and </doc> is a document, as WikiExtractor writes it. jsonl: a JSON object
+    a line, its field `text` a document. In these two, blank lines within a document are left out"""
     vocab: Optional[str] = None
     """the WordPiece vocabulary, one token a line; without it one is trained on the text"""
     vocab_size: int = 30522
@@ -48,17 +45,15 @@ class PrepareOptions:
     """whether a sample is two segments, for next sentence prediction, or one"""
     short_share: float = option(0.1, lambda share: 0 <= share <= 1, "a share from 0 to 1")
     """share of the samples that are cut shorter at random"""
-    duplicates: int = option(1, at_least_one, "1 or more")
+    duplicates: int = option(1, lambda count: count >= 1, "1 or more")
     """how many times to go over the training text, each time cut and masked anew"""
-    held_out: float = option(
-        0.0, lambda share: 0 <= share < 1, "a share of the documents from 0 to below 1, such as 0.05"
-    )
+    held_out: float = option(0.0, lambda share: 0 <= share < 1, "a share of documents from 0 to below 1, such as 0.05")
     """share of the documents that go to held_out-*.h5 instead, for evaluation"""
-    samples_per_shard: int = option(262144, at_least_one, "1 or more")
+    samples_per_shard: int = option(262144, lambda count: count >= 1, "1 or more")
     """about how many samples a shard holds; each process holds one shard in memory"""
     seed: int = option(42, lambda seed: seed >= 0, "0 or more")
     """seed of every random choice"""
-    workers: Optional[int] = option(None, at_least_one, "1 or more processes")
+    workers: Optional[int] = option(None, lambda count: count >= 1, "1 or more processes")
     """processes that make samples (default: one for every core)"""
 
     def check(self) -> None:
