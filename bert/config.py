@@ -215,7 +215,7 @@ class Config:
     device: Literal["auto", "ipu", "cuda", "cpu"] = "auto"
     """Where to train; auto: on IPUs if PopTorch finds some, else on a CUDA device if there is one, else on the CPU."""
     resume: Literal["never", "auto"] = "never"
-    """auto: if the output folder holds a run, continue it, exactly where its newest checkpoint is."""
+    """auto: continue the run in the output folder, if there is one, exactly where its newest checkpoint is."""
     plan: bool = False
     """`--plan`: instead of training, print what would run where, how full each IPU gets and how long the run takes, and
     draw it. For ipu (and auto, where the ipu section gives the global batch) it needs no device; for cuda and cpu it
