@@ -6,7 +6,7 @@ import pytest
 
 from data.errors import InputError
 from data.loading.shard_files import open_shards
-from data.samples import FIELDS, Samples, check_samples, token_dtype
+from data.samples import FIELDS, Samples, check_samples, find_bad_sample, token_dtype
 from data.shards import read_samples, write_shard
 from data.tokenizer import vocab_sha256
 from tests.make_samples import random_samples, write_random_shards
@@ -177,6 +177,16 @@ def test_a_bad_sample_is_named(name, place, value, message):
     getattr(samples, name)[place] = value
     with pytest.raises(InputError, match="file: sample 203: " + message):
         check_samples(samples, 100, "file", 200)
+
+
+def test_of_bad_samples_the_first_is_named():
+    samples = random_samples(np.random.default_rng(0), 10)
+    samples.input_ids[7, 0] = samples.mlm_labels[6, 1] = samples.input_ids[4, 2] = 100
+    samples.nsp_labels[3] = samples.lengths[3] = 60
+    assert find_bad_sample(samples, 100) == (3, "lengths is 60, expected 1 to 16 tokens")
+    assert find_bad_sample(samples.take(slice(4, 10)), 100)[0] == 0
+    assert find_bad_sample(samples.take(slice(5, 10)), 100)[0] == 1
+    assert find_bad_sample(samples.take(slice(0, 3)), 100) is None
 
 
 def test_reading_what_is_not_there_names_the_file(tmp_path):
