@@ -11,7 +11,7 @@ from bert.plan.step import DataFacts, look_at_data, optimizer_name, run_name, st
 from bert.plan.tables import memory_lines, stage_lines
 from bert.plan.warnings import warnings_of
 from bert.text import count_of
-from bert.validation import validate_for_ipu
+from bert.validation import asks_for_ipu, validate_for_ipu
 from data.errors import InputError
 
 __all__ = ["ipu_report", "is_for_ipu", "print_plan"]
@@ -54,8 +54,8 @@ def is_for_ipu(config: Config) -> Tuple[bool, str]:
 
     Raises InputError for an ipu section that cannot run.
     """
-    if config.device != "auto" or config.compile_only or config.ipu_model:
-        return config.device in ("auto", "ipu"), ""
+    if config.device != "auto" or asks_for_ipu(config):
+        return asks_for_ipu(config), ""
     ipu, default = config.ipu, IpuConfig()
     rows = ipu.micro_batch_size * ipu.gradient_accumulation_steps * ipu.replication_factor
     is_default = all(getattr(ipu, name) == getattr(default, name) for name in GEOMETRY)

@@ -37,7 +37,7 @@ class Speed:
 
 def calibrate() -> Tuple[Config, Speed]:
     """The published run and its speed, whose efficiency is what other plans are estimated with."""
-    config = parse_command_line(["--config", os.path.join(CONFIG_FOLDER, "ipu", PUBLISHED_CONFIG + ".json")])
+    config = parse_command_line(["--config", os.path.join(CONFIG_FOLDER, f"ipu/{PUBLISHED_CONFIG}.json")])
     plan = make_ipu_plan(config)
     cycle = config.training.global_batch_size / PUBLISHED_SPEED / plan.cycles
     return config, Speed(plan, plan.slowest_work / cycle / plan.peak_flops)
