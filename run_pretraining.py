@@ -19,8 +19,10 @@ def main(arguments=None, **parts) -> int:
 
             plan(config)
         else:
+            from bert.run.console import show_progress
             from bert.run.loop import train
 
+            show_progress()
             train(config, **parts)
 
     return run_command(command, failures=(Diverged,))

@@ -28,6 +28,8 @@ def choose_device(wanted: str, ipus: int = 1, needs_hardware: bool = True) -> Tu
     """
     import torch
 
+    if wanted not in ("auto", "ipu", "cuda", "cpu"):  # a fork's, which is taken at its word
+        return wanted, wanted
     why = "no PopTorch"
     # For auto, a package named popart alone is left alone: it is hardly Graphcore's.
     if wanted == "ipu" or (wanted == "auto" and is_installed("poptorch")):

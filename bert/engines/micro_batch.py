@@ -1,4 +1,4 @@
-"""The size of a micro-batch, where the config leaves it open: on CUDA the largest that fits, found by trying."""
+"""The size of a micro-batch, where the config leaves it open and memory limits it: the largest that fits, by trying."""
 
 import math
 from typing import Callable, Dict
@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from bert.engines.engine import Arrays
+from bert.engines.torch_devices import Memory
 from bert.engines.torch_engine import TorchEngine
 from data.errors import InputError
 from data.rows import RowShape
@@ -19,15 +20,15 @@ def fit_micro_batch(engine: TorchEngine, shape: RowShape, most: int) -> None:
 
     Raises InputError where not even one row does.
     """
-    free = engine.device.available_bytes()
-    if free is None:
+    memory = engine.device.memory
+    if memory is None:
         return
-    free -= engine.optimizer.state_bytes()
-    rows = largest_that_fits(lambda rows: peak_memory(engine, full_rows(rows, shape)), free, most)
+    free = memory.available_bytes() - engine.optimizer.state_bytes()
+    rows = largest_that_fits(lambda rows: peak_memory(engine, memory, full_rows(rows, shape)), free, most)
     if not rows:
         raise InputError(
             f"not even a micro-batch of one row of {shape.tokens} tokens fits into the {free / 1e9:.1f} GB that are "
-            f"free on {torch.cuda.get_device_name()}. Use a card with more memory, or a smaller model"
+            f"free on {memory.card()}. Use a card with more memory, or a smaller model"
         )
     engine.micro_batch_size = rows
 
@@ -67,18 +68,17 @@ def full_rows(rows: int, shape: RowShape) -> Dict[str, np.ndarray]:
     return batch
 
 
-def peak_memory(engine: TorchEngine, batch: Arrays) -> int:
-    """Bytes of CUDA memory that micro-batches of all rows of `batch` take at most, what is there already included; not
+def peak_memory(engine: TorchEngine, memory: Memory, batch: Arrays) -> int:
+    """Bytes of memory that micro-batches of all rows of `batch` take at most, what is there already included; not
     compiled, which takes no less."""
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
+    memory.reset_peak()
     engine.micro_batch_size = len(batch["input_ids"])
     engine.model.train()
     try:
-        with torch.random.fork_rng(devices=engine.device.random_devices), torch.compiler.set_stance("force_eager"):
+        with engine.device.fork_random(), torch.compiler.set_stance("force_eager"):
             for _ in range(2):  # the second has the gradients of the first beside its own
                 for _, micro_batch in engine.micro_batches(batch):
                     engine.backward(engine.forward(micro_batch, {}))
-        return torch.cuda.max_memory_allocated()
+        return memory.peak_bytes()
     finally:
         engine.clear_gradients()

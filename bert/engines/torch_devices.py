@@ -3,14 +3,30 @@
 import ctypes
 import os
 import shutil
-from typing import List, Optional, Protocol, Tuple
+from typing import Any, ContextManager, Optional, Protocol, Tuple
 
 import torch
 from torch import nn
 
 from data.errors import InputError
 
-__all__ = ["Cpu", "Cuda", "TorchDevice", "choose_precision", "wants_compile"]
+__all__ = ["Cpu", "Cuda", "Memory", "TorchDevice", "choose_precision", "wants_compile"]
+
+
+class Memory(Protocol):
+    """A device's own memory, which limits the size of a micro-batch."""
+
+    def card(self) -> str:
+        """The name of what has it, for people."""
+
+    def available_bytes(self) -> int:
+        """What training may still take."""
+
+    def reset_peak(self) -> None:
+        """Gives unused memory back, and begins to look for the peak anew."""
+
+    def peak_bytes(self) -> int:
+        """The most that was in use since then."""
 
 
 class TorchDevice(Protocol):
@@ -21,11 +37,13 @@ class TorchDevice(Protocol):
     """Whether calls return before it is done."""
     hidden_values: int
     """Values of a micro-batch's hidden state [R, L, H] where the config leaves its size open."""
-    random_devices: List[str]
-    """Beside the CPU: what draws random numbers of its own."""
     compiler_name: str
     auto_compile: bool
     """Whether compiled layers are faster."""
+    compiles_kernels: bool
+    """Whether compiled layers call the kernels of ops/."""
+    memory: Optional[Memory]
+    """None where micro-batches are limited by speed, not by memory."""
 
     def start(self) -> None:
         """Prepares the process."""
@@ -33,8 +51,15 @@ class TorchDevice(Protocol):
     def synchronize(self) -> None:
         """Waits until the device is done."""
 
+    def fork_random(self) -> ContextManager:
+        """Random numbers that are drawn inside leave those after it as they would be."""
+
     def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor of the host there."""
+
+    def to_host(self, tensor: torch.Tensor) -> Tuple[torch.Tensor, Any]:
+        """A copy on the host and, of an asynchronous device, an event: its `synchronize()` waits until the copy is
+        there."""
 
     def has_bfloat16(self) -> bool:
         """Whether its matrix products are faster in bfloat16."""
@@ -45,16 +70,13 @@ class TorchDevice(Protocol):
     def find_compiler(self) -> Optional[str]:
         """What torch.compile generates code with; None where it is missing."""
 
-    def available_bytes(self) -> Optional[int]:
-        """Memory that training may still take; None where there is no need to ask."""
-
 
 class Cpu:
     name, asynchronous = "cpu", False
-    random_devices: List[str] = []
+    memory: Optional[Memory] = None
     hidden_values = 2**20  # 4 MB stay near the caches
     # A compiled layer is no faster than the library calls it replaces, and takes 15 s to compile.
-    compiler_name, auto_compile = "C++ compiler (g++, or CXX)", False
+    compiler_name, auto_compile, compiles_kernels = "C++ compiler (g++, or CXX)", False, False
 
     def start(self) -> None:
         """Has the C library (glibc; others are left alone) keep the memory of freed tensors.
@@ -72,8 +94,14 @@ class Cpu:
     def synchronize(self) -> None:
         pass
 
+    def fork_random(self) -> ContextManager:
+        return torch.random.fork_rng(devices=[])
+
     def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
+
+    def to_host(self, tensor: torch.Tensor) -> Tuple[torch.Tensor, Any]:
+        return tensor, None
 
     def has_bfloat16(self) -> bool:
         return False
@@ -84,15 +112,28 @@ class Cpu:
     def find_compiler(self) -> Optional[str]:
         return shutil.which(os.environ.get("CXX", "g++"))
 
-    def available_bytes(self) -> Optional[int]:
-        return None
+
+class CudaMemory:
+    def card(self) -> str:
+        return torch.cuda.get_device_name()
+
+    def available_bytes(self) -> int:
+        free, _ = torch.cuda.mem_get_info()
+        return int(0.9 * (free + torch.cuda.memory_reserved()))
+
+    def reset_peak(self) -> None:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+    def peak_bytes(self) -> int:
+        return torch.cuda.max_memory_allocated()
 
 
 class Cuda:
     name, asynchronous = "cuda", True
-    random_devices = ["cuda"]
+    memory: Optional[Memory] = CudaMemory()
     hidden_values = 96 * 2**20  # more make nothing faster
-    compiler_name, auto_compile = "Triton", True
+    compiler_name, auto_compile, compiles_kernels = "Triton", True, True
 
     def start(self) -> None:
         pass
@@ -100,9 +141,20 @@ class Cuda:
     def synchronize(self) -> None:
         torch.cuda.synchronize()
 
+    def fork_random(self) -> ContextManager:
+        return torch.random.fork_rng(devices=["cuda"])
+
     def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         # From pinned memory the host need not wait until the device takes the copy, behind the micro-batch before.
         return tensor.pin_memory().to("cuda", non_blocking=True)
+
+    def to_host(self, tensor: torch.Tensor) -> Tuple[torch.Tensor, Any]:
+        # The copy takes its place in the device's queue behind this step, and before the next: reading it need not wait
+        # for that.
+        host = torch.empty(tensor.shape, pin_memory=True).copy_(tensor, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        return host, event
 
     def has_bfloat16(self) -> bool:
         return torch.cuda.is_bf16_supported()
@@ -120,10 +172,6 @@ class Cuda:
         except ImportError:
             return None
         return triton.__name__
-
-    def available_bytes(self) -> Optional[int]:
-        free, _ = torch.cuda.mem_get_info()
-        return int(0.9 * (free + torch.cuda.memory_reserved()))
 
 
 def choose_precision(device: TorchDevice, setting: str) -> str:

@@ -54,11 +54,11 @@ class TorchEngine:
         self.compiled, self.compile_line = wants_compile(device, training.compile)
         head_size = config.model.hidden_size // config.model.num_attention_heads
         dtype = next(model.parameters()).dtype
-        # Traced code knows no kernels of ours on the CPU.
-        self.unpads = has_varlen_kernel(device.name, dtype, head_size) and (self.asynchronous or not self.compiled)
+        has_kernels = device.compiles_kernels or not self.compiled
+        self.unpads = has_kernels and has_varlen_kernel(device.name, dtype, head_size)
         # One shape for all micro-batches, or each would be compiled anew, and a float8 product takes tokens by 16.
         self.static = self.compiled or model.float8
-        self.cuts_evenly = not training.micro_batch_size and device.available_bytes() is not None
+        self.cuts_evenly = device.memory is not None and not training.micro_batch_size
         if self.compiled:
             for layer in set(model.layers.values()):
                 layer.compile(dynamic=False)
@@ -82,7 +82,7 @@ class TorchEngine:
         self.model.train()
         self.clear_gradients()
         totals: Metrics = {}
-        with cancellable(), torch.random.fork_rng(devices=self.device.random_devices):
+        with cancellable(), self.device.fork_random():
             for first, micro_batch in self.micro_batches(batch):
                 key = np.random.SeedSequence([self.seed, step, first]).generate_state(1, np.uint64)[0]
                 torch.manual_seed(int(key >> np.uint64(1)))
@@ -150,14 +150,10 @@ class TorchEngine:
         return {name: x if isinstance(x, int) else send(torch.from_numpy(x)) for name, x in fields.items()}
 
     def to_host(self, metrics: Metrics, step: int) -> Metrics:
-        # The copy takes its place in the device's queue behind this step, and before the next: reading it need not wait
-        # for that.
         if not self.asynchronous:
             return metrics
         values = torch.stack([value.float() for value in metrics.values()])
-        host = torch.empty(len(metrics), pin_memory=True).copy_(values, non_blocking=True)
-        self.done_events[step] = torch.cuda.Event()
-        self.done_events[step].record()
+        host, self.done_events[step] = self.device.to_host(values)
         return dict(zip(metrics, host.unbind()))
 
     def wait_for(self, step: int) -> None:

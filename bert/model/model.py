@@ -55,8 +55,9 @@ class Model(nn.Module):
         return state.loss, state.metrics
 
     def encode(self, batch: Batch) -> torch.Tensor:
-        """The hidden state that the heads get, [R, L, H] or [T, H]."""
-        return self.run(State(batch, batch.segments), self.blocks[: 1 + len(self.layers)]).hidden
+        """The hidden state after the last layer, [R, L, H] or [T, H]."""
+        names = [name for name, _ in self.blocks]
+        return self.run(State(batch, batch.segments), self.blocks[: 1 + names.index(list(self.layers)[-1])]).hidden
 
     def run(self, state: State, blocks: Sequence[Tuple[str, nn.Module]]) -> State:
         """Runs a part of the blocks, one after the other."""

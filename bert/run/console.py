@@ -5,7 +5,7 @@ import sys
 
 from tqdm import tqdm
 
-__all__ = ["set_up_logging"]
+__all__ = ["show_errors_only", "show_progress"]
 
 
 class ProgressBarHandler(logging.Handler):
@@ -16,9 +16,13 @@ class ProgressBarHandler(logging.Handler):
         sys.stdout.flush()  # a log file should show where the run is
 
 
-def set_up_logging(rank: int = 0) -> None:
-    """Shows what `bert` and `data` log: all of it in the first process of a run, in others errors alone."""
-    for name in ("bert", "data"):
-        logger = logging.getLogger(name)
-        logger.setLevel(logging.ERROR if rank else logging.INFO)
-        logger.handlers, logger.propagate = [ProgressBarHandler()], False
+def show_progress() -> None:
+    """Shows the lines of a run: for a command. A program that calls `train` sets up logging as it likes."""
+    logger = logging.getLogger("bert")
+    logger.setLevel(logging.INFO)
+    logger.handlers, logger.propagate = [ProgressBarHandler()], False
+
+
+def show_errors_only() -> None:
+    """For a process of a run that is not the first: it would say the same again."""
+    logging.getLogger("bert").setLevel(logging.ERROR)

@@ -22,7 +22,7 @@ from bert.run.checkpoint import (
     save_checkpoint,
     transformers_config,
 )
-from bert.run.console import set_up_logging
+from bert.run.console import show_errors_only
 from bert.run.curve import draw_curve, read_metrics
 from bert.run.data_set import DataSet, make_shards_from_text, next_batch, open_data, open_loader
 from bert.run.evaluation import evaluate
@@ -87,7 +87,8 @@ def train(config: Config, make_model: Callable[[Config, Task], Model] = make_mod
         check_name(config.optimizer)
         device, device_line = find_device(config)
         rank, _ = process_of(device)
-        set_up_logging(rank)
+        if rank:
+            show_errors_only()
         if config.compile_only:
             make_engine(config, device, make_model).compile()
             logger.info("compiled into %s", config.ipu.executable_cache_dir)
@@ -99,7 +100,7 @@ def train(config: Config, make_model: Callable[[Config, Task], Model] = make_mod
         make_shards_from_text(config)
         data_set = open_data(config, task)
         state = read_state(checkpoint, data_set.identity(), config.data.on_bad_shard == "skip")
-        state.skipped.update(data_set.skipped)
+        state.leave_out(data_set.skipped)
         last_step = min(config.training.max_steps, config.training.stop_at_step or config.training.max_steps)
         if state.step >= last_step and (last_step < config.training.max_steps or finished):
             output = config.training.output

@@ -88,7 +88,7 @@ class MetricsLog:
             self.file.write(json.dumps(values) + "\n")
             self.file.flush()
             self.due = None
-        for name in values.keys() - NOT_IN_TENSORBOARD:
+        for name in [name for name in values if name not in NOT_IN_TENSORBOARD]:
             self.board.add_scalar(name, values[name], values["step"])
         self.say(values, (self.last_step - values["step"]) * seconds_a_step)
         self.since, self.waited = time.perf_counter(), 0.0

@@ -1,13 +1,14 @@
 """A run's folder: whose run it holds, how far it is, and that only one process works in it.
 
 run.json         the settings that decide where the run goes
-state.json       whether it is finished
+state.json       that it is finished
 metrics.jsonl    one object a line        curve.png, held_out.json, tensorboard/        checkpoints/step_<step>
 """
 
 import contextlib
 import dataclasses
 import fcntl
+import glob
 import json
 import os
 from typing import Any, Dict, Iterator, Optional
@@ -90,8 +91,13 @@ def can_resume(config: Config, folder: str, path: str) -> bool:
 
 def is_finished(config: Config) -> bool:
     """Whether the run did all of its steps, its evaluation and its picture."""
-    path = os.path.join(config.training.output, "state.json")
-    return os.path.exists(path) and bool(read_json(path).get("finished"))
+    folder = config.training.output
+    state, run = os.path.join(folder, "state.json"), os.path.join(folder, "run.json")
+    if os.path.exists(state):
+        return bool(read_json(state).get("finished"))
+    # Older runs, which know no task, have no state.json: they drew their picture last.
+    is_old = os.path.exists(run) and "task.name" not in read_json(run)
+    return is_old and os.path.exists(os.path.join(folder, "curve.png"))
 
 
 def mark_finished(config: Config) -> None:
@@ -119,9 +125,9 @@ def claim(config: Config, step: int) -> Iterator[None]:
                 f"{folder}: another process is training there. Wait for it, or choose another folder with "
                 "--training.output"
             )
-        for name in os.listdir(folder):
-            if ".tmp-" in name:  # of a process that was killed as it wrote a file
-                os.remove(os.path.join(folder, name))
+        for name in ("run.json", "state.json", "held_out.json", "metrics.jsonl"):
+            for left in glob.glob(os.path.join(glob.escape(folder), name + ".tmp-*")):  # by a process that was killed
+                os.remove(left)
         metrics = os.path.join(folder, "metrics.jsonl")
         if os.path.exists(metrics):
             kept = [line for line in read_metrics(metrics) if line["step"] <= step]

@@ -36,9 +36,13 @@ class RunState:
         """Notes that `step` has trained on `batch`."""
         self.step, self.samples_seen, self.position = step, self.samples_seen + batch.samples, batch.position
         self.recent.append(metrics)
-        for path in batch.skipped.keys() - self.skipped.keys():
-            logger.warning("left out, %d by now: %s", len(batch.skipped), batch.skipped[path])
-        self.skipped = batch.skipped
+        self.leave_out(batch.skipped)
+
+    def leave_out(self, skipped: Mapping[str, str]) -> None:
+        """Notes which shards are left out so far, and reports those that are new."""
+        for path in [path for path in skipped if path not in self.skipped]:
+            self.skipped[path] = skipped[path]
+            logger.warning("left out, %d by now: %s", len(self.skipped), skipped[path])
 
     def take_recent(self) -> List[Mapping[str, Any]]:
         """The metrics of recent steps, which a line of the log gets."""
@@ -59,8 +63,9 @@ def read_state(checkpoint: Optional[str], data_set: Dict, may_lack_shards: bool)
     if checkpoint is None:
         return RunState()
     saved = read_json(os.path.join(checkpoint, "training_state.json"))
-    names = ("step", "samples_seen", "position", "skipped", "skipped_updates", "recent")
+    names = ("step", "samples_seen", "position", "skipped_updates", "recent")
     state = RunState(**{name: saved[name] for name in names if name in saved})
+    state.leave_out(saved.get("skipped", {}))
     before, now = [{tuple(shard) for shard in shards["shards"]} for shards in (saved["data_set"], data_set)]
     same_vocabulary = saved["data_set"]["vocab_sha256"] == data_set["vocab_sha256"]
     if same_vocabulary and before == now:

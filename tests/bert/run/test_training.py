@@ -1,6 +1,7 @@
 """Runs: split invariance, resume, checkpoints, interrupts, bad input."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -168,35 +169,38 @@ def test_one_global_batch_gives_the_same_gradients_for_any_micro_batch(tmp_path,
         {"training__log_every": 4},
         {"data__on_bad_shard": "skip"},
         {"masking": "dynamic"},
-        {"training__precision": "bfloat16"},
+        {"training__precision": "bfloat16", "optimizer__schedule": "constant"},
+        {"task__nsp": "false", "optimizer__name": "adamw", "optimizer__schedule": "cosine"},
+        {"optimizer__name": "adamw", "training__precision": "bfloat16"},
+        {"optimizer__name": "muon", "optimizer__schedule": "wsd"},
+        {"optimizer__name": "muon", "training__precision": "bfloat16"},
     ],
-    ids=lambda options: " ".join(options) or "as it is",
+    ids=lambda options: " ".join(f"{key}={value}" for key, value in options.items()) or "as it is",
 )
 def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, shards, options):
+    options, log_every = {"training__max_steps": 8, **options}, options.get("training__log_every", 1)
     if options.get("training__compile") and Cpu().find_compiler() is None:
         pytest.skip("no C++ compiler")
+    if options.get("optimizer__name") == "muon" and not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon")
     if options.get("data__on_bad_shard"):
         with h5py.File(shards / "train-00001.h5", "a") as file:
             file["input_ids"][5, 1] = VOCAB
-    if options.get("masking"):
-        options = {}
+    if options.pop("masking", ""):
         for path in shards.glob("*.h5"):
             with h5py.File(path, "a") as file:
                 file.attrs.update(
                     {"masking": "dynamic", "mask_share": 0.15, "special_ids": [0, 1, 2, 3, 4], "continuations": ""}
                 )
     assert main(arguments(tmp_path, shards, **options)) == 0
-    assert (
-        main(arguments(tmp_path, shards, **options, training__output=tmp_path / "other", training__stop_at_step=5)) == 0
-    )
+    other = {**options, "training__output": tmp_path / "other"}
+    assert main(arguments(tmp_path, shards, **other, training__stop_at_step=5)) == 0
     assert [os.path.basename(path) for path in checkpoints(tmp_path, "other")] == ["step_00000005"]
     torch.rand(3)  # what else draws random numbers does not matter
-    assert main(arguments(tmp_path, shards, **options, training__output=tmp_path / "other", resume="auto")) == 0
+    assert main(arguments(tmp_path, shards, **other, resume="auto")) == 0
     assert_same_state(checkpoints(tmp_path)[-1], checkpoints(tmp_path, "other")[-1])
     assert without_times(read_lines(tmp_path)) == without_times(read_lines(tmp_path, "other"))
-    assert [line["step"] for line in read_lines(tmp_path)] == list(range(1, 13))[
-        options.get("training__log_every", 1) - 1 :: options.get("training__log_every", 1)
-    ]
+    assert [line["step"] for line in read_lines(tmp_path)] == list(range(log_every, 9, log_every))
 
 
 def test_dropout_is_on_in_training_and_differs_between_steps_and_micro_batches(tmp_path, shards):
@@ -376,6 +380,43 @@ def test_a_run_that_was_stopped_before_its_end_gets_its_picture_when_it_goes_on(
         assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
 
 
+def test_a_finished_run_of_before_there_were_tasks_is_left_alone(tmp_path, shards, capsys):
+    assert main(arguments(tmp_path, shards, training__max_steps=2)) == 0
+    run = tmp_path / "run"
+    (run / "state.json").unlink()  # it had none, its picture came last
+    settings = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({k: v for k, v in settings.items() if not k.startswith("task.")}))
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    assert main(arguments(tmp_path, shards, training__max_steps=2, resume="auto")) == 0
+    assert "step 2 of 2 is done already, nothing to do" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_a_shard_that_is_left_out_is_reported_once_a_run(tmp_path, shards, capsys):
+    path = shards / "train-00001.h5"
+    path.write_bytes(path.read_bytes()[:-1000])  # cut off: seen before the first step
+    skip = {"data__on_bad_shard": "skip", "training__max_steps": 3}
+    for changes in ({"training__stop_at_step": 2}, {"resume": "auto"}):
+        assert main(arguments(tmp_path, shards, **skip, **changes)) == 0
+        said = capsys.readouterr().out
+        assert said.count("left out, 1 by now") == said.count("train-00001.h5: cannot be read as HDF5") == 1
+
+
+def test_a_program_that_trains_says_itself_what_it_shows(tmp_path, shards, caplog, capsys):
+    config = parse_command_line(arguments(tmp_path, shards, training__max_steps=1))
+    logger = logging.getLogger("bert")
+    before = logger.level, logger.handlers, logger.propagate
+    logger.handlers, logger.propagate = [], True
+    try:
+        with caplog.at_level(logging.WARNING):
+            logger.setLevel(logging.NOTSET)
+            assert train(config) == 1
+        assert capsys.readouterr().out == "" and not caplog.records and logger.level == logging.NOTSET
+    finally:
+        logger.setLevel(before[0])
+        logger.handlers, logger.propagate = before[1:]
+
+
 def test_a_signal_during_a_save_is_heeded_after_it_and_nothing_is_saved_twice(tmp_path, shards, monkeypatch):
     def save_and_signal(*values):
         path = save_checkpoint(*values)
@@ -450,19 +491,10 @@ def test_held_out_samples_are_evaluated_over_all_of_them(tmp_path, shards):
 
 
 def test_phase_2_starts_from_phase_1s_weights(tmp_path, shards, capsys):
-    assert main(arguments(tmp_path, shards)) == 0
+    assert main(arguments(tmp_path, shards, training__stop_at_step=2)) == 0
     last = checkpoints(tmp_path)[-1]
-    config = parse_command_line(
-        arguments(
-            tmp_path,
-            shards,
-            training__output=tmp_path / "two",
-            training__start_from=last,
-            training__stop_at_step=1,
-            optimizer__learning_rate=1e-30,
-        )
-    )
-    assert train(config) == 1
+    two = {"training__output": tmp_path / "two", "training__start_from": last, "training__stop_at_step": 1}
+    assert main(arguments(tmp_path, shards, optimizer__learning_rate=1e-30, **two)) == 0
     before = read_safetensors(os.path.join(last, "model.safetensors"))
     after = read_safetensors(os.path.join(checkpoints(tmp_path, "two")[-1], "model.safetensors"))
     assert all(torch.equal(before[name], after[name]) for name in before)
