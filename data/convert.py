@@ -7,12 +7,13 @@ Files are streamed; one shard is held in memory. The data set is built beside th
 is whole.
 """
 
+import contextlib
 import os
 import sys
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
-from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Generator, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import h5py
 import numpy as np
@@ -36,6 +37,9 @@ NATIVE = "native"
 FORMATS = ("nvidia", "tfrecord", "packed-tfrecord", "hub")
 BLOCK = 4096  # samples read at a time from HDF5
 NAMED_FILES = 20  # in made_by: an attribute has room for 64 KB
+
+Block = Tuple[Samples, str, int]
+"""samples, their file, and the place of the first of them in it"""
 
 EXAMPLES = """examples:
   # the hub's Graphcore/wikipedia-bert-128, downloaded: parquet files, or the folder that datasets' save_to_disk wrote
@@ -131,7 +135,8 @@ def convert(options: ConvertOptions, progress: bool = True) -> Conversion:
                 check_output(options.output, options.vocab)
             return Conversion(**dict(staging.report["result"], output=options.output))
         try:
-            result = write_files(reader, staging, options)
+            with contextlib.closing(reader.blocks()) as blocks:  # or its bar would be drawn below an error
+                result = write_files(reader, blocks, staging, options)
         except OSError:
             staging.remove()
             raise
@@ -206,8 +211,7 @@ class Reader:
     def of_format(self, name: str) -> List[str]:
         return [path for path, format in self.files.items() if format == name]
 
-    def blocks(self) -> Iterator[Tuple[Samples, str, int]]:
-        """Samples, their file, and the place of the first of them in it."""
+    def blocks(self) -> Generator[Block, None, None]:
         sizes = {path: os.path.getsize(path) for path in self.files}
         total = sum(sizes.values())
         with tqdm(total=total, unit="B", unit_scale=True, desc="samples", disable=not self.progress) as bar:
@@ -251,10 +255,9 @@ def check_begins(samples: Samples, cls_id: int, path: str, first: int) -> None:
         )
 
 
-def write_files(reader: Reader, staging: Staging, options: ConvertOptions) -> Conversion:
+def write_files(reader: Reader, blocks: Iterator[Block], staging: Staging, options: ConvertOptions) -> Conversion:
     for name in os.listdir(staging.data):  # of a run that was killed: its input may have been another
         os.remove(os.path.join(staging.data, name))
-    blocks = reader.blocks()
     head = next(blocks, None)
     if head is None:
         raise InputError(f"{', '.join(reader.files)}: no samples")
