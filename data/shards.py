@@ -59,7 +59,7 @@ def write_shard(
     """
     with replacing(path) as temporary, new_hdf5(temporary) as file:
         file.attrs.update(format=FORMAT, schema_version=SCHEMA_VERSION, vocab_size=vocab_size, vocab_sha256=vocab_hash)
-        file.attrs.update(masking, made_by=json.dumps(made_by))
+        file.attrs.update({"made_by": json.dumps(made_by), **masking})
         if segments != 2:
             file.attrs["segments"] = segments
         for name in FIELDS:
