@@ -75,6 +75,8 @@ def open_shard(path: str) -> ShardInfo:
     """Raises InputError that names the file when it is no whole shard of this project."""
     if not os.path.exists(path):
         raise InputError(f"{path}: no such file")
+    if os.path.isdir(path):
+        raise InputError(f"{path}: is a folder; name the shards in it, such as '{os.path.join(path, 'train-*.h5')}'")
     try:
         file = h5py.File(path, "r")
     except OSError as error:

@@ -211,3 +211,8 @@ def test_a_shard_says_how_many_segments_its_samples_have_and_others_are_not_of_i
         assert open_shards([path])[0].segments == segments
     with pytest.raises(InputError, match="its segments is 2 and that of .*1.h5 is 1. Train on shards of one data set"):
         open_shards(paths)
+
+
+def test_a_folder_in_place_of_a_shard_is_an_error_that_says_how_to_name_them(tmp_path):
+    with pytest.raises(InputError, match=r"is a folder; name the shards in it, such as '.*train-\*.h5'"):
+        open_shards([str(tmp_path)])
