@@ -82,11 +82,11 @@ def cut_pairs(chunk: Chunk, sequence_length: int, short_share: float, rng: Gener
                 follows = follows or not pairs_with_others
                 rows.append((document, start, first, window - first, low < high, not follows))
             start += window if follows and window > 1 else first
-    document, starts, firsts, seconds, at_unit, labels = np.array(rows, np.int64).reshape(-1, 6).T
+    documents, starts, firsts, seconds, at_unit, labels = np.array(rows, np.int64).reshape(-1, 6).T
     cuts = Cuts(starts, firsts, starts + firsts, seconds, labels)
     random = np.flatnonzero(labels)
     cuts.second_starts[random], cuts.second_lengths[random] = other_segments(
-        chunk, document[random], seconds[random], at_unit[random].astype(bool), rng
+        chunk, documents[random], seconds[random], at_unit[random].astype(bool), rng
     )
     return cuts, dropped
 
