@@ -6,7 +6,6 @@ On IPUs it is the benchmark of sequences/s too. Options are run_pretraining.py's
 compiles, does not count.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -15,7 +14,7 @@ import tempfile
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-from benchmarks.report import median, print_table, write_json
+from benchmarks.report import make_parser, median, print_table, write_json
 from benchmarks.synthetic import length_distribution, write_data_set
 from bert.command_line import parse_command_line
 from data.errors import InputError
@@ -23,43 +22,30 @@ from data.errors import InputError
 
 def run(own, options):
     config = parse_command_line(options)
-    count = own.steps * config.training.global_batch_size
+    batch_size, data = config.training.global_batch_size, config.data
     with tempfile.TemporaryDirectory() as folder:
-        shards = write_data_set(
-            folder, own.lengths, count, config.data.sequence_length, config.data.mask_tokens, config.model.vocab_size
-        )
+        sizes = data.sequence_length, data.mask_tokens, config.model.vocab_size
+        shards = write_data_set(folder, own.lengths, own.steps * batch_size, *sizes)
         output = os.path.join(folder, "run")
-        options = options + [
-            "--data.files",
-            shards,
-            "--training.output",
-            output,
-            "--training.max_steps",
-            str(own.steps),
-            "--training.log_every",
-            "1",
-        ]
-        done = subprocess.run([sys.executable, os.path.join(ROOT, "run_pretraining.py")] + options)
-        if done.returncode:
-            sys.exit(f"error: run_pretraining.py ended with exit status {done.returncode}; what it said is above")
+        command = [sys.executable, os.path.join(ROOT, "run_pretraining.py"), *options, "--data.files", shards]
+        command += ["--training.output", output, "--training.max_steps", str(own.steps), "--training.log_every", "1"]
+        status = subprocess.run(command).returncode
+        if status:
+            sys.exit(f"error: run_pretraining.py ended with exit status {status}; its error is above")
         with open(os.path.join(output, "metrics.jsonl"), encoding="utf-8") as lines:
             steps = [json.loads(line) for line in lines][1:]
-    found = {name: [step[name] for step in steps] for name in ("data_wait_fraction", "sequences_per_second")}
-    results = {name: median(values) for name, values in found.items()}
+    figures = {name: [step[name] for step in steps] for name in ("data_wait_fraction", "sequences_per_second")}
+    medians = {name: median(values) for name, values in figures.items()}
+    waiting, rate = f"{100 * medians['data_wait_fraction']:.3f} %", f"{medians['sequences_per_second']:.4g}"
     print_table(
-        [f"medians of {len(steps)} steps of {config.training.global_batch_size} samples", ""],
-        [
-            ["share of a step that waits for data", f"{100 * results['data_wait_fraction']:.3f} %"],
-            ["sequences/s", f"{results['sequences_per_second']:.4g}"],
-        ],
+        [f"medians of {len(steps)} steps of {batch_size:,} samples", ""],
+        [["share of a step that waits for data", waiting], ["sequences/s", rate]],
     )
-    write_json(own.json, {**results, "steps": found})
+    write_json(own.json, {**medians, "steps": figures})
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--steps", type=int, default=5, help="2 or more (default: %(default)s)")
     parser.add_argument(
         "--lengths",
@@ -68,7 +54,6 @@ def main():
         metavar="full|MEAN|wikipedia",
         help="of the samples (default: %(default)s)",
     )
-    parser.add_argument("--json", help="write the figures here")
     own, options = parser.parse_known_args()
     if own.steps < 2:
         parser.error(f"--steps is {own.steps}, expected 2 or more: the first does not count")

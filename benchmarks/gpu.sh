@@ -17,12 +17,12 @@ wanted = ["torch", "triton", "numpy", "h5py", "tokenizers", "safetensors", "json
           "transformers", "pytest", "hypothesis"]
 missing = [module for module in wanted if importlib.util.find_spec(module) is None]
 if missing:
-    sys.exit("error: %s lacks %s. `pip install -r requirements-dev.txt` brings them; PYTHON=... names another interpreter" % (
-        sys.executable, ", ".join(missing)))
+    remedy = "`pip install -r requirements-dev.txt` brings them; PYTHON=... names another interpreter"
+    sys.exit(f"error: {sys.executable} lacks {', '.join(missing)}. {remedy}")
 import torch
 
 if not torch.cuda.is_available():
-    sys.exit("error: torch %s of %s finds no CUDA device" % (torch.__version__, sys.executable))
+    sys.exit(f"error: torch {torch.__version__} of {sys.executable} finds no CUDA device")
 print(torch.cuda.get_device_name().lower().replace(" ", "-"))
 END
 ) || exit 2

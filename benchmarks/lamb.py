@@ -10,50 +10,41 @@ bytes, half of them read and half written, takes: above 100 % where what is read
 copy reads first what it writes.
 """
 
-import argparse
 import os
 import sys
 
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from benchmarks.report import median, print_table, write_json
-from benchmarks.timing import cuda_or_cpu, timed
+from benchmarks.report import make_parser, median, print_table, write_json
+from benchmarks.timing import cuda_or_cpu, device_name, timed
 from bert.command_line import parse_command_line
 from bert.engines import make_engine
+from bert.text import count_of
 from data.errors import InputError
 from ops.lamb import Lamb, lamb_groups
 
 
 def make_ways(groups):
     """Optimizers over the same parameters and gradients, each with moments of its own."""
-
-    def lamb(implementation, rounded=False):
-        optimizer = Lamb([dict(group) for group in groups], lr=1e-4, implementation=implementation)
-        if rounded:
-            optimizer.compute_weights.update(
-                (p, p.detach().to(torch.bfloat16)) for group in groups for p in group["params"]
-            )
-        return optimizer
-
-    options = ("params", "weight_decay")
+    lamb, rounding, plain = [
+        Lamb([dict(group) for group in groups], lr=1e-4, implementation=name) for name in ("auto", "auto", "plain")
+    ]
+    parameters = [p for group in groups for p in group["params"]]
+    rounding.compute_weights.update((p, p.detach().to(torch.bfloat16)) for p in parameters)
+    adamw_groups = [{"params": group["params"], "weight_decay": group["weight_decay"]} for group in groups]
     return {
-        "this project": lamb("auto"),
-        "this project, with bfloat16 compute weights": lamb("auto", rounded=True),
-        "foreach": lamb("foreach"),
-        "plain": lamb("plain"),
-        "torch.optim.AdamW(fused=True)": torch.optim.AdamW(
-            [{name: group[name] for name in options} for group in groups], lr=1e-4, fused=True
-        ),
+        "this project": lamb,
+        "this project, with bfloat16 compute weights": rounding,
+        "plain": plain,
+        "torch.optim.AdamW(fused=True)": torch.optim.AdamW(adamw_groups, lr=1e-4, fused=True),
     }
 
 
 def run(own, config):
     device = cuda_or_cpu(config)
-    groups = [
-        {name: group[name] for name in ("params", "weight_decay", "trust_ratio")}
-        for group in lamb_groups(make_engine(config, device).master_weights.items(), config.optimizer.weight_decay)
-    ]
+    master_weights = make_engine(config, device).master_weights
+    groups = lamb_groups(master_weights.items(), config.optimizer.weight_decay)
     parameters = [p for group in groups for p in group["params"]]
     for p in parameters:
         p.grad = torch.randn_like(p) * 1e-3
@@ -74,48 +65,23 @@ def run(own, config):
         "ways": {},
         "copy_rounds": copies[1:],
     }
-    for name, every in seconds.items():
-        results["ways"][name] = {
-            "seconds": median(every[1:]),
-            "share_of_copy_bandwidth": least / median(every[1:]),
-            "rounds": every[1:],
-        }
-    print(
-        f"{count / 1e6:.1f} M parameters on {device} ({results['implementation']}); a copy moves "
-        f"{bandwidth / 1e9:.1f} GB/s, so 40 bytes a parameter take {1e3 * least:.2f} ms; medians of "
-        f"{own.rounds} rounds"
-    )
-    ours = results["ways"]["this project"]["seconds"]
-    print_table(
-        ["", "ms", "this project is faster by", "of the copy bandwidth"],
-        [
-            [
-                name,
-                f"{1e3 * figures['seconds']:.2f}",
-                f"{figures['seconds'] / ours:.2f}",
-                f"{100 * figures['share_of_copy_bandwidth']:.0f} %",
-            ]
-            for name, figures in results["ways"].items()
-        ],
-    )
-    write_json(
-        own.json,
-        results,
-        torch=torch.__version__,
-        threads=str(torch.get_num_threads()),
-        device=torch.cuda.get_device_name() if device == "cuda" else "cpu",
-    )
+    rows, ours = [], median(seconds["this project"][1:])
+    for name, (_, *rounds) in seconds.items():
+        update = median(rounds)
+        results["ways"][name] = {"seconds": update, "share_of_copy_bandwidth": least / update, "rounds": rounds}
+        rows.append([name, f"{1e3 * update:.2f}", f"{update / ours:.2f}", f"{100 * least / update:.0f} %"])
+    rounds = f"medians of {count_of(own.rounds, 'round')}"
+    print(f"{count / 1e6:.1f} M parameters on {device} ({results['implementation']}); {rounds}")
+    print(f"a copy moves {bandwidth / 1e9:.1f} GB/s: 40 bytes a parameter take {1e3 * least:.2f} ms")
+    print_table(["", "ms", "this project is faster by", "of the copy bandwidth"], rows)
+    versions = {"torch": torch.__version__, "threads": str(torch.get_num_threads()), "device": device_name(device)}
+    write_json(own.json, results, **versions)
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--config", default="pod16_phase1.json", help="whose model (default: %(default)s)")
-    parser.add_argument(
-        "--rounds", type=int, default=9, help="the ways alternate this many times (default: %(default)s)"
-    )
-    parser.add_argument("--json", help="write the figures here")
+    parser.add_argument("--rounds", type=int, default=9, help="in which the ways take turns (default: %(default)s)")
     own, others = parser.parse_known_args()
     try:
         run(own, parse_command_line(["--config", own.config] + others))

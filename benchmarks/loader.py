@@ -9,7 +9,6 @@ tmpfs cannot be dropped, so it is left out there. NVIDIA's way is measured on a 
 the seconds to read it whole, and those to hand out all its samples, extrapolated from the measured ones.
 """
 
-import argparse
 import os
 import sys
 import tempfile
@@ -20,8 +19,9 @@ import numpy as np
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from benchmarks.report import median, print_table, write_json
+from benchmarks.report import make_parser, median, print_table, write_json
 from benchmarks.synthetic import write_data_set
+from bert.text import count_of
 from data.foreign.bert_layout import BERT_FEATURES
 from data.foreign.nvidia import write_nvidia
 from data.loading.loader import Loader, LoaderSettings
@@ -59,9 +59,8 @@ class WholeShardDataset(torch.utils.data.Dataset):
         return len(self.arrays[0])
 
     def __getitem__(self, index):
-        ids, mask, segments, positions, labels, nsp = [
-            torch.from_numpy(np.asarray(array[index], np.int64)) for array in self.arrays
-        ]
+        fields = (np.asarray(array[index], np.int64) for array in self.arrays)
+        ids, mask, segments, positions, labels, nsp = map(torch.from_numpy, fields)
         unused = (positions == 0).nonzero()
         count = unused[0].item() if len(unused) else len(positions)
         dense = torch.full(ids.shape, -1)
@@ -70,8 +69,7 @@ class WholeShardDataset(torch.utils.data.Dataset):
 
 
 def sample_tensors(ids, length, first, positions, labels, count, nsp):
-    """input ids, segment ids, input mask, masked LM labels (-1 where not masked), next sentence label: what a model is
-    given."""
+    """A model's input: input ids, segment ids, input mask, MLM labels (-1 where not masked), next sentence label."""
     slots = np.arange(len(ids))
     dense = np.full(len(ids), -1, np.int64)
     dense[positions[:count]] = labels[:count]
@@ -146,10 +144,8 @@ def in_memory(path):
 def run(arguments, folder):
     shards = open_shards(arguments.files)
     info = shards[0]
-    size = sum(
-        int(np.prod(shape, dtype=int)) * dtype.itemsize
-        for shape, dtype in layout(info.sequence_length, info.mask_tokens, info.vocab_size).values()
-    )
+    fields = layout(info.sequence_length, info.mask_tokens, info.vocab_size).values()
+    size = sum(int(np.prod(shape, dtype=int)) * dtype.itemsize for shape, dtype in fields)
     nvidia_shard = os.path.join(folder, "nvidia.hdf5")
     write_nvidia(nvidia_shard, [read_samples(shards[0].path, 0, shards[0].num_samples)])
     ways = {
@@ -170,57 +166,39 @@ def run(arguments, folder):
             rounds[name].append(measure())
     rates = {name: median(values) for name, values in rounds.items()}
     total = sum(shard.num_samples for shard in shards)
-    print(
-        f"{total} samples of length {info.sequence_length}, {size} bytes each; global batch {arguments.batch_size}; "
-        f"medians of {arguments.rounds} rounds"
-    )
-    print_table(
-        ["", "samples/s", "GB/s", "loader is faster by"],
-        [
-            [name, f"{rate:.0f}", f"{rate * size / 1e9:.3f}", f"{rates['loader, packed'] / rate:.1f}"]
-            for name, rate in rates.items()
-        ],
-    )
-    write_json(
-        arguments.json,
-        {
-            "bytes_per_sample": size,
-            "batch_size": arguments.batch_size,
-            "sequence_length": info.sequence_length,
-            "samples_per_second": rates,
-            "rounds": rounds,
-        },
-        torch=torch.__version__,
-        h5py=h5py.__version__,
-        numpy=np.__version__,
-    )
+    print(f"{total:,} samples of length {info.sequence_length}, {size} bytes each")
+    print(f"global batch {arguments.batch_size:,}; medians of {count_of(arguments.rounds, 'round')}")
+    rows = []
+    for name, rate in rates.items():
+        rows.append([name, f"{rate:,.0f}", f"{rate * size / 1e9:.3f}", f"{rates['loader, packed'] / rate:.1f}"])
+    print_table(["", "samples/s", "GB/s", "loader is faster by"], rows)
+    results = {
+        "bytes_per_sample": size,
+        "batch_size": arguments.batch_size,
+        "sequence_length": info.sequence_length,
+        "samples_per_second": rates,
+        "rounds": rounds,
+    }
+    versions = {"torch": torch.__version__, "h5py": h5py.__version__, "numpy": np.__version__}
+    write_json(arguments.json, results, **versions)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--files", nargs="+", help="shards: paths or globs; by default a synthetic data set")
-    parser.add_argument(
-        "--samples", type=int, default=1048576, help="size of the synthetic data set (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--sequence-length", type=int, default=128, help="of the synthetic data set (default: %(default)s)"
-    )
-    parser.add_argument("--mask-tokens", type=int, default=20, help="of the synthetic data set (default: %(default)s)")
+    synthetic = "of the synthetic data set (default: %(default)s)"
+    parser.add_argument("--samples", type=int, default=1048576, help=f"size {synthetic}")
+    parser.add_argument("--sequence-length", type=int, default=128, help=synthetic)
+    parser.add_argument("--mask-tokens", type=int, default=20, help=synthetic)
     parser.add_argument("--batch-size", type=int, default=65536, help="global batch, in samples (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="threads of the loader (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement (default: %(default)s)")
-    parser.add_argument(
-        "--rounds", type=int, default=3, help="the ways alternate this many times (default: %(default)s)"
-    )
-    parser.add_argument("--json", help="write the figures here")
+    parser.add_argument("--rounds", type=int, default=3, help="in which the ways take turns (default: %(default)s)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if arguments.files is None:
-            arguments.files = [
-                write_data_set(
-                    folder, "wikipedia", arguments.samples, arguments.sequence_length, arguments.mask_tokens, 30522
-                )
-            ]
+            sizes = arguments.sequence_length, arguments.mask_tokens, 30522
+            arguments.files = [write_data_set(folder, "wikipedia", arguments.samples, *sizes)]
         arguments.files = expand(arguments.files)
         run(arguments, folder)
 

@@ -22,21 +22,15 @@ def main():
         name = os.path.splitext(os.path.basename(path))[0]
         with open(path, encoding="utf-8") as file:
             merged[name] = json.load(file)
-        for way, found in merged[name]["results"].get("ways", {}).items():
-            if "sequences_per_second" in found:
-                rows.append(
-                    [
-                        f"{name}, {way}",
-                        f"{found['sequences_per_second']:.4g}",
-                        f"{found['tokens_per_second']:.4g}",
-                        f"{100 * found['share_of_gemm_rate']:.0f} %",
-                        f"{found['peak_bytes'] / 1e9:.2f}",
-                    ]
-                )
+        for way, figures in merged[name]["results"].get("ways", {}).items():
+            if "sequences_per_second" in figures:
+                rates = [f"{figures[rate]:.4g}" for rate in ("sequences_per_second", "tokens_per_second")]
+                share, peak = 100 * figures["share_of_gemm_rate"], figures["peak_bytes"] / 1e9
+                rows.append([f"{name}, {way}", *rates, f"{share:.0f} %", f"{peak:.2f}"])
     with open(arguments.output, "w", encoding="utf-8") as file:
         json.dump(merged, file, indent=2)
         file.write("\n")
-    print_table(["", "sequences/s", "tokens/s", "of the matrix rate", "peak, GB"], rows)
+    print_table(["", "sequences/s", "tokens/s", "of the matrix product's rate", "peak, GB"], rows)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ Shape letters: R rows, L tokens of a row, T tokens in all (R * L: no row has pad
 vocabulary.
 """
 
-import argparse
 import functools
 import os
 import sys
@@ -21,9 +20,10 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from benchmarks.plot import draw_bars
-from benchmarks.report import median, print_table, write_json
+from benchmarks.report import make_parser, median, print_table, write_json
 from benchmarks.synthetic import draw_lengths
-from benchmarks.timing import gemm_rate, timed
+from benchmarks.timing import device_name, gemm_rate, timed
+from bert.text import count_of
 from ops.attention import CuSeqlens, SampleMask, attention, attention_plain, has_varlen_kernel, same_sample_mask
 from ops.linear import (
     linear_dropout_add_norm,
@@ -107,7 +107,7 @@ def linear_norm_case(rows, length, random):
     )
 
 
-def mlm_loss_case(rows, length, random):
+def decoder_loss_case(rows, length, random):
     slots = int(0.15 * rows * length)
     hidden, decoder, bias = random(slots, HIDDEN), random(VOCAB, HIDDEN, std=0.02), random(VOCAB, std=0.02)
     labels, weights = torch.randint(VOCAB, (slots,)).to(hidden.device), torch.rand(slots, device=hidden.device) / slots
@@ -122,13 +122,12 @@ CASES = {
     "query, key, value": linears_case,
     "linear, GELU": linear_gelu_case,
     "linear, dropout, add, norm": linear_norm_case,
-    "MLM loss": mlm_loss_case,
+    "MLM loss": decoder_loss_case,
 }
 
 
 def sample_ids(rows, length):
-    """[R, L] of rows without padding, with samples of Wikipedia's lengths: the last one of a row is cut where it
-    ends."""
+    """[R, L] of rows without padding, with samples of Wikipedia's lengths; the last sample of a row is cut off."""
     rng = np.random.default_rng(0)
     ends = np.cumsum([draw_lengths("wikipedia", length, length, rng) for _ in range(rows)], axis=1, dtype=np.int64)
     return np.stack([1 + np.searchsorted(row, np.arange(length), side="right") for row in ends])
@@ -171,15 +170,8 @@ def run(arguments):
             case = make(rows, length, random)
             rates.append(gemm_rate(device, GEMM_SHAPE[device], dtype))
             seconds = measure(case, device, arguments.rounds)
-            cases.append(
-                {
-                    "operation": name,
-                    "phase": phase,
-                    "rows": rows,
-                    "length": length,
-                    "ways": {way: {"seconds": s, "flops_per_second": case.flops / s} for way, s in seconds.items()},
-                }
-            )
+            ways = {way: {"seconds": s, "flops_per_second": case.flops / s} for way, s in seconds.items()}
+            cases.append({"operation": name, "phase": phase, "rows": rows, "length": length, "ways": ways})
     gemm = median(rates)
     for case in cases:
         operation, plain = case["operation"], case["ways"]["plain"]["seconds"]
@@ -187,36 +179,25 @@ def run(arguments):
             figures["share_of_gemm_rate"] = share = figures["flops_per_second"] / gemm
             figures["times_as_fast"] = times = plain / figures["seconds"]
             name = f"{operation}, {case['rows']} x {case['length']}, {way}"
-            teraflops = figures["flops_per_second"] / 1e12
-            milliseconds = 1e3 * figures["seconds"]
+            teraflops, milliseconds = figures["flops_per_second"] / 1e12, 1e3 * figures["seconds"]
             table.append([name, f"{milliseconds:.3f}", f"{times:.2f}", f"{teraflops:.3g}", f"{100 * share:.0f} %"])
             faster.setdefault(f"{operation}, {case['phase']}", {})[way] = times
     rows, common, columns = GEMM_SHAPE[device]
-    print(
-        f"matrix product: {gemm / 1e12:.4g} TFLOP/s, {rows} x {common} by {common} x {columns}, {dtype}; "
-        f"medians of {arguments.rounds} rounds"
-    )
-    print_table(["forward and backward", "ms", "plain / it", "TFLOP/s", "of the matrix rate"], table)
+    print(f"matrix product: {gemm / 1e12:.4g} TFLOP/s, {rows} x {common} by {common} x {columns}, {dtype}")
+    print(f"medians of {count_of(arguments.rounds, 'round')}")
+    header = ["forward and backward", "ms", "faster than plain by", "TFLOP/s", "of the matrix product's rate"]
+    print_table(header, table)
     if arguments.plot:
         draw_bars(arguments.plot, "times as fast as plain PyTorch, forward and backward", faster)
-    write_json(
-        arguments.json,
-        {"gemm_flops_per_second": gemm, "dtype": str(dtype), "cases": cases},
-        torch=torch.__version__,
-        device=torch.cuda.get_device_name() if device == "cuda" else "cpu",
-    )
+    results = {"gemm_flops_per_second": gemm, "dtype": str(dtype), "cases": cases}
+    write_json(arguments.json, results, torch=torch.__version__, device=device_name(device))
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--device",
-        choices=["cpu", "cuda"],
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="(default here: %(default)s)",
-    )
-    parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
-    parser.add_argument("--json", help="write the figures here")
+    parser = make_parser(__doc__)
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=["cpu", "cuda"], default=default, help="(default here: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="in which the ways take turns (default: %(default)s)")
     parser.add_argument("--plot", metavar="FILE.png", help="draw them here")
     run(parser.parse_args())
 

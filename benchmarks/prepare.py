@@ -1,18 +1,17 @@
-"""How fast text becomes samples: `data.prepare`, `tokenizers` alone, and the algorithm of BERT's
-create_pretraining_data.
+"""How fast text becomes samples: data.prepare, tokenizers alone, and the algorithm of BERT's create_pretraining_data.
 
     python benchmarks/prepare.py --input wikitext-2-valid.txt --format wikitext --vocab vocab.txt --json result.json
     python benchmarks/prepare.py        # on the prose that Python brings, with a vocabulary trained on it
 
 All take the same text, in turns in one process; medians are reported. NVIDIA's own program is not part of this project:
 `peer` is its algorithm written anew, with a tokenizer in Python, token lists and loops over tokens, as there.
-`peer_fast` is the same with the text tokenized by `tokenizers`, which NVIDIA's does not do: what is left is the making
-of samples alone. The program itself took 6.4 s on 2 cores for wikitext-2-valid at 128 tokens, 20 masked, 5 duplicates.
+`peer_fast` has the text tokenized by `tokenizers`, which NVIDIA's does not do: its time is that of making the samples.
+The program itself took 6.4 s on 2 cores for wikitext-2-valid at 128 tokens, 20 masked, 5 duplicates.
 """
 
-import argparse
 import os
 import random
+import string
 import sys
 import tempfile
 import time
@@ -25,7 +24,8 @@ import numpy as np
 import tokenizers
 from tqdm import tqdm
 
-from benchmarks.report import median, print_table, write_json
+from benchmarks.report import make_parser, median, print_table, write_json
+from bert.text import count_of
 from data.prepare import PrepareOptions, prepare
 from data.preparing.corpus import FORMATS, documents, find_files
 from data.tokenizer import make_tokenizer, read_vocab, train_vocab
@@ -43,25 +43,24 @@ CJK = (
 )
 
 
-def peer(texts, words, output, fast):
-    """Documents (lists of lines) to an HDF5 file as NVIDIA's; gives the number of samples."""
+def peer(texts, vocab, output, fast):
+    """Writes the samples of documents (lists of lines) to an HDF5 file like NVIDIA's; returns how many there are."""
     rng = random.Random(42)
     lines = [line for text in texts for line in text]
     if fast:
-        encoded = (encoding.tokens for encoding in make_tokenizer(words).encode_batch(lines, add_special_tokens=False))
+        encodings = make_tokenizer(vocab).encode_batch(lines, add_special_tokens=False)
+        encoded = (encoding.tokens for encoding in encodings)
     else:
-        known = set(words)
+        known = set(vocab)
         encoded = (python_tokens(line, known) for line in lines)
-    tokens = [[sentence for sentence in (next(encoded) for _ in text) if sentence] for text in texts]
-    tokens = [document for document in tokens if document]
-    rng.shuffle(tokens)
-    ids = {word: number for number, word in enumerate(words)}
-    instances = [
-        instance
-        for _ in range(DUPLICATES)
-        for index in range(len(tokens))
-        for instance in peer_instances(tokens, index, words, rng)
-    ]
+    documents = [[sentence for sentence in (next(encoded) for _ in text) if sentence] for text in texts]
+    documents = [document for document in documents if document]
+    rng.shuffle(documents)
+    ids = {token: number for number, token in enumerate(vocab)}
+    instances = []
+    for _ in range(DUPLICATES):
+        for index in range(len(documents)):
+            instances += peer_instances(documents, index, vocab, rng)
     rng.shuffle(instances)
     peer_write(instances, ids, output)
     return len(instances)
@@ -71,17 +70,15 @@ def python_tokens(line, known):
     """BERT's lower-case tokenizer as its programs have it: character by character, then the longest pieces first."""
     cleaned = []
     for character in line:
-        if ord(character) in (0, 0xFFFD) or (
-            character not in "\t\n\r" and unicodedata.category(character) in ("Cc", "Cf")
-        ):
+        is_control = character not in "\t\n\r" and unicodedata.category(character) in ("Cc", "Cf")
+        if is_control or ord(character) in (0, 0xFFFD):
             continue
         cjk = any(first <= ord(character) <= last for first, last in CJK)
         cleaned.append(f" {character} " if cjk else " " if character.isspace() else character)
     pieces = []
     for word in "".join(cleaned).split():
-        word = "".join(
-            letter for letter in unicodedata.normalize("NFD", word.lower()) if unicodedata.category(letter) != "Mn"
-        )
+        letters = unicodedata.normalize("NFD", word.lower())
+        word = "".join(letter for letter in letters if unicodedata.category(letter) != "Mn")
         for part in split_punctuation(word):
             pieces.extend(longest_pieces(part, known))
     return pieces
@@ -90,14 +87,7 @@ def python_tokens(line, known):
 def split_punctuation(word):
     parts, begins = [], True
     for letter in word:
-        code = ord(letter)
-        if (
-            33 <= code <= 47
-            or 58 <= code <= 64
-            or 91 <= code <= 96
-            or 123 <= code <= 126
-            or unicodedata.category(letter).startswith("P")
-        ):
+        if letter in string.punctuation or unicodedata.category(letter).startswith("P"):
             parts.append([letter])
             begins = True
         else:
@@ -124,7 +114,7 @@ def longest_pieces(word, known):
     return pieces or ["[UNK]"]
 
 
-def peer_instances(all_documents, index, words, rng):
+def peer_instances(all_documents, index, vocab, rng):
     """Pairs of segments of one document: sentences are gathered up to a target length, and split at a random one."""
     document, longest = all_documents[index], LENGTH - 3
     instances, gathered, size = [], [], 0
@@ -158,13 +148,13 @@ def peer_instances(all_documents, index, words, rng):
                     trimmed.pop()
             sample = ["[CLS]"] + first + ["[SEP]"] + second + ["[SEP]"]
             types = [0] * (len(first) + 2) + [1] * (len(second) + 1)
-            instances.append((*peer_mask(sample, words, rng), types, is_random))
+            instances.append((*peer_mask(sample, vocab, rng), types, is_random))
             gathered, size = [], 0
         at += 1
     return instances
 
 
-def peer_mask(sample, words, rng):
+def peer_mask(sample, vocab, rng):
     candidates = [place for place, token in enumerate(sample) if token not in ("[CLS]", "[SEP]")]
     rng.shuffle(candidates)
     output, chosen = list(sample), []
@@ -172,7 +162,7 @@ def peer_mask(sample, words, rng):
         if rng.random() < 0.8:
             output[place] = "[MASK]"
         elif rng.random() >= 0.5:
-            output[place] = words[rng.randint(0, len(words) - 1)]
+            output[place] = vocab[rng.randint(0, len(vocab) - 1)]
         chosen.append((place, sample[place]))
     chosen.sort()
     return output, chosen
@@ -180,13 +170,8 @@ def peer_mask(sample, words, rng):
 
 def peer_write(instances, ids, output):
     count = len(instances)
-    columns = {
-        "input_ids": LENGTH,
-        "input_mask": LENGTH,
-        "segment_ids": LENGTH,
-        "masked_lm_positions": MASKS,
-        "masked_lm_ids": MASKS,
-    }
+    columns = dict.fromkeys(("input_ids", "input_mask", "segment_ids"), LENGTH)
+    columns.update(dict.fromkeys(("masked_lm_positions", "masked_lm_ids"), MASKS))
     arrays = {name: np.zeros((count, width), np.int32) for name, width in columns.items()}
     labels = np.zeros(count, np.int8)
     for row, (tokens, chosen, types, is_random) in enumerate(instances):
@@ -208,85 +193,72 @@ def timed(work, *arguments, **options):
     return time.perf_counter() - begun
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--input", nargs="+", default=["python"], help="text as of data.prepare (default: Python's own prose)"
-    )
-    parser.add_argument("--format", default="lines", choices=FORMATS, help="of the text (default lines)")
-    parser.add_argument("--vocab", help="the vocabulary; without it one of 30,522 words is trained, outside the timing")
-    parser.add_argument("--rounds", type=int, default=5, help="of all, in turns (default 5)")
-    parser.add_argument("--json", metavar="FILE", help="where to write the result too")
-    options = parser.parse_args()
-    texts = [document.lines for document in documents(find_files(options.input), options.format)]
+WAYS = {
+    "prepare": "data.prepare, to shards",
+    "tokenizers": "tokenizers alone, the text once",
+    "peer": "create_pretraining_data's algorithm, re-implemented",
+    "peer_fast": "the same, tokenized by tokenizers",
+}
+
+
+def measure(options, texts, tokens):
+    """Seconds of each way, in rounds, and the samples that it makes."""
     lines = [line for text in texts for line in text]
-    megabytes = sum(len(line.encode("utf-8")) + 1 for line in lines) / 1e6
-    words = read_vocab(options.vocab) if options.vocab else train_vocab(lambda: iter(texts), 30522)
-    seconds, samples = {"prepare": [], "tokenizers": [], "peer": [], "peer_fast": []}, {}
+    seconds, samples = {name: [] for name in WAYS}, {}
     with tempfile.TemporaryDirectory() as folder:
         vocab = os.path.join(folder, "vocab.txt")
         with open(vocab, "w", encoding="utf-8") as file:
-            file.writelines(word + "\n" for word in words)
+            file.writelines(token + "\n" for token in tokens)
+        sizes = {"sequence_length": LENGTH, "mask_tokens": MASKS, "duplicates": DUPLICATES}
 
         def ours(number):
-            output, sizes = os.path.join(folder, f"set-{number}"), {"sequence_length": LENGTH, "mask_tokens": MASKS}
-            settings = PrepareOptions(
-                options.input, output, options.format, vocab=vocab, duplicates=DUPLICATES, **sizes
-            )
+            output = os.path.join(folder, f"set-{number}")
+            settings = PrepareOptions(options.input, output, options.format, vocab=vocab, **sizes)
             samples["prepare"] = prepare(settings, progress=False).train_samples
 
         def theirs(name):
-            samples[name] = peer(texts, words, os.path.join(folder, "peer.h5"), name == "peer_fast")
+            samples[name] = peer(texts, tokens, os.path.join(folder, "peer.h5"), name == "peer_fast")
 
         for number in tqdm(range(options.rounds + 1), disable=None):
-            now = {
-                "prepare": timed(ours, number),
-                "peer": timed(theirs, "peer"),
-                "peer_fast": timed(theirs, "peer_fast"),
-            }
-            encode = make_tokenizer(words).encode_batch_fast
+            now = {"prepare": timed(ours, number)}
+            now.update((name, timed(theirs, name)) for name in ("peer", "peer_fast"))
+            encode = make_tokenizer(tokens).encode_batch_fast
             now["tokenizers"] = timed(encode, lines, add_special_tokens=False)
             if number:  # the first round warms the page cache and the imports
                 for name, value in now.items():
                     seconds[name].append(value)
-    result = {
-        name: {
-            "seconds": median(values),
-            "megabytes_per_second": megabytes / median(values),
-            "samples": samples.get(name),
-        }
-        for name, values in seconds.items()
-    }
-    result.update(
-        megabytes=megabytes,
-        duplicates=DUPLICATES,
-        rounds=seconds,
-        times_the_reimplementation=result["peer"]["seconds"] / result["prepare"]["seconds"],
-        times_the_reimplementation_with_tokenizers=result["peer_fast"]["seconds"] / result["prepare"]["seconds"],
-        share_of_tokenizers=result["tokenizers"]["seconds"] / result["prepare"]["seconds"],
+    return seconds, samples
+
+
+def main():
+    parser = make_parser(__doc__)
+    text = "text as data.prepare takes it (default: Python's own prose)"
+    parser.add_argument("--input", nargs="+", default=["python"], help=text)
+    parser.add_argument("--format", default="lines", choices=FORMATS, help="of the text (default: %(default)s)")
+    parser.add_argument(
+        "--vocab", help="the vocabulary; by default one of 30,522 tokens is trained, outside the timing"
     )
-    print(
-        f"{megabytes:.2f} MB of text, {LENGTH} tokens, {MASKS} masked, {DUPLICATES} duplicates; medians of "
-        f"{options.rounds} rounds"
-    )
-    print_table(
-        ["", "s", "MB/s"],
-        [
-            [what, f"{result[name]['seconds']:.2f}", f"{result[name]['megabytes_per_second']:.2f}"]
-            for name, what in (
-                ("prepare", "data.prepare, to shards"),
-                ("tokenizers", "tokenizers alone, the text once"),
-                ("peer", "create_pretraining_data's algorithm, re-implemented"),
-                ("peer_fast", "the same, tokenized by tokenizers"),
-            )
-        ],
-    )
-    print(
-        f"data.prepare is {result['times_the_reimplementation']:.1f} times the re-implementation, "
-        f"{result['times_the_reimplementation_with_tokenizers']:.1f} times it with tokenizers; "
-        f"{result['share_of_tokenizers']:.2f} of tokenizers' MB/s"
-    )
-    write_json(options.json, result, tokenizers=tokenizers.__version__, h5py=h5py.__version__, numpy=np.__version__)
+    parser.add_argument("--rounds", type=int, default=5, help="in which the ways take turns (default: %(default)s)")
+    options = parser.parse_args()
+    texts = [document.lines for document in documents(find_files(options.input), options.format)]
+    megabytes = sum(len(line.encode("utf-8")) + 1 for text in texts for line in text) / 1e6
+    tokens = read_vocab(options.vocab) if options.vocab else train_vocab(lambda: iter(texts), 30522)
+    seconds, samples = measure(options, texts, tokens)
+    medians = {name: median(seconds[name]) for name in WAYS}
+    ours, rows = medians["prepare"], []
+    result = {"megabytes": megabytes, "duplicates": DUPLICATES, "rounds": seconds}
+    for name, label in WAYS.items():
+        rate = megabytes / medians[name]
+        result[name] = {"seconds": medians[name], "megabytes_per_second": rate, "samples": samples.get(name)}
+        rows.append([label, f"{medians[name]:.2f}", f"{rate:.2f}", f"{medians[name] / ours:.2f}"])
+    result["times_the_reimplementation"] = medians["peer"] / ours
+    result["times_the_reimplementation_with_tokenizers"] = medians["peer_fast"] / ours
+    result["share_of_tokenizers"] = medians["tokenizers"] / ours
+    sizes = f"{LENGTH} tokens, {MASKS} masked, {DUPLICATES} duplicates"
+    print(f"{megabytes:.2f} MB of text, {sizes}; medians of {count_of(options.rounds, 'round')}")
+    print_table(["", "s", "MB/s", "data.prepare is faster by"], rows)
+    versions = {"tokenizers": tokenizers.__version__, "h5py": h5py.__version__, "numpy": np.__version__}
+    write_json(options.json, result, **versions)
 
 
 if __name__ == "__main__":

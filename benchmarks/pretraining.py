@@ -10,12 +10,11 @@ code are its own; they take turns, and the others idle. A peer gets the same sam
 begin with arrays on the host and end with new weights.
 
 Useful work is counted by samples alone: 6 FLOPs for each weight that a token passes and 12 L H for the attention
-products of each layer and token; padding does not count. The parts of a step are timed in rounds of their own, for that
-takes waiting for the device between them. An optimizer step is shared by the samples of the config's global batch,
-which are more than are measured here.
+products of each layer and token; padding does not count. The parts of a step are timed in rounds of their own, as the
+device must be waited for between them. An optimizer step is shared by the samples of the config's global batch, which
+are more than are measured here.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import glob
@@ -27,32 +26,31 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from benchmarks.processes import Worker
-from benchmarks.report import median, print_table, write_json
+from benchmarks.report import make_parser, median, print_table, write_json
 from benchmarks.synthetic import length_distribution, random_samples
-from benchmarks.timing import Stopwatch, cuda_or_cpu, gemm_rate, timed
+from benchmarks.timing import Stopwatch, cuda_or_cpu, device_name, gemm_rate, timed
 from bert.command_line import parse_command_line
 from bert.engines import make_engine
+from bert.text import count_of
 from data.errors import InputError
 from data.loading.shard_files import open_shards, read_checked
 from data.rows import packed_batch, unpacked_batch
 
 PARTS = ("data", "forward", "backward", "optimizer")
-# Rows x common size x columns. On CUDA the best of them counts, for which shape is best depends on the card.
+# Rows x common size x columns. On CUDA the best of them counts: which one is, depends on the card.
 GEMM_SHAPES = {"cpu": [(1024, 768, 3072)], "cuda": [(8192, 8192, 8192), (16384, 4096, 4096), (65536, 768, 3072)]}
 # Token slots of the micro-batches that the peer tries: 8 and 16 rows of 128 on the CPU, 64 to 512 on CUDA.
 PEER_TOKENS = {"cpu": [1024, 2048], "cuda": [8192, 16384, 32768, 65536]}
 
 
 def make_samples(config, count, lengths):
-    """(samples, where they are from): the first of the config's shards, or random ones where `lengths` is a
-    distribution."""
+    """(samples, where they are from): the first of the config's shards, or random ones if `lengths` is not None."""
     data, vocab_size = config.data, config.model.vocab_size
     if lengths is None:
         shard = open_shards(data.files, data.sequence_length, data.mask_tokens, vocab_size)[0]
         return read_checked(shard, 0, min(count, shard.num_samples), 0), shard.path
-    samples = random_samples(
-        lengths, count, data.sequence_length, data.mask_tokens, vocab_size, np.random.default_rng(0)
-    )
+    rng = np.random.default_rng(0)
+    samples = random_samples(lengths, count, data.sequence_length, data.mask_tokens, vocab_size, rng)
     return samples, f"random, lengths: {lengths}"
 
 
@@ -72,8 +70,8 @@ def useful_flops(model, samples):
 
 
 def in_bfloat16(config, device):
-    """Whether matrix products are, here and in the peer; in a float8 run the peer's and the measured rate are
-    bfloat16."""
+    """Whether the matrix products of this project and the peer are in bfloat16. In a float8 run the peer's are, and the
+    matrix product that is measured."""
     return config.training.precision != "float32" and (device == "cuda" or config.training.precision != "auto")
 
 
@@ -104,19 +102,8 @@ class Transformers:
         from transformers import BertConfig, BertForPreTraining
 
         self.device, self.compiled, self.rows, self.bfloat16 = device, compiled, rows, in_bfloat16(config, device)
-        names = (
-            "vocab_size",
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "intermediate_size",
-            "layer_norm_eps",
-            "max_position_embeddings",
-            "hidden_dropout_prob",
-            "attention_probs_dropout_prob",
-        )
-        settings = {name: getattr(config.model, name) for name in names}
-        self.model = BertForPreTraining(BertConfig(**settings, attn_implementation="sdpa")).to(device).train()
+        settings = BertConfig(**dataclasses.asdict(config.model), attn_implementation="sdpa")
+        self.model = BertForPreTraining(settings).to(device).train()
         # Every micro-batch but a last, smaller one has the same shape: code for that shape is faster than for any.
         self.run = torch.compile(self.model, dynamic=False) if compiled else self.model
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
@@ -133,10 +120,10 @@ class Transformers:
         }
 
     def describe(self):
-        return (
-            f"{'bfloat16 autocast' if self.bfloat16 else 'float32'}, SDPA, micro-batches of {self.rows} rows, "
-            f"{'torch.compile' if self.compiled else 'not compiled'}; {len(self.batch['labels'])} rows"
-        )
+        precision = "bfloat16 autocast" if self.bfloat16 else "float32"
+        compiled = "torch.compile" if self.compiled else "not compiled"
+        rows = len(self.batch["labels"])
+        return f"{precision}, SDPA, micro-batches of {self.rows} rows, {compiled}; {rows} rows"
 
     def step(self):
         self.passes(len(self.batch["labels"]))
@@ -190,7 +177,7 @@ def free(way):
 
 @contextlib.contextmanager
 def turn(way):
-    """While open, `way` has the device. On CUDA an untimed step brings clocks and memory back first."""
+    """While open, `way` has the device. On CUDA an untimed step first brings its clocks up and its memory back."""
     if way.device == "cuda":
         way.step()
     yield
@@ -216,7 +203,7 @@ def first_step(way):
 
 
 def peak_bytes(way):
-    """Of the device, or on the CPU of the process with all that it imports."""
+    """The most memory in use so far: of the device, or on the CPU of the process with all that it imports."""
     if way.device == "cuda":
         return torch.cuda.max_memory_allocated()
     with open("/proc/self/status") as lines:
@@ -232,33 +219,32 @@ def measure(own, config, device, samples):
                 tried = chooser.ask(Transformers.choose_rows)
         ways = {"this project": closing.enter_context(Worker(Ours, device, config, samples))}
         if own.against:
-            ways["transformers"] = closing.enter_context(
-                Worker(Transformers, device, config, samples, own.peer_compile, min(tried, key=tried.get))
-            )
-        found = {name: {"settings": way.ask(first_step), "rounds": []} for name, way in ways.items()}
+            peer = Worker(Transformers, device, config, samples, own.peer_compile, min(tried, key=tried.get))
+            ways["transformers"] = closing.enter_context(peer)
+        figures = {name: {"settings": way.ask(first_step), "rounds": []} for name, way in ways.items()}
         gemm = {shape: [] for shape in GEMM_SHAPES[device]}
         for _ in range(own.rounds):
             for shape, rates in gemm.items():
                 rates.append(gemm_rate(device, shape, dtype))
             for name, way in ways.items():
-                found[name]["rounds"].append(way.ask(timed_step))
+                figures[name]["rounds"].append(way.ask(timed_step))
         for name, way in ways.items():
             parts = [way.ask(timed_parts) for _ in range(own.rounds)]
-            found[name]["parts"] = {part: median([seconds[part] for seconds in parts]) for part in PARTS}
-            found[name]["peak_bytes"] = way.ask(peak_bytes)
+            figures[name]["parts"] = {part: median([seconds[part] for seconds in parts]) for part in PARTS}
+            figures[name]["peak_bytes"] = way.ask(peak_bytes)
     if own.against:
-        found["transformers"]["micro_batches_tried"] = tried
+        figures["transformers"]["micro_batches_tried"] = tried
     best = max(gemm, key=lambda shape: median(gemm[shape]))
-    return {"gemm": {"shape": best, "dtype": str(dtype), "flops_per_second": median(gemm[best])}, "ways": found}
+    return {"gemm": {"shape": best, "dtype": str(dtype), "flops_per_second": median(gemm[best])}, "ways": figures}
 
 
 def run(own, config, named_files):
     device = cuda_or_cpu(config)
-    there = named_files or any(glob.glob(pattern) for pattern in config.data.files)
-    lengths = own.lengths or (None if there else "wikipedia")
+    has_shards = named_files or any(glob.glob(pattern) for pattern in config.data.files)
+    lengths = own.lengths or (None if has_shards else "wikipedia")
     samples, origin = make_samples(config, own.samples or (32 if device == "cpu" else 4096), lengths)
-    found = measure(own, config, device, samples)
-    gemm, ways, rows = found["gemm"], found["ways"], []
+    results = measure(own, config, device, samples)
+    gemm, ways, rows = results["gemm"], results["ways"], []
     flops, mean_length = useful_flops(config.model, samples) / len(samples), samples.lengths.mean()
     for name, way in ways.items():
         update = way["parts"]["optimizer"]
@@ -268,27 +254,18 @@ def run(own, config, named_files):
             tokens_per_second=mean_length / seconds,
             share_of_gemm_rate=flops / seconds / gemm["flops_per_second"],
         )
-        rows.append(
-            [
-                name,
-                f"{way['sequences_per_second']:.4g}",
-                f"{way['tokens_per_second']:.4g}",
-                f"{100 * way['share_of_gemm_rate']:.0f} %",
-                *(f"{way['parts'][part]:.3g}" for part in PARTS),
-                f"{way['peak_bytes'] / 1e9:.2f}",
-                f"{ways['this project']['sequences_per_second'] / way['sequences_per_second']:.2f}",
-            ]
-        )
+        rates = [f"{way[rate]:.4g}" for rate in ("sequences_per_second", "tokens_per_second")]
+        parts = [f"{way['parts'][part]:.3g}" for part in PARTS]
+        share, peak = f"{100 * way['share_of_gemm_rate']:.0f} %", f"{way['peak_bytes'] / 1e9:.2f}"
+        faster = ways["this project"]["sequences_per_second"] / way["sequences_per_second"]
+        rows.append([name, *rates, share, *parts, peak, f"{faster:.2f}"])
         print(f"{name}: {way['settings']}")
-    print(
-        f"{len(samples)} samples of mean length {mean_length:.1f} of {config.data.sequence_length} "
-        f"({origin}); medians of {own.rounds} rounds"
-    )
-    rows_, common, columns = gemm["shape"]
-    rate = f"{gemm['flops_per_second'] / 1e12:.4g} TFLOP/s"
-    print(f"matrix product: {rate}, {rows_} x {common} by {common} x {columns}, {gemm['dtype']}")
+    lengths = f"mean length {mean_length:.1f} of {config.data.sequence_length}"
+    print(f"{len(samples)} samples of {lengths} ({origin}); medians of {count_of(own.rounds, 'round')}")
+    m, k, n = gemm["shape"]
+    print(f"matrix product: {gemm['flops_per_second'] / 1e12:.4g} TFLOP/s, {m} x {k} by {k} x {n}, {gemm['dtype']}")
     parts = [f"{part}, s" for part in PARTS]
-    print_table(["", "sequences/s", "tokens/s", "of that rate"] + parts + ["peak, GB", "ours is faster by"], rows)
+    print_table(["", "sequences/s", "tokens/s", "of that rate", *parts, "peak, GB", "this project is faster by"], rows)
     about = {
         "samples": len(samples),
         "samples_from": origin,
@@ -297,18 +274,11 @@ def run(own, config, named_files):
         "sequence_length": config.data.sequence_length,
         "model": dataclasses.asdict(config.model),
     }
-    write_json(
-        own.json,
-        {**about, **found},
-        torch=torch.__version__,
-        device=torch.cuda.get_device_name() if device == "cuda" else "cpu",
-    )
+    write_json(own.json, {**about, **results}, torch=torch.__version__, device=device_name(device))
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--samples", type=int, help="samples of a step (default: 32 on the CPU, 4096 on CUDA)")
     parser.add_argument(
         "--lengths",
@@ -318,11 +288,10 @@ def main():
     )
     parser.add_argument("--against", choices=["transformers"], help="measure this peer in turns")
     parser.add_argument("--peer-compile", action="store_true", help="torch.compile the peer")
-    parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
-    parser.add_argument("--json", help="write the figures here")
+    parser.add_argument("--rounds", type=int, default=3, help="in which the ways take turns (default: %(default)s)")
     own, others = parser.parse_known_args()
     try:
-        run(own, parse_command_line(others), any(word.split("=")[0] == "--data.files" for word in others))
+        run(own, parse_command_line(others), any(option.split("=")[0] == "--data.files" for option in others))
     except InputError as error:
         sys.exit(f"error: {error}")
 

@@ -7,7 +7,7 @@ __all__ = ["Worker"]
 
 
 class Worker:
-    """A process that holds make(*arguments) and, until it is closed, idles but while `ask` waits for it."""
+    """A process that holds make(*arguments) until it is closed. It works while `ask` waits for it, and else idles."""
 
     def __init__(self, make, *arguments):
         context = multiprocessing.get_context("spawn")
@@ -17,15 +17,13 @@ class Worker:
         other.close()  # held open here, it would hide that the process ended
 
     def ask(self, function, *arguments):
-        """What function(what the process holds, *arguments) returns there."""
+        """Calls function(what the process holds, *arguments) there, and returns its result."""
         try:
             self.pipe.send((function, arguments))
             return self.pipe.recv()
         except (EOFError, OSError):
             self.process.join()
-            sys.exit(
-                f"error: a process of the benchmark ended with exit code {self.process.exitcode}; what it said is above"
-            )
+            sys.exit(f"error: a process of the benchmark ended with exit code {self.process.exitcode}; see above")
 
     def __enter__(self):
         return self

@@ -1,39 +1,44 @@
-"""What the benchmarks share: medians, a table, and the JSON that says on what machine and when."""
+"""What the benchmarks share: their options, medians, a table, and the JSON that says on what machine and when."""
 
+import argparse
 import datetime
 import json
 import os
 import platform
 import statistics
 import sys
-from typing import Dict, List, Optional
+from typing import Any, Dict, List, Optional, Sequence
 
-__all__ = ["median", "print_table", "write_json"]
+__all__ = ["make_parser", "median", "print_table", "write_json"]
+
+
+def make_parser(description: Optional[str]) -> argparse.ArgumentParser:
+    """A parser that prints the program's docstring as it is, with --json. Options cannot be abbreviated: those that it
+    does not know may be run_pretraining.py's."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=formatter, allow_abbrev=False)
+    parser.add_argument("--json", metavar="FILE", help="write the figures here")
+    return parser
 
 
 def median(values: List[float]) -> float:
     return statistics.median(values)
 
 
-def print_table(header: List[str], rows: List[List[str]]) -> None:
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Columns, the first to the left, the others to the right."""
-    widths = [max(len(str(row[i])) for row in [header] + rows) for i in range(len(header))]
-    for row in [header] + rows:
-        print(
-            "  ".join(
-                str(cell).ljust(width) if i == 0 else str(cell).rjust(width)
-                for i, (cell, width) in enumerate(zip(row, widths))
-            )
-        )
+    widths = [max(map(len, column)) for column in zip(header, *rows)]
+    for first, *others in [header, *rows]:
+        print("  ".join([first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:]))]))
 
 
-def write_json(path: Optional[str], results: Dict, **versions: str) -> None:
+def write_json(path: Optional[str], results: Dict[str, Any], **versions: str) -> None:
     """Writes `results` with device, software, command and date; nothing where `path` is None."""
     if path is None:
         return
     about = {
         "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python"] + sys.argv),
+        "command": " ".join(["python", *sys.argv]),
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),

@@ -13,7 +13,7 @@ from data.tokenizer import SPECIAL_TOKENS, vocab_sha256, write_tokenizer_files
 
 __all__ = ["length_distribution", "random_samples", "write_data_set"]
 
-SHORTEST = 5  # [CLS], a word, [SEP], a word, [SEP]
+SHORTEST = 5  # [CLS], a token, [SEP], a token, [SEP]
 SAMPLES_OF_SHARD = 262144
 
 
@@ -44,18 +44,18 @@ def draw_lengths(distribution, count, longest, rng):
 
 
 def random_samples(distribution, count, longest, mask_tokens, vocab_size, rng):
-    """`count` samples of random words, 15 % of them masked."""
+    """`count` samples of random tokens, 15 % of them masked."""
     lengths = draw_lengths(distribution, count, longest, rng)
     counts = np.clip(np.round(0.15 * lengths), 1, mask_tokens).astype(np.uint16)
     inside, used = np.arange(longest) < lengths[:, None], np.arange(mask_tokens) < counts[:, None]
     positions = 1 + np.arange(mask_tokens) * (lengths // (counts + 1))[:, None]
-    first_word, ids = min(1000, vocab_size // 2), token_dtype(vocab_size)
+    first_id, ids = min(1000, vocab_size // 2), token_dtype(vocab_size)
     return Samples(
-        rng.integers(first_word, vocab_size, (count, longest), dtype=ids) * inside,
+        rng.integers(first_id, vocab_size, (count, longest), dtype=ids) * inside,
         lengths,
         lengths // 2,
         (positions * used).astype(np.uint16),
-        rng.integers(first_word, vocab_size, (count, mask_tokens), dtype=ids) * used,
+        rng.integers(first_id, vocab_size, (count, mask_tokens), dtype=ids) * used,
         counts,
         rng.integers(0, 2, count, dtype=np.uint8),
     )
@@ -67,10 +67,8 @@ def write_data_set(folder, distribution, count, longest, mask_tokens, vocab_size
     tokens = list(SPECIAL_TOKENS) + [f"word{number}" for number in range(len(SPECIAL_TOKENS), vocab_size)]
     write_tokenizer_files(folder, tokens)
     for number, first in enumerate(range(0, count, SAMPLES_OF_SHARD)):
-        samples = random_samples(
-            distribution, min(SAMPLES_OF_SHARD, count - first), longest, mask_tokens, vocab_size, rng
-        )
-        write_shard(
-            os.path.join(folder, f"train-{number:05}.h5"), samples, vocab_size, vocab_sha256(tokens), {"random": 0}
-        )
+        in_shard = min(SAMPLES_OF_SHARD, count - first)
+        samples = random_samples(distribution, in_shard, longest, mask_tokens, vocab_size, rng)
+        path = os.path.join(folder, f"train-{number:05}.h5")
+        write_shard(path, samples, vocab_size, vocab_sha256(tokens), {"random": 0})
     return os.path.join(folder, "train-*.h5")

@@ -10,7 +10,7 @@ from bert.config import Config
 from bert.engines.choosing import choose_device
 from data.errors import InputError
 
-__all__ = ["Stopwatch", "cuda_or_cpu", "gemm_rate", "timed"]
+__all__ = ["Stopwatch", "cuda_or_cpu", "device_name", "gemm_rate", "timed"]
 
 
 def cuda_or_cpu(config: Config) -> str:
@@ -22,6 +22,10 @@ def cuda_or_cpu(config: Config) -> str:
             "benchmarks/data_wait.py measures sequences/s"
         )
     return device
+
+
+def device_name(device):
+    return torch.cuda.get_device_name() if device == "cuda" else device
 
 
 def synchronize(device):
@@ -40,11 +44,8 @@ def timed(device, work, repeat=1):
 
 
 def gemm_rate(device, shape, dtype):
-    """FLOP/s of a matrix product of random data into memory that is there already, the best of five times a tenth of a
-    second.
-
-    `shape`: rows, common size, columns.
-    """
+    """FLOP/s of a matrix product of random data into memory that is allocated already: the best of five tries, each
+    of a tenth of a second. `shape` is rows, common size, columns."""
     rows, common, columns = shape
     options = dict(device=device, dtype=dtype)
     a, b = torch.randn(rows, common, **options), torch.randn(common, columns, **options)

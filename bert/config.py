@@ -47,7 +47,7 @@ class ModelConfig:
     max_position_embeddings: PositiveInt = 512
     """The longest sequence that the position embedding has room for."""
     type_vocab_size: SegmentCount = 2
-    """Kinds of segments."""
+    """Segments that a sample may have, at most."""
     hidden_dropout_prob: Probability = 0.1
     """Dropout of embeddings, attention outputs and feed-forward outputs."""
     attention_probs_dropout_prob: Probability = 0.1
@@ -83,14 +83,14 @@ class DataConfig:
     workers: PositiveInt = 2
     """Threads of the loader's process; no more than the machine has cores."""
     text: Union[str, List[str]] = field(default_factory=list)
-    """Where `files` are not there yet, make them from this text: paths or globs, or `python`, the prose that Python
+    """If `files` are not there yet, make them from this text: paths or globs, or `python`, the prose that Python
     brings. They go into the folder of `files`, which must be named train-*.h5."""
     text_format: Literal["lines", "wikitext", "wikiextractor", "jsonl"] = "lines"
     """How `text` separates documents: blank lines, `= Title =` lines, WikiExtractor's <doc>, or a line of JSON each."""
     duplicates: PositiveInt = 1
-    """How often each document of `text` is cut and masked anew."""
+    """How often each document of `text` is cut and masked, each time anew."""
     held_out: Probability = 0.0
-    """Share of the documents of `text` that is kept apart as held_out-*.h5."""
+    """Share of the documents of `text` that goes into held_out-*.h5 instead."""
 
 
 @dataclass
@@ -108,8 +108,8 @@ class OptimizerConfig:
     """The optimizer, and the schedule of its learning rate: a linear warm-up to the peak, then `schedule`."""
 
     name: str = "lamb"
-    """lamb: the recipe's, without bias correction; adamw; muon: Muon for the encoder's matrices, AdamW for the rest. A
-    fork may add its own (bert/optimizers.py)."""
+    """lamb: the recipe's, without bias correction; adamw; muon: Muon for the encoder's matrices, AdamW for the rest.
+    IPUs have lamb and adamw. A fork may add its own (bert/optimizers.py)."""
     learning_rate: PositiveNumber = 0.006
     """The peak."""
     schedule: str = "linear"
@@ -137,19 +137,20 @@ class TrainingConfig:
     max_steps: PositiveInt = 10500
     """Optimizer steps of the whole schedule."""
     stop_at_step: Optional[PositiveInt] = None
-    """Stop here, with a checkpoint, and leave the schedule as it is: for a time slot that is shorter than the run."""
+    """Stop after this step, with a checkpoint; the schedule stays as it is. For a time slot shorter than the run."""
     micro_batch_size: Optional[PositiveInt] = None
     """Rows of a forward pass on CPU and CUDA; by default what suits the device. The gradient does not depend on it."""
     seed: Seed = 42
-    """Of the initial weights, the order of samples, and dropout."""
+    """Seed of the initial weights, the order of samples, and dropout."""
     start_from: Optional[str] = None
     """Folder with the weights to start from: a checkpoint of a run, or any BERT of transformers in safetensors."""
     output: str = ""
     """The run's folder; by default runs/ and the config's name."""
     precision: Literal["auto", "float32", "bfloat16", "float8"] = "auto"
-    """Of matrix products; auto: bfloat16 on a CUDA card that has it, float16 on IPUs, else float32. float8: bfloat16,
-    with the encoder's linear layers in float8, scaled tensor by tensor: fast on CUDA cards of compute capability 8.9 or
-    newer, slow on the CPU. Weights stay in float32, but for IPUs in float16, where they are rounded stochastically."""
+    """Type of matrix products; auto: bfloat16 on a CUDA card that has it, float16 on IPUs, else float32. float8:
+    bfloat16, with the encoder's linear layers in float8, scaled tensor by tensor: fast on CUDA cards of compute
+    capability 8.9 or newer, slow on the CPU. Weights stay in float32; on IPUs in float16 they are float16 too, and
+    rounded stochastically."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of each encoder layer; auto: on CUDA where Triton is found, not on the CPU, which gains nothing."""
     log_every: PositiveInt = 5
@@ -157,12 +158,12 @@ class TrainingConfig:
     save_every: PositiveInt = 100
     """Steps between two checkpoints."""
     keep_checkpoints: PositiveInt = 3
-    """How many of the newest checkpoints stay."""
+    """How many checkpoints are kept: the newest."""
 
 
 @dataclass
 class IpuConfig:
-    """The pipeline on IPUs: placement, batch geometry, memory. Others use embedding_serialization_factor alone."""
+    """The pipeline on IPUs: placement, batch geometry, memory. Others use only embedding_serialization_factor."""
 
     layers_per_ipu: List[NonNegativeInt] = field(default_factory=lambda: [0, 4, 4, 4])
     """Encoder layers on each IPU of a replica; embeddings and heads are on IPU 0."""
@@ -175,17 +176,18 @@ class IpuConfig:
     device_iterations: PositiveInt = 1
     """Optimizer steps in one call of the executable, all with the learning rate of the last one."""
     embedding_serialization_factor: Optional[PositiveInt] = None
-    """Parts in which the MLM decoder and its loss are done, so that full logits never exist at once: by default 1 on
-    IPUs, elsewhere as many as keep a part's logits small. IPUs cut the vocabulary: it must divide model.vocab_size."""
+    """Parts in which the MLM decoder and its loss are computed, so that the logits never exist all at once: by default
+    1 on IPUs, elsewhere as many as keep a part's logits small. IPUs cut the vocabulary, so it must divide
+    model.vocab_size there."""
     matmul_proportion: Union[Share, List[Share]] = 0.25
-    """Share of an IPU's memory that a matrix product may take for temporaries: one for all IPUs, or one each."""
+    """Share of an IPU's memory that a matrix product may take for temporaries: one for all IPUs, or one for each."""
     operation_proportions: Dict[str, Share] = field(default_factory=dict)
-    """The same for single products, by name: query_key_value, attention_scores, attention_context, attention_output,
+    """The same for some products, by name: query_key_value, attention_scores, attention_context, attention_output,
     intermediate, output, select_tokens, mlm_transform, mlm_decoder."""
     loss_scaling: PositiveNumber = 16384.0
     """Keeps float16 gradients from underflow."""
     automatic_loss_scaling: bool = False
-    """Adjust the loss scaling as gradients grow and shrink, from loss_scaling on."""
+    """Begin with loss_scaling, and adjust it as gradients grow and shrink."""
     stochastic_rounding: bool = True
     """Round float16 values up or down by chance, so that small updates of weights are not lost."""
     recompute_checkpoint_every_layer: bool = True
@@ -197,26 +199,27 @@ class IpuConfig:
     enable_half_partials: bool = True
     """Partial sums of matrix products in float16."""
     enable_half_first_order_momentum: bool = True
-    """LAMB's first moment in float16."""
+    """The optimizer's first moment in float16."""
     executable_cache_dir: str = "./exe_cache"
-    """Compiled executables are kept here."""
+    """Folder that keeps compiled executables."""
     synthetic_data: bool = False
-    """Let the IPUs make up their input, to measure them without the host."""
+    """Let the IPUs generate their input, to measure them without the host."""
     profile_folder: Optional[str] = None
-    """Where to put a profile for PopVision, also of a model that does not fit."""
+    """Folder for a profile that PopVision reads, also of a model that does not fit."""
 
 
 @dataclass
 class Config:
-    """BERT pre-training: config -> shards -> global batches -> LAMB -> checkpoint that transformers loads."""
+    """BERT pre-training: config -> shards -> global batches -> optimizer -> checkpoint that transformers loads."""
 
     device: Literal["auto", "ipu", "cuda", "cpu"] = "auto"
-    """Where to train; auto: IPUs where PopTorch finds some, else CUDA where there is a device, else the CPU."""
+    """Where to train; auto: on IPUs if PopTorch finds some, else on a CUDA device if there is one, else on the CPU."""
     resume: Literal["never", "auto"] = "never"
-    """auto: continue the run in the output folder, where there is one, exactly where its newest checkpoint is."""
+    """auto: continue the run in the output folder, if there is one, exactly where its newest checkpoint is."""
     plan: bool = False
-    """`--plan`: do not train, say what would run where, how full each IPU gets, how long the run takes, and draw it.
-    For ipu, and auto where the ipu section gives the global batch, on any machine; for cuda and cpu it measures."""
+    """`--plan`: instead of training, print what would run where, how full each IPU gets and how long the run takes, and
+    draw it. For ipu (and auto, where the ipu section gives the global batch) it needs no device; for cuda and cpu it
+    measures."""
     compile_only: bool = False
     """`--compile-only`: compile for IPUs into ipu.executable_cache_dir and stop; needs PopTorch, but no IPU."""
     ipu_model: bool = False

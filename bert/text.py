@@ -24,5 +24,5 @@ def duration(seconds: float) -> str:
 
 
 def percent(share: float, digits: int = 0) -> str:
-    """`31.5 %` of 0.315, with one digit after the point."""
+    """`32 %` of 0.315; `31.5 %` with one digit after the point."""
     return f"{100 * share:.{digits}f} %"

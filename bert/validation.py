@@ -9,7 +9,12 @@ from bert.schedules import SCHEDULES
 from data.errors import InputError
 from ops.ipu import MATMULS
 
-__all__ = ["validate", "validate_for_ipu"]
+__all__ = ["asks_for_ipu", "validate", "validate_for_ipu"]
+
+
+def asks_for_ipu(config: Config) -> bool:
+    """Whether the config is for IPUs, whatever devices are there."""
+    return config.device == "ipu" or config.compile_only or config.ipu_model
 
 
 def validate(config: Config, source: str = "config") -> None:
@@ -43,7 +48,7 @@ def validate(config: Config, source: str = "config") -> None:
     expect(sum(ipu.layers_per_ipu) == layers, "ipu.layers_per_ipu", f"{split}; {example}")
     products = f"shares above 0, at most 1, for some of {', '.join(MATMULS)}"
     expect(set(ipu.operation_proportions) <= set(MATMULS), "ipu.operation_proportions", products)
-    if config.device == "ipu" or config.compile_only or config.ipu_model:
+    if asks_for_ipu(config):
         validate_for_ipu(config, source)
 
 

@@ -1,4 +1,4 @@
-"""What the commands share: options that are said once, in a dataclass, and errors as exit statuses."""
+"""What the commands share: options as the fields of a dataclass, errors as exit statuses, reports as tables."""
 
 import argparse
 import ast
@@ -6,24 +6,12 @@ import dataclasses
 import inspect
 import signal
 import sys
-from typing import (
-    Any,
-    Callable,
-    Collection,
-    Dict,
-    Optional,
-    Sequence,
-    Tuple,
-    Type,
-    TypeVar,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+import typing
+from typing import Any, Callable, Collection, Dict, Optional, Sequence, Tuple, Type, TypeVar
 
 from data.errors import InputError, LoaderDied, PrepareStopped
 
-__all__ = ["check_options", "option", "parse_options", "run_command"]
+__all__ = ["check_options", "option", "parse_options", "run_command", "table"]
 
 Options = TypeVar("Options")
 METAVARS = {int: "N", float: "SHARE", str: "PATH", bool: "true|false"}
@@ -63,8 +51,6 @@ def option(
     `allowed` tells which values it may have, `expected` says so in words; `choices` are all that a string may be.
     `flag` is its name on the command line, by default `--` and the field's name; without dashes it is positional.
     """
-    if choices:
-        allowed, expected = choices.__contains__, " or ".join(choices)
     metadata = {"allowed": allowed, "expected": expected, "choices": choices, "flag": flag}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -72,9 +58,12 @@ def option(
 def check_options(options: Any) -> None:
     """Raises InputError that names the first option whose value it may not have. None stands for a default."""
     for field in dataclasses.fields(options):
-        value = getattr(options, field.name)
-        if field.metadata and value is not None and not field.metadata["allowed"](value):
-            raise InputError(f"{flag_of(field)} is {value}, expected {field.metadata['expected']}")
+        value, settings = getattr(options, field.name), field.metadata
+        if settings and value is not None:
+            choices = settings["choices"]
+            if not (value in choices if choices else settings["allowed"](value)):
+                expected = " or ".join(choices) or settings["expected"]
+                raise InputError(f"{flag_of(field)} is {value}, expected {expected}")
 
 
 def parse_options(
@@ -91,7 +80,7 @@ def parse_options(
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    types, docstrings = get_type_hints(options), field_docstrings(options)
+    types, docstrings = typing.get_type_hints(options), field_docstrings(options)
     for field in dataclasses.fields(options):  # type: ignore[arg-type]  # mypy cannot tell that it is a dataclass
         parser.add_argument(flag_of(field), **argument_settings(field, types[field.name], docstrings[field.name]))
     return options(**vars(parser.parse_args(arguments)))
@@ -104,13 +93,13 @@ def argument_settings(field: "dataclasses.Field[Any]", kind: Any, docstring: str
         settings.update(dest=field.name, required=field.default is dataclasses.MISSING)
     if field.default is False:
         return dict(settings, action="store_true")
-    value_type = (get_args(kind) or (kind,))[0]  # the first of List[str] or Optional[int]
+    value_type = (typing.get_args(kind) or (kind,))[0]  # the first of List[str] or Optional[int]
     settings["type"] = true_or_false if value_type is bool else value_type
     if field.metadata.get("choices"):
         settings["choices"] = list(field.metadata["choices"])
     else:
         settings["metavar"] = METAVARS[value_type]
-    if get_origin(kind) is list:
+    if typing.get_origin(kind) is list:
         settings["nargs"] = "+"
     if field.default not in (dataclasses.MISSING, None):
         settings["default"] = field.default
@@ -124,7 +113,7 @@ def flag_of(field: "dataclasses.Field[Any]") -> str:
 
 def true_or_false(text: str) -> bool:
     if text.lower() not in ("true", "false"):
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"{text!r}, expected true or false")
     return text.lower() == "true"
 
 
@@ -137,3 +126,8 @@ def field_docstrings(options: type) -> Dict[str, str]:
         for field, docstring in zip(statements, statements[1:])
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(docstring, ast.Expr)
     }
+
+
+def table(rows: Dict[str, str]) -> str:
+    """A command's report: what each row is about, and what it says."""
+    return "\n".join(f"{name:<12}{text}" for name, text in rows.items())

@@ -7,18 +7,19 @@ Files are streamed; one shard is held in memory. The data set is built beside th
 is whole.
 """
 
+import contextlib
 import os
 import sys
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
-from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Generator, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import h5py
 import numpy as np
 from tqdm import tqdm
 
-from data.commands import check_options, option, parse_options, run_command
+from data.commands import check_options, option, parse_options, run_command, table
 from data.errors import InputError
 from data.foreign.bert_layout import fit_samples, to_samples
 from data.foreign.hub import is_hub, largest_mask_count, read_hub, table_files
@@ -27,8 +28,8 @@ from data.foreign.tfrecord import feature_names, read_packed, read_plain
 from data.loading.shard_files import open_shards, read_checked
 from data.preparing.staging import Staging, check_output, open_staging
 from data.samples import Samples
-from data.shards import ShardInfo, expand, write_shard
-from data.tokenizer import find_vocab, read_vocab, vocab_sha256, write_tokenizer_files
+from data.shards import expand, write_shard
+from data.tokenizer import find_vocab, vocab_sha256, write_tokenizer_files
 
 __all__ = ["FORMATS", "Conversion", "ConvertOptions", "convert", "main", "recognise"]
 
@@ -36,6 +37,9 @@ NATIVE = "native"
 FORMATS = ("nvidia", "tfrecord", "packed-tfrecord", "hub")
 BLOCK = 4096  # samples read at a time from HDF5
 NAMED_FILES = 20  # in made_by: an attribute has room for 64 KB
+
+Block = Tuple[Samples, str, int]
+"""samples, their file, and the place of the first of them in it"""
 
 EXAMPLES = """examples:
   # the hub's Graphcore/wikipedia-bert-128, downloaded: parquet files, or the folder that datasets' save_to_disk wrote
@@ -81,8 +85,7 @@ class Conversion:
     """What `convert` did; printed, it is the command's report."""
 
     output: str
-    formats: Tuple[str, ...]
-    """of the files, each once"""
+    formats: Tuple[str, ...]  # of the files, each once
     sequence_length: int
     mask_tokens: int
     samples: int = 0
@@ -90,38 +93,16 @@ class Conversion:
     tokens: int = 0
     masked_tokens: int = 0
 
-    def count(self, parts: Sequence[Samples]) -> None:
-        """Adds a file that was written."""
-        self.shards += 1
-        for samples in parts:
-            self.samples += len(samples)
-            self.tokens += int(samples.lengths.sum(dtype=np.int64))
-            self.masked_tokens += int(samples.mlm_counts.sum(dtype=np.int64))
-
     def __str__(self) -> str:
         sizes = f"{self.sequence_length} tokens and {self.mask_tokens} masked tokens at most"
-        return "\n".join(
-            [
-                f"read        {', '.join(self.formats)}",
-                f"samples     {self.samples:,} in {self.shards} files, of {sizes}",
-                f"tokens      {self.tokens:,}, {self.masked_tokens:,} of them masked",
-                f"written to  {self.output}",
-            ]
+        return table(
+            {
+                "read": ", ".join(self.formats),
+                "samples": f"{self.samples:,} in {self.shards} files, of {sizes}",
+                "tokens": f"{self.tokens:,}, {self.masked_tokens:,} of them masked",
+                "written to": self.output,
+            }
         )
-
-
-class InputFile(NamedTuple):
-    format: str
-    """one of FORMATS, or NATIVE"""
-    path: str
-
-
-class Block(NamedTuple):
-    samples: Samples
-    path: str
-    """of their file"""
-    first: int
-    """the place of the first of them in the file"""
 
 
 def convert(options: ConvertOptions, progress: bool = True) -> Conversion:
@@ -136,9 +117,9 @@ def convert(options: ConvertOptions, progress: bool = True) -> Conversion:
     reader = Reader(files, options, progress)
     run = {
         "command": "data.convert",
-        "input": [os.path.realpath(file.path) for file in files],
+        "input": [os.path.realpath(path) for path in reader.files],
         "to": options.target,
-        "vocabulary": vocab_sha256(reader.tokens or []),
+        "vocabulary": vocab_sha256(reader.tokens),
     }
     # Another run may differ in these, for it begins anew; but they say whether a data set that is there is its own.
     arguments = {
@@ -154,7 +135,8 @@ def convert(options: ConvertOptions, progress: bool = True) -> Conversion:
                 check_output(options.output, options.vocab)
             return Conversion(**dict(staging.report["result"], output=options.output))
         try:
-            result = write_files(reader, staging, options)
+            with contextlib.closing(reader.blocks()) as blocks:  # or its bar would be drawn below an error
+                result = write_files(reader, blocks, staging, options)
         except OSError:
             staging.remove()
             raise
@@ -162,14 +144,15 @@ def convert(options: ConvertOptions, progress: bool = True) -> Conversion:
     return result
 
 
-def find_files(options: ConvertOptions) -> List[InputFile]:
-    """Every file that paths, globs and folders name, in the order of reading; checks what they may become."""
+def find_files(options: ConvertOptions) -> Dict[str, str]:
+    """Every file that paths, globs and folders name -> its format, in the order of reading; checks what they may
+    become."""
     paths = [name for path in expand(options.input) for name in table_files(path)]
     for path in paths:
         if not os.path.isfile(path):
             raise InputError(f"{path}: no such file")
-    files = [InputFile(options.source or recognise(path), path) for path in paths]
-    formats = {file.format for file in files}
+    files = {path: options.source or recognise(path) for path in paths}
+    formats = set(files.values())
     if NATIVE in formats and (options.target == NATIVE or len(formats) > 1):
         raise InputError(
             "the input holds shards of this project. Convert them alone, with --to nvidia; training reads them as "
@@ -200,133 +183,121 @@ def recognise(path: str) -> str:
 
 
 class Reader:
-    """Reads files as blocks of samples, and shows their bytes on a bar.
+    """Reads files (path -> format) as blocks of samples, and shows their bytes on a bar.
 
-    `tokens`: the vocabulary's; None where shards of this project need none. `mask_tokens`: a sample's mask slots; None
-    where they are the first block's.
+    `tokens`: the vocabulary's; empty where none is given, which only shards of this project allow. `mask_tokens`: a
+    sample's mask slots; None where they are the first block's.
     """
 
-    def __init__(self, files: Sequence[InputFile], options: ConvertOptions, progress: bool):
+    def __init__(self, files: Dict[str, str], options: ConvertOptions, progress: bool):
         self.files, self.progress = files, progress
-        self.tokens = tokens = None if options.vocab is None else read_vocab(options.vocab)
-        self.formats = tuple(sorted({file.format for file in files}))
-        shards = open_own([file.path for file in files if file.format == NATIVE], options.vocab)
-        self.vocab_size = shards[0].vocab_size if shards else len(tokens or ())
-        shards += [open_nvidia(file.path, self.vocab_size) for file in files if file.format == "nvidia"]
+        self.formats = tuple(sorted(set(files.values())))
+        shards = open_shards(self.of_format(NATIVE)) if NATIVE in self.formats else []
+        for shard in shards:
+            if shard.masking != "static":
+                raise InputError(
+                    f"{shard.path}: its masking is {shard.masking}: nothing is masked yet, and NVIDIA's layout needs "
+                    "masked samples. Prepare the text with --masking static"
+                )
+        self.tokens = find_vocab(options.vocab, shards)[0] if options.vocab else []
+        self.vocab_size = shards[0].vocab_size if shards else len(self.tokens)
+        shards += [open_nvidia(path, self.vocab_size) for path in self.of_format("nvidia")]
         self.shards = {shard.path: shard for shard in shards}
-        self.readers: Dict[str, Callable] = {"tfrecord": read_plain, "packed-tfrecord": read_packed}
-        mask_tokens, tables = options.mask_tokens, [file.path for file in files if file.format == "hub"]
-        if tables:
+        self.mask_tokens = options.mask_tokens
+        if "hub" in self.formats and not self.mask_tokens:
             bar = partial(tqdm, unit="file", desc="masked tokens", disable=not progress)
-            mask_tokens = mask_tokens or largest_mask_count(tables, bar)
-            self.readers["hub"] = partial(read_hub, mask_tokens=mask_tokens)
-        self.mask_tokens = mask_tokens
+            self.mask_tokens = largest_mask_count(self.of_format("hub"), bar)
 
-    def blocks(self) -> Iterator[Block]:
-        cls_id = None if self.tokens is None else self.tokens.index("[CLS]")
-        sizes = {path: os.path.getsize(path) for _, path in self.files}
+    def of_format(self, name: str) -> List[str]:
+        return [path for path, format in self.files.items() if format == name]
+
+    def blocks(self) -> Generator[Block, None, None]:
+        sizes = {path: os.path.getsize(path) for path in self.files}
         total = sum(sizes.values())
         with tqdm(total=total, unit="B", unit_scale=True, desc="samples", disable=not self.progress) as bar:
-            for file in self.files:
+            for path in self.files:
                 before, first = bar.n, 0
-                for samples, place in self.blocks_of(file):
-                    block = Block(samples, file.path, first)
-                    if cls_id is not None:
-                        check_begins(block, cls_id)
-                    yield block
+                for samples, done in self.blocks_of(path):
+                    if self.tokens:
+                        check_begins(samples, self.tokens.index("[CLS]"), path, first)
+                    yield samples, path, first
                     first += len(samples)
-                    bar.update(before + place - bar.n)
-                bar.update(before + sizes[file.path] - bar.n)
+                    bar.update(before + done - bar.n)
+                bar.update(before + sizes[path] - bar.n)
 
-    def blocks_of(self, file: InputFile) -> Iterator[Tuple[Samples, int]]:
-        """Samples, and how many bytes of the file they and those before them take."""
-        if file.path in self.shards:
-            shard = self.shards[file.path]
+    def blocks_of(self, path: str) -> Iterator[Tuple[Samples, int]]:
+        """Samples, at least one, and how many bytes of the file they and those before them take."""
+        if path in self.shards:
+            shard = self.shards[path]
             for start in range(0, shard.num_samples, BLOCK):
                 stop = min(start + BLOCK, shard.num_samples)
                 yield read_checked(shard, start, stop, 0), shard.file_size * stop // shard.num_samples
             return
+        if self.files[path] == "hub":
+            contents = read_hub(path, self.mask_tokens or 0)
+        else:
+            contents = (read_plain if self.files[path] == "tfrecord" else read_packed)(path)
         first = 0
-        for arrays, place in self.readers[file.format](file.path):
-            samples = to_samples(arrays, self.vocab_size, file.path, first)
+        for arrays, done in contents:
+            samples = to_samples(arrays, self.vocab_size, path, first)
             if len(samples):
-                yield samples, place
+                yield samples, done
             first += len(samples)
 
 
-def open_own(paths: Sequence[str], vocab: Optional[str]) -> List[ShardInfo]:
-    """Opens shards of this project; checks that they are masked, and made with the vocabulary `vocab`, if given."""
-    shards = open_shards(paths) if paths else []
-    for shard in shards:
-        if shard.masking != "static":
-            raise InputError(
-                f"{shard.path}: its masking is {shard.masking}: nothing is masked yet, and NVIDIA's layout needs "
-                "masked samples. Prepare the text with --masking static"
-            )
-    if vocab is not None and shards:
-        find_vocab(vocab, shards)
-    return shards
-
-
-def check_begins(block: Block, cls_id: int) -> None:
-    good = block.samples.input_ids[:, 0] == cls_id
+def check_begins(samples: Samples, cls_id: int, path: str, first: int) -> None:
+    good = samples.input_ids[:, 0] == cls_id
     if not good.all():
         bad = int(np.argmin(good))
         raise InputError(
-            f"{block.path}: sample {block.first + bad} begins with id {block.samples.input_ids[bad, 0]}, expected "
-            f"{cls_id}, [CLS]. Is --vocab the vocabulary that the samples were made with?"
+            f"{path}: sample {first + bad} begins with id {samples.input_ids[bad, 0]}, expected {cls_id}, [CLS]. Is "
+            "--vocab the vocabulary that the samples were made with?"
         )
 
 
-def write_files(reader: Reader, staging: Staging, options: ConvertOptions) -> Conversion:
+def write_files(reader: Reader, blocks: Iterator[Block], staging: Staging, options: ConvertOptions) -> Conversion:
     for name in os.listdir(staging.data):  # of a run that was killed: its input may have been another
         os.remove(os.path.join(staging.data, name))
-    blocks = reader.blocks()
     head = next(blocks, None)
     if head is None:
-        raise InputError(f"{', '.join(file.path for file in reader.files)}: no samples")
-    result = Conversion(
-        options.output,
-        reader.formats,
-        options.sequence_length or head.samples.input_ids.shape[1],
-        reader.mask_tokens or head.samples.mlm_positions.shape[1],
-    )
-    fitted = (
-        fit_samples(block.samples, result.sequence_length, result.mask_tokens, block.path, block.first)
-        for block in chain([head], blocks)
-    )
-    if reader.tokens is not None:
+        raise InputError(f"{', '.join(reader.files)}: no samples")
+    length = options.sequence_length or head[0].input_ids.shape[1]
+    slots = reader.mask_tokens or head[0].mlm_positions.shape[1]
+    result = Conversion(options.output, reader.formats, length, slots)
+    fitted = (fit_samples(samples, length, slots, path, first) for samples, path, first in chain([head], blocks))
+    if reader.tokens:
         write_tokenizer_files(staging.data, reader.tokens)
     made_by: Dict[str, Any] = {
         "command": "data.convert",
-        "input": [os.path.basename(file.path) for file in reader.files[:NAMED_FILES]],
+        "input": [os.path.basename(path) for path in list(reader.files)[:NAMED_FILES]],
         "input_files": len(reader.files),
         "from": result.formats,
     }
     for parts in shard_parts(fitted, options.samples_per_shard):
         path = os.path.join(staging.data, f"train-{result.shards:05}.h5")
         if options.target == NATIVE:
-            tokens = reader.tokens or []
-            write_shard(path, Samples.concatenate(parts), len(tokens), vocab_sha256(tokens), made_by)
+            samples = Samples.concatenate(parts)
+            write_shard(path, samples, len(reader.tokens), vocab_sha256(reader.tokens), made_by)
         else:
             write_nvidia(path, parts)
-        result.count(parts)
+        result.shards += 1
+        result.samples += sum(map(len, parts))
+        result.tokens += sum(int(part.lengths.sum(dtype=np.int64)) for part in parts)
+        result.masked_tokens += sum(int(part.mlm_counts.sum(dtype=np.int64)) for part in parts)
     return result
 
 
 def shard_parts(blocks: Iterable[Samples], limit: int) -> Iterator[List[Samples]]:
     """The samples in the same order, in lists of `limit` samples but for the last."""
     parts: List[Samples] = []
-    held = 0
+    room = limit
     for block in blocks:
-        while held + len(block) >= limit:
-            parts.append(block.take(slice(0, limit - held)))
-            block = block.take(slice(limit - held, None))
-            yield parts
-            parts, held = [], 0
+        while len(block) >= room:
+            yield [*parts, block.take(slice(0, room))]
+            parts, block, room = [], block.take(slice(room, None)), limit
         if len(block):
             parts.append(block)
-            held += len(block)
+            room -= len(block)
     if parts:
         yield parts
 

@@ -12,8 +12,7 @@ __all__ = ["flush_to_disk", "read_json", "replacing", "write_json"]
 
 @contextlib.contextmanager
 def replacing(path: str) -> Iterator[str]:
-    """A temporary path beside `path` to write to: on success the file is flushed to disk and renamed to `path`, on
-    failure removed.
+    """A temporary path to write to: on success the file is flushed to disk and renamed to `path`, else removed.
 
     A killed process leaves a file named `path`.tmp-NUMBER behind.
     """

@@ -11,8 +11,7 @@ __all__ = ["new_hdf5"]
 
 @contextlib.contextmanager
 def new_hdf5(path: str) -> Iterator[h5py.File]:
-    """A new HDF5 file to write to. Raises OSError that names it, at the end, when it could not be written, as on a full
-    disk."""
+    """A new HDF5 file to write to. In the end it raises OSError that names it if a write failed, as on a full disk."""
     with KeptError(path, "w+") as file:
         with h5py.File(file, "w") as contents:
             yield contents

@@ -4,16 +4,17 @@ Shape letters: N samples, L sequence length, M mask slots.
 """
 
 import dataclasses
+import itertools
 import json
 import sys
 from collections import Counter
 from dataclasses import dataclass
-from typing import Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 from tqdm import tqdm
 
-from data.commands import check_options, option, parse_options, run_command
+from data.commands import check_options, option, parse_options, run_command, table
 from data.errors import InputError
 from data.foreign.bert_layout import first_fault
 from data.foreign.nvidia import is_nvidia, open_nvidia, read_nvidia
@@ -28,6 +29,7 @@ __all__ = ["InspectOptions", "Inspection", "inspect", "main", "readable", "resto
 BLOCK = 4096  # samples read at a time
 PACKED_SAMPLES = 65536  # that are packed together to see what packing saves: a global batch of the recipe's phase 1
 BARS, BAR_WIDTH = 16, 40
+ALIKE = ("sequence_length", "mask_tokens", "segments", "masking")  # fields of ShardInfo that shards have in common
 
 EXAMPLES = """examples:
   python -m data.inspect 'shards/wikipedia-128/train-*.h5' --plot lengths.png
@@ -66,57 +68,42 @@ class Inspection:
     sequence_length: int
     mask_tokens: int
     vocab_size: int
-    masking: str
-    """static, or dynamic: the loader's, in each epoch"""
-    segments: int
-    """of a sample"""
+    masking: str  # static, or dynamic: the loader's, in each epoch
+    segments: int  # of a sample
     samples: int
     tokens: int
-    length_histogram: List[int]
-    """samples of 0, 1, .. L tokens"""
-    padding: float
-    """of the token slots, one sample a row"""
-    padding_packed: float
-    """of the token slots, with the first PACKED_SAMPLES packed"""
-    masked: float
-    """of the tokens but [CLS] and [SEP]; BERT's: 0.15"""
-    masked_as_mask: float
-    """of the masked tokens, how many are [MASK]; BERT's: 0.8"""
-    masked_as_random: float
-    """how many are another token; BERT's: 0.1"""
-    masked_unchanged: float
-    """how many are as they were; BERT's: 0.1"""
-    not_next: float
-    """of the samples, how many second segments do not follow the first; BERT's: 0.5"""
-    duplicates: int
-    """samples whose tokens, before masking, are those of another sample before it"""
-    checked: bool
-    """every sample was verified and is good"""
+    length_histogram: List[int]  # samples of 0, 1, .. L tokens
+    padding: float  # of the token slots, one sample a row
+    padding_packed: float  # of the token slots, with the first PACKED_SAMPLES packed
+    masked: float  # of the tokens but [CLS] and [SEP]; BERT's: 0.15
+    masked_as_mask: float  # of the masked tokens, how many are [MASK]; BERT's: 0.8
+    masked_as_random: float  # how many are another token; BERT's: 0.1
+    masked_unchanged: float  # how many are as they were; BERT's: 0.1
+    not_next: float  # of the samples, how many second segments do not follow the first; BERT's: 0.5
+    duplicates: int  # samples whose tokens, before masking, are those of another sample before it
+    checked: bool  # every sample was verified and is good
     examples: List[str]
 
     def __str__(self) -> str:
-        sample_bytes, sample_tokens = self.bytes // self.samples, self.tokens / self.samples
-        replaced = (
-            f"{100 * self.masked_as_mask:.1f} % of them [MASK] (80), {100 * self.masked_as_random:.1f} % random (10), "
-            f"{100 * self.masked_unchanged:.1f} % kept (10)"
+        percent = {name: f"{100 * share:.1f} %" for name, share in vars(self).items() if isinstance(share, float)}
+        masked = (
+            f"{100 * self.masked:.2f} % of the tokens (BERT: 15): {percent['masked_as_mask']} of them [MASK] (80), "
+            f"{percent['masked_as_random']} random (10), {percent['masked_unchanged']} kept (10)"
         )
-        masked = f"{100 * self.masked:.2f} % of the tokens (BERT: 15): {replaced}"
-        unmasked = "nothing yet: the loader masks anew in each epoch"
-        not_next = f"{100 * self.not_next:.1f} % of the second segments do not follow the first (50)"
-        lines = [
-            f"samples     {self.samples:,} in {self.files} files, {sample_bytes} bytes a sample",
-            f"layout      {self.sequence_length} tokens, {self.mask_tokens} masked at most; {self.vocab_size:,} tokens "
-            "in the vocabulary",
-            f"tokens      {self.tokens:,}, {sample_tokens:.1f} a sample",
-            f"padding     {100 * self.padding:.1f} % of the token slots, {100 * self.padding_packed:.1f} % when packed",
-            f"masked      {unmasked if self.masking == 'dynamic' else masked}",
-            f"NSP         {'none: a sample is one segment' if self.segments == 1 else not_next}",
-            f"duplicates  {self.duplicates:,} samples, {100 * self.duplicates / self.samples:.2f} %",
-            f"checked     {'every sample is good' if self.checked else 'no: --check verifies every sample'}",
-        ]
-        return "\n".join(
-            [*lines, "", "lengths", *bars(self.length_histogram), *([""] * bool(self.examples)), *self.examples]
-        )
+        not_next = f"{percent['not_next']} of the second segments do not follow the first (50)"
+        sizes = f"{self.sequence_length} tokens, {self.mask_tokens} masked at most"
+        rows = {
+            "samples": f"{self.samples:,} in {self.files} files, {self.bytes // self.samples} bytes a sample",
+            "layout": f"{sizes}; {self.vocab_size:,} tokens in the vocabulary",
+            "tokens": f"{self.tokens:,}, {self.tokens / self.samples:.1f} a sample",
+            "padding": f"{percent['padding']} of the token slots, {percent['padding_packed']} when packed",
+            "masked": masked if self.masking == "static" else "nothing yet: the loader masks anew in each epoch",
+            "NSP": not_next if self.segments > 1 else "none: a sample is one segment",
+            "duplicates": f"{self.duplicates:,} samples, {100 * self.duplicates / self.samples:.2f} %",
+            "checked": "every sample is good" if self.checked else "no: --check verifies every sample",
+        }
+        examples = ["", *self.examples] if self.examples else []
+        return "\n".join([table(rows), "", "lengths", *bars(self.length_histogram), *examples])
 
 
 def inspect(options: InspectOptions, progress: bool = True) -> Inspection:
@@ -129,42 +116,36 @@ def inspect(options: InspectOptions, progress: bool = True) -> Inspection:
     check_options(options)
     tokens, shards = open_all(options)
     ids = {token: tokens.index(token) for token in ("[PAD]", "[CLS]", "[SEP]", "[MASK]")}
-    first = shards[0]
+    first, samples = shards[0], sum(shard.num_samples for shard in shards)
     counts: Counter = Counter()
     histogram = np.zeros(first.sequence_length + 1, np.int64)
-    hashes, lengths, mask_counts, to_pack = [], [], [], PACKED_SAMPLES
-    for samples in blocks(shards, ids if options.check else None, progress):
-        histogram += np.bincount(samples.lengths, minlength=len(histogram))
-        counts.update(count_masks(samples, ids["[MASK]"]))
-        counts["not_next"] += int(samples.nsp_labels.sum())
-        hashes.append(hash_rows(restored_ids(samples)))
-        if to_pack:
-            lengths.append(samples.lengths[:to_pack].copy())
-            mask_counts.append(samples.mlm_counts[:to_pack].copy())
-            to_pack -= len(lengths[-1])
-    hashed = np.concatenate(hashes)
+    hashes, sizes, to_pack = [], [], PACKED_SAMPLES
+    for block in blocks(shards, samples, ids if options.check else None, progress):
+        histogram += np.bincount(block.lengths, minlength=len(histogram))
+        counts.update(count_masks(block, ids["[MASK]"]), not_next=int(block.nsp_labels.sum()))
+        hashes.append(hash_rows(restored_ids(block)))
+        sizes.append(np.stack([block.lengths[:to_pack], block.mlm_counts[:to_pack]]))
+        to_pack -= sizes[-1].shape[1]
     total, masked = int(histogram @ np.arange(len(histogram))), max(1, counts["masked"])
+    common: Dict[str, Any] = {name: getattr(first, name) for name in ALIKE}
     return Inspection(
         files=len(shards),
         bytes=sum(shard.file_size for shard in shards),
-        sequence_length=first.sequence_length,
-        mask_tokens=first.mask_tokens,
         vocab_size=len(tokens),
-        masking=first.masking,
-        segments=first.segments,
-        samples=len(hashed),
+        samples=samples,
         tokens=total,
         length_histogram=histogram.tolist(),
-        padding=1 - total / (len(hashed) * first.sequence_length),
-        padding_packed=padding_when_packed(np.concatenate(lengths), np.concatenate(mask_counts), first),
+        padding=1 - total / (samples * first.sequence_length),
+        padding_packed=padding_when_packed(np.concatenate(sizes, axis=1), first),
         masked=counts["masked"] / max(1, counts["maskable"]),
         masked_as_mask=counts["as_mask"] / masked,
         masked_as_random=(counts["masked"] - counts["as_mask"] - counts["unchanged"]) / masked,
         masked_unchanged=counts["unchanged"] / masked,
-        not_next=counts["not_next"] / len(hashed),
-        duplicates=len(hashed) - len(np.unique(hashed)),
+        not_next=counts["not_next"] / samples,
+        duplicates=samples - len(np.unique(np.concatenate(hashes))),
         checked=options.check,
         examples=list(show_examples(shards, tokens, options.samples)),
+        **common,
     )
 
 
@@ -173,21 +154,17 @@ def open_all(options: InspectOptions) -> Tuple[List[str], List[ShardInfo]]:
     paths = expand(options.files)
     shards = [open_nvidia(path, 65536) if is_nvidia(path) else open_shard(path) for path in paths]
     tokens, _ = find_vocab(options.vocab, shards)
-    for name in ("sequence_length", "mask_tokens", "segments", "masking"):
-        for shard in shards:
-            value, other = getattr(shard, name), getattr(shards[0], name)
-            if value != other:
-                raise InputError(
-                    f"{shard.path}: its {name} is {value}, that of {shards[0].path} is {other}. Inspect them one after "
-                    "another"
-                )
+    for name, shard in itertools.product(ALIKE, shards):
+        value, other = getattr(shard, name), getattr(shards[0], name)
+        if value != other:
+            differs = f"{shard.path}: its {name} is {value}, that of {shards[0].path} is {other}"
+            raise InputError(f"{differs}. Inspect them one after another")
     if not any(shard.num_samples for shard in shards):
         raise InputError(f"{', '.join(paths)}: holds no samples")
     return tokens, [dataclasses.replace(shard, vocab_size=len(tokens)) for shard in shards]
 
 
-def blocks(shards: Sequence[ShardInfo], ids: Optional[Dict[str, int]], progress: bool) -> Iterator[Samples]:
-    total = sum(shard.num_samples for shard in shards)
+def blocks(shards: Sequence[ShardInfo], total: int, ids: Optional[Dict[str, int]], progress: bool) -> Iterator[Samples]:
     with tqdm(total=total, unit=" samples", unit_scale=True, disable=not progress) as bar:
         for shard in shards:
             for start in range(0, shard.num_samples, BLOCK):
@@ -198,25 +175,17 @@ def blocks(shards: Sequence[ShardInfo], ids: Optional[Dict[str, int]], progress:
 
 def read_block(shard: ShardInfo, start: int, stop: int, ids: Optional[Dict[str, int]] = None) -> Samples:
     """Samples that are safe to use; with `ids`, those of the special tokens, they are also as BERT's must be."""
-    if shard.is_nvidia:
-        samples, fault = read_nvidia(shard.path, start, stop, shard.vocab_size), None
-    else:
-        samples = read_samples(shard.path, start, stop)
-        fault = first_bad_sample(samples, shard.vocab_size)
+    place = (shard.path, start, stop)
+    samples = good = read_nvidia(*place, shard.vocab_size) if shard.is_nvidia else read_samples(*place)
+    fault = None
+    # find_bad_sample gives one of those that fail its first check: an earlier one may fail another.
+    while (bad := find_bad_sample(good, shard.vocab_size)) is not None:
+        fault, good = bad, good.take(slice(0, bad[0]))
     if ids is not None:
-        good = samples.take(slice(0, len(samples) if fault is None else fault[0]))
         fault = find_fault(good, ids, shard.segments) or fault
     if fault is not None:
         raise InputError(f"{shard.path}: sample {start + fault[0]}: {fault[1]}")
     return samples
-
-
-def first_bad_sample(samples: Samples, vocab_size: int) -> Optional[Tuple[int, str]]:
-    # find_bad_sample gives one of those that fail its first check: an earlier one may fail another.
-    first, bad = None, find_bad_sample(samples, vocab_size)
-    while bad is not None:
-        first, bad = bad, find_bad_sample(samples.take(slice(0, bad[0])), vocab_size)
-    return first
 
 
 def used_slots(samples: Samples) -> np.ndarray:
@@ -244,7 +213,7 @@ def restored_ids(samples: Samples) -> np.ndarray:
 
 
 def hash_rows(ids: np.ndarray) -> np.ndarray:
-    """[N] uint64: the same for equal rows, and for others as good as never."""
+    """[N] uint64: equal rows have equal hashes, others almost surely have not."""
     weights = np.random.default_rng(0).integers(0, 1 << 63, ids.shape[1], np.uint64) * np.uint64(2) + np.uint64(1)
     return ids.astype(np.uint64) @ weights
 
@@ -281,10 +250,11 @@ def find_fault(samples: Samples, ids: Dict[str, int], segments: int) -> Optional
     return first_fault(checks)
 
 
-def padding_when_packed(lengths: np.ndarray, mask_counts: np.ndarray, shard: ShardInfo) -> float:
+def padding_when_packed(sizes: np.ndarray, shard: ShardInfo) -> float:
+    """The padding's share of the token slots. `sizes`: [2, N], samples' lengths and mask counts."""
+    lengths, mask_counts = sizes
     shape = RowShape.of(shard.sequence_length, shard.mask_tokens, SAMPLES_PER_ROW)
-    rows = pack(lengths, mask_counts, *shape).rows
-    return 1 - int(lengths.sum(dtype=np.int64)) / (rows * shard.sequence_length)
+    return 1 - int(lengths.sum(dtype=np.int64)) / (pack(lengths, mask_counts, *shape).rows * shard.sequence_length)
 
 
 def show_examples(shards: Sequence[ShardInfo], tokens: Sequence[str], count: int) -> Iterator[str]:
@@ -301,8 +271,7 @@ def show_examples(shards: Sequence[ShardInfo], tokens: Sequence[str], count: int
 
 
 def readable(samples: Samples, index: int, tokens: Sequence[str]) -> str:
-    """A sample as text, word pieces joined; a masked token as `[what stood there→what stands there]`, MASK for
-    [MASK]."""
+    """A sample as text, word pieces joined; a masked token as `[before→after]`, MASK for [MASK]."""
     shown = [tokens[token] for token in samples.input_ids[index, : samples.lengths[index]]]
     for slot in range(samples.mlm_counts[index]):
         place = samples.mlm_positions[index, slot]
@@ -314,14 +283,13 @@ def readable(samples: Samples, index: int, tokens: Sequence[str]) -> str:
 def bars(histogram: Sequence[int]) -> List[str]:
     """Lines of a bar chart of the histogram of lengths, in at most BARS bins."""
     longest = len(histogram) - 1
-    width = -(-longest // BARS)
-    starts = range(1, longest + 1, width)
-    counts = [sum(histogram[start : start + width]) for start in starts]
-    digits, most, total = len(str(longest)), max(counts), max(1, sum(counts))
+    width, digits = -(-longest // BARS), len(str(longest))
+    bins = {start: sum(histogram[start : start + width]) for start in range(1, longest + 1, width)}
     lines = []
-    for start, count in zip(starts, counts):
+    for start, count in bins.items():
         lengths = f"{start:{digits}} to {min(start + width - 1, longest):{digits}}"
-        lines.append(f"  {lengths}  {'#' * -(-count * BAR_WIDTH // most):{BAR_WIDTH}} {100 * count / total:5.1f} %")
+        bar, share = "#" * -(-count * BAR_WIDTH // max(bins.values())), 100 * count / sum(bins.values())
+        lines.append(f"  {lengths}  {bar:{BAR_WIDTH}} {share:5.1f} %")
     return lines
 
 
@@ -350,9 +318,9 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
 
     def show() -> None:
         result = inspect(options)
+        print(json.dumps(dataclasses.asdict(result), ensure_ascii=False) if options.json else result)
         if options.plot:
             plot_lengths(result, options.plot)
-        print(json.dumps(dataclasses.asdict(result), ensure_ascii=False) if options.json else result)
 
     return run_command(show)
 

@@ -23,17 +23,8 @@ from data.errors import InputError
 from data.samples import Samples, token_dtype
 from data.shards import ShardInfo
 
-__all__ = [
-    "CHOICES",
-    "Candidates",
-    "Choose",
-    "Masking",
-    "choice_reference",
-    "choose_tokens",
-    "choose_words",
-    "load_choice",
-]
-__all__ += ["mask", "mask_budget", "mask_dynamic", "masking_of", "random_32", "sample_keys"]
+__all__ = ["CHOICES", "Candidates", "Choose", "Masking", "choice_reference", "choose_tokens", "choose_words"]
+__all__ += ["load_choice", "mask", "mask_budget", "mask_dynamic", "masking_of", "random_32", "sample_keys"]
 
 BLOCK = 1024  # samples masked at a time: their temporaries stay in the cache
 GOLDEN = 0x9E3779B97F4A7C15
@@ -46,18 +37,20 @@ EIGHT_TENTHS, NINE_TENTHS = np.uint32(0.8 * 2**32), np.uint32(0.9 * 2**32)
 
 @dataclass
 class Candidates:
-    """Tokens of N samples, of which a function of CHOICES chooses those to mask. Its own: it may write to the arrays,
-    but not to `input_ids`."""
+    """Tokens of N samples, of which a function of CHOICES chooses those to mask.
+
+    The function may write to all arrays but `input_ids`.
+    """
 
     input_ids: np.ndarray
     """[N, L] before masking"""
     special: np.ndarray
     """[N, L] bool, whether a token must not be masked: [CLS], [SEP], padding"""
     budget: np.ndarray
-    """[N] int32, how many tokens to mask; less where a unit does not fit, never more"""
+    """[N] int32, how many tokens to mask: fewer where a word does not fit, never more"""
     order: np.ndarray
     """[N, L] uint32, random bits above and the position below (`order & position_bits`): those that come first when
-    sorted are a random choice, and integers sort fast"""
+    sorted are a random choice"""
     position_bits: np.uint32
     keys: np.ndarray
     """[N] uint64, for more random numbers: `random_32(keys[:, None], counters)`"""
@@ -66,8 +59,7 @@ class Candidates:
 
 
 Choose = Callable[[Candidates], Tuple[np.ndarray, np.ndarray]]
-"""Gives the tokens to mask, each once: samples [K], ascending, and positions [K], ascending in a sample, as np.nonzero
-does."""
+"""Gives the tokens to mask as np.nonzero does: samples [K], ascending, and positions [K], ascending in a sample."""
 
 
 def choose_tokens(candidates: Candidates) -> Tuple[np.ndarray, np.ndarray]:
@@ -78,14 +70,14 @@ def choose_tokens(candidates: Candidates) -> Tuple[np.ndarray, np.ndarray]:
     order.partition(most - 1, axis=1)
     positions = np.sort(order[:, :most], axis=1)
     positions &= candidates.position_bits
-    positions[np.arange(most) >= budget[:, None]] = length
+    chosen = np.arange(most) < budget[:, None]
+    positions[~chosen] = length
     positions.sort(axis=1)
-    chosen = positions < length
-    return np.nonzero(chosen)[0], positions[chosen]
+    return np.repeat(np.arange(len(order)), budget), positions[chosen]
 
 
 def choose_words(candidates: Candidates) -> Tuple[np.ndarray, np.ndarray]:
-    """All pieces of a word together: words in the order of their first tokens, as long as they fit the budget."""
+    """All pieces of a word together: words in random order, each that still fits the budget."""
     order, special = candidates.order, candidates.special
     assert candidates.continuations is not None
     sequence_length = order.shape[1]
@@ -97,22 +89,22 @@ def choose_words(candidates: Candidates) -> Tuple[np.ndarray, np.ndarray]:
     ends = np.full_like(bounds, sequence_length)
     ends[:, :-1] = np.minimum.accumulate(bounds[:, :0:-1], axis=1)[:, ::-1]
 
-    # A row a rank: those of all samples are looked at together.
+    # One row for each rank: all samples' first words are chosen together, then their second ones ...
     ranked = np.sort(np.where(starts, order, np.uint32(ALL_ONES)), axis=1).T
     places = np.arange(len(order)) * sequence_length + (ranked & candidates.position_bits).clip(max=sequence_length - 1)
     sizes = (ends - place).ravel()[places]
     sizes[ranked == ALL_ONES] = sequence_length
-    left, taken_starts = candidates.budget.astype(np.uint16), np.zeros(order.size, bool)
-    shortest = np.minimum.accumulate(sizes[::-1], axis=0)[::-1]
-    for own_places, own_sizes, shortest_to_come in zip(places, sizes, shortest):
-        if not (shortest_to_come <= left).any():
+    left, chosen_starts = candidates.budget.astype(np.uint16), np.zeros(order.size, bool)
+    shortest = np.minimum.accumulate(sizes[::-1], axis=0)[::-1]  # of a rank and those after it
+    for rank_places, rank_sizes, rank_shortest in zip(places, sizes, shortest):
+        if not (rank_shortest <= left).any():
             break
-        fits = own_sizes <= left
-        taken_starts[own_places[fits]] = True
-        left -= own_sizes * fits
+        fits = rank_sizes <= left
+        chosen_starts[rank_places[fits]] = True
+        left -= rank_sizes * fits
     own_start = np.maximum.accumulate(np.where(starts, place, np.uint16(0)), axis=1)
     own_start = own_start + np.arange(len(order))[:, None] * sequence_length
-    rows, positions = np.nonzero(taken_starts[own_start] & ~special)
+    rows, positions = np.nonzero(chosen_starts[own_start] & ~special)
     return rows, positions
 
 
@@ -121,7 +113,7 @@ CHOICES: Dict[str, Choose] = {"tokens": choose_tokens, "words": choose_words}
 
 
 def choice_reference(name: str, where: str = "--masked-units") -> str:
-    """ "module:function" of an entry of CHOICES, from which `load_choice` gets the function in another process.
+    """The "module:function" of an entry of CHOICES, from which `load_choice` gets the function in another process.
 
     Raises InputError, which says `where` the name stands, when there is no such entry or it is in no module.
     """
@@ -146,11 +138,11 @@ def load_choice(reference: str) -> Choose:
 
 @dataclass(frozen=True)
 class Masking:
-    """How samples are masked, with what that has to know of a vocabulary."""
+    """How samples are masked, and what that takes of their vocabulary."""
 
     choose: Choose
     share: float
-    """of a sample's tokens"""
+    """of a sample's tokens that are masked"""
     mask_id: int
     random_ids: np.ndarray
     """the ids that may stand for a masked token: all but the special ones, in the type of a shard's ids"""
@@ -171,7 +163,7 @@ class Masking:
 
 
 def masking_of(shard: ShardInfo, choose: Optional[Choose] = None) -> Masking:
-    """How a shard says that it is to be masked. `choose`: what its `masked_units` stands for, by default in CHOICES."""
+    """How to mask the samples of a shard. `choose`: the function of its `masked_units`, by default CHOICES'."""
     continuations = None
     if shard.continuations:
         bits = np.frombuffer(bytes.fromhex(shard.continuations), np.uint8)
@@ -183,9 +175,8 @@ def masking_of(shard: ShardInfo, choose: Optional[Choose] = None) -> Masking:
 def mask_dynamic(samples: Samples, sample_indices: np.ndarray, seed: int, epoch, masking: Masking) -> Samples:
     """Unmasked samples, masked for one epoch: a pure function of each sample, its index, the seed and the epoch.
 
-    `sample_indices` [N] integers: the samples' places in the data set, counted through its shards. `epoch`: one, or
-    each's. The given samples are left as they are; those returned share all arrays with them but `input_ids` and the
-    three of `mlm_`.
+    `sample_indices` [N]: the samples' numbers in the data set, counted through its shards. `epoch`: of all, or of each.
+    The given samples stay as they are; those returned have their own `input_ids` and `mlm_` arrays, and share the rest.
     """
     masks = {name: np.zeros_like(getattr(samples, name)) for name in ("mlm_positions", "mlm_labels", "mlm_counts")}
     masked = replace(samples, input_ids=samples.input_ids.copy(), **masks)
@@ -195,11 +186,9 @@ def mask_dynamic(samples: Samples, sample_indices: np.ndarray, seed: int, epoch,
 
 def sample_keys(seed: int, epoch, sample_indices: np.ndarray) -> np.ndarray:
     """A random key for each sample, [N] uint64, from the seed, the epoch and its index."""
-    run = np.array([seed], np.uint64)
-    for number in (epoch, None):
-        run = mixed_64(run + np.uint64(GOLDEN))
-        run = run if number is None else run ^ np.atleast_1d(number).astype(np.uint64)
-    return mixed_64(run + np.asarray(sample_indices).astype(np.uint64) * np.uint64(GOLDEN))
+    of_seed = mixed_64(np.array([seed], np.uint64) + np.uint64(GOLDEN))
+    of_epoch = mixed_64((of_seed ^ np.atleast_1d(epoch).astype(np.uint64)) + np.uint64(GOLDEN))
+    return mixed_64(of_epoch + np.asarray(sample_indices).astype(np.uint64) * np.uint64(GOLDEN))
 
 
 def mixed_64(state: np.ndarray) -> np.ndarray:
@@ -210,31 +199,25 @@ def mixed_64(state: np.ndarray) -> np.ndarray:
 
 
 def random_32(keys: np.ndarray, counters: np.ndarray) -> np.ndarray:
-    """32 random bits for each key (uint64) and counter (uint32), which broadcast: both halves of the key go into the
-    hash.
+    """32 random bits for each key (uint64) and counter (uint32), which broadcast.
 
-    The hash is lowbias32 (Wellons, "Prospecting for hash functions"), whose rounds are cheap in 32-bit lanes.
+    The hash is lowbias32 (Wellons, "Prospecting for hash functions") of both halves of the key and the counter.
     """
     state = counters * np.uint32(GOLDEN >> 32) + keys.astype(np.uint32)
-    shifted = state >> np.uint32(16)
-    for multiplier, shift, high in (
-        (0x7FEB352D, 15, (keys >> np.uint64(32)).astype(np.uint32)),
-        (0x846CA68B, 16, None),
-    ):
-        state ^= shifted
-        state *= np.uint32(multiplier)
-        if high is not None:
-            state ^= high
-        np.right_shift(state, np.uint32(shift), out=shifted)
-    state ^= shifted
+    state ^= state >> np.uint32(16)
+    state *= np.uint32(0x7FEB352D)
+    state ^= (keys >> np.uint64(32)).astype(np.uint32)
+    state ^= state >> np.uint32(15)
+    state *= np.uint32(0x846CA68B)
+    state ^= state >> np.uint32(16)
     return state
 
 
 def mask(samples: Samples, keys: np.ndarray, masking: Masking) -> None:
-    """Masks samples in place, whose `mlm_` arrays are zeros. `keys` [N] uint64: each sample's randomness.
+    """Masks samples, whose `mlm_` arrays are zeros, in place. `keys` [N] uint64: each sample's randomness.
 
-    Of each sample `masking.share` of its tokens are chosen, at least 1 and at most M, never its [CLS] and [SEP]; maybe
-    fewer, where units of several tokens do not fit. 80 % of the chosen become [MASK], 10 % a random token, 10 % stay.
+    Of a sample's tokens `mask_budget` are chosen, fewer where whole words do not fit. 80 % of the chosen become [MASK],
+    10 % a random token, 10 % stay.
     """
     for start in range(0, len(samples), BLOCK):
         block = slice(start, start + BLOCK)
@@ -247,10 +230,14 @@ def mask(samples: Samples, keys: np.ndarray, masking: Masking) -> None:
         apply_masks(part, rows, positions, keys[block], masking)
 
 
-def mask_budget(lengths: np.ndarray, mask_share: float, mask_tokens: int) -> np.ndarray:
-    """How many tokens of samples of `lengths` [N] are masked, [N] int32; whole words may leave some over."""
+def mask_budget(lengths: np.ndarray, first_lengths: np.ndarray, mask_share: float, mask_tokens: int) -> np.ndarray:
+    """How many tokens of each sample to mask, [N] int32: `mask_share` of them, at least 1 and at most `mask_tokens`.
+
+    Never its [CLS] and [SEP]: three tokens of a sample of two segments, two of one.
+    """
     lengths = lengths.astype(np.int32)
-    return np.clip(np.rint(mask_share * lengths), 1, np.clip(lengths - 3, 0, mask_tokens)).astype(np.int32)
+    maskable = lengths - 2 - (first_lengths < lengths)
+    return np.clip(np.rint(mask_share * lengths), 1, np.clip(maskable, 0, mask_tokens)).astype(np.int32)
 
 
 def candidates_of(samples: Samples, keys: np.ndarray, masking: Masking) -> Candidates:
@@ -263,19 +250,17 @@ def candidates_of(samples: Samples, keys: np.ndarray, masking: Masking) -> Candi
     order = random_32(keys[:, None], position.astype(np.uint32))
     order &= ~position_bits
     order |= position
-    budget = mask_budget(lengths, masking.share, samples.mlm_positions.shape[1])
+    budget = mask_budget(lengths, samples.first_lengths, masking.share, samples.mlm_positions.shape[1])
     return Candidates(samples.input_ids, special, budget, order, position_bits, keys, masking.continuations)
 
 
 def apply_masks(samples: Samples, rows: np.ndarray, positions: np.ndarray, keys: np.ndarray, masking: Masking) -> None:
     """Replaces the chosen tokens, `mlm_counts` of each sample, and notes them in mlm_positions and mlm_labels."""
-    counts = samples.mlm_counts.astype(np.int64)
-    slots = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+    used = np.arange(samples.mlm_positions.shape[1], dtype=np.uint16) < samples.mlm_counts[:, None]
     tokens = rows * samples.input_ids.shape[1] + positions
-    mask_slots = rows * samples.mlm_positions.shape[1] + slots
     flat_ids = samples.input_ids.reshape(-1)
-    samples.mlm_positions.reshape(-1)[mask_slots] = positions
-    samples.mlm_labels.reshape(-1)[mask_slots] = flat_ids[tokens]
+    samples.mlm_positions[used] = positions
+    samples.mlm_labels[used] = flat_ids[tokens]
 
     token_keys = keys[rows]
     dice = random_32(token_keys, positions.astype(np.uint32) + np.uint32(DICE))

@@ -17,8 +17,7 @@ SAMPLES_PER_ROW = 6  # S when nothing else is asked for
 
 
 class Packing(NamedTuple):
-    """Where each of N samples is. Rows are numbered by the first sample in them, places in a row by its length, longest
-    first."""
+    """Where each of N samples is. Rows are in the order of their first samples; the samples of a row, longest first."""
 
     rows: int  # how many
     row: np.ndarray  # [N] int64: the row of each sample
@@ -97,36 +96,30 @@ def row_shapes(histogram: np.ndarray, samples_per_row: int) -> List[Tuple[Tuple[
 
 
 def packing_of(grid: np.ndarray, lengths: np.ndarray, mask_counts: np.ndarray, mask_slots: int) -> Packing:
-    """The packing of rows that hold the samples of `grid` [rows, S], -1 where there is none; rows are numbered anew, by
-    their first sample. The last samples of a row with too many masked tokens get rows of their own."""
-    filled = grid >= 0
-    masked_before = np.cumsum(np.where(filled, mask_counts[grid], 0), axis=1, dtype=np.int64)
-    over = filled & (masked_before > mask_slots)
+    """The packing of rows that hold the samples of `grid` [rows, S], -1 where there is none.
+
+    The last samples of a row with too many masked tokens get rows of their own.
+    """
+    lengths, mask_counts = np.append(lengths, 0), np.append(mask_counts, 0)  # int64, and 0 at -1
+    over = (grid >= 0) & (np.cumsum(mask_counts[grid], axis=1) > mask_slots)
     if over.any():
-        moved = grid[over]
-        grid[over] = -1
-        alone = np.full((len(moved), grid.shape[1]), -1)
-        alone[:, 0] = moved
+        alone = np.full((int(over.sum()), grid.shape[1]), -1)
+        alone[:, 0], grid[over] = grid[over], -1
         grid = np.concatenate([grid, alone])
-        filled = grid >= 0
-    grid = grid[np.argsort(np.where(filled, grid, len(lengths)).min(axis=1), kind="stable")]
-    filled = grid >= 0
-    starts = np.cumsum(np.where(filled, lengths[grid], 0), axis=1, dtype=np.int64)
-    mask_starts = np.cumsum(np.where(filled, mask_counts[grid], 0), axis=1, dtype=np.int64)
-    at_row, at_place = np.nonzero(filled)
-    samples = grid[filled]
-    packing = Packing(len(grid), *(np.empty(len(lengths), np.int64) for _ in range(4)))
-    packing.row[samples], packing.place[samples] = at_row, at_place
-    packing.start[samples] = starts[filled] - lengths[samples]
-    packing.mask_start[samples] = mask_starts[filled] - mask_counts[samples]
-    return packing
+    grid = grid[np.argsort(np.where(grid < 0, len(lengths), grid).min(axis=1), kind="stable")]
+    row, place = np.nonzero(grid >= 0)
+    starts, mask_starts = [
+        (np.cumsum(sizes[grid], axis=1) - sizes[grid])[row, place] for sizes in (lengths, mask_counts)
+    ]
+    sample_order = np.empty_like(row)
+    sample_order[grid[row, place]] = np.arange(len(row))
+    return Packing(len(grid), row, place, starts, mask_starts).take(sample_order)
 
 
 def largest_prefix(
     lengths: np.ndarray, mask_counts: np.ndarray, rows: int, sequence_length: int, mask_slots: int, samples_per_row: int
 ) -> Packing:
-    """Packs about as many of the first samples as fit `rows` rows: for static shapes. What follows them is the next
-    batch's."""
+    """Packs about as many of the first samples as fit `rows` rows, for static shapes."""
     tokens = np.cumsum(lengths[: rows * samples_per_row], dtype=np.int64)
     count = int(np.searchsorted(tokens, rows * sequence_length, side="right"))
     while True:

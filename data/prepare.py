@@ -15,7 +15,7 @@ import os
 import sys
 from collections import deque
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import chain, groupby, islice
 from typing import Any, Deque, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
 
@@ -23,7 +23,7 @@ import numpy as np
 import tokenizers
 from tqdm import tqdm
 
-from data.commands import parse_options, run_command
+from data.commands import parse_options, run_command, table
 from data.errors import InputError
 from data.masking import choice_reference
 from data.preparing import splits
@@ -31,6 +31,7 @@ from data.preparing.chunks import read_part_counts
 from data.preparing.corpus import Document, check_formats, corpus_bytes, documents, find_files
 from data.preparing.options import PrepareOptions
 from data.preparing.python_prose import PYTHON
+from data.preparing.splits import TextChunk
 from data.preparing.staging import Staging, check_output, open_staging
 from data.preparing.workers import InlineWorker, Workers
 from data.samples import layout
@@ -38,7 +39,7 @@ from data.tokenizer import read_vocab, train_vocab, vocab_sha256, write_tokenize
 
 __all__ = ["PrepareOptions", "Summary", "main", "prepare"]
 
-SHARD_NAMES = ("train", "held_out")  # by split
+SPLIT_NAMES = ("train", "held_out")  # by number
 
 # An attribute of a shard has room for 64 KB.
 NAMED_FILES = 20
@@ -70,9 +71,9 @@ EXAMPLES = """examples:
 
 The output folder gets train-00000.h5 and so on, held_out-00000.h5 and so on, vocab.txt, tokenizer.json and
 tokenizer_config.json; data/FORMAT.md describes the shards. The same text, options and seed give the same files, on any
-number of processes. Until they are whole they are in .NAME.unfinished beside the output folder; what a stopped run has
-done there is used when the same command is given again (the text is read up to there, not tokenized). Remove that
-folder to begin anew."""
+number of processes. Until they are whole they are in .NAME.unfinished, beside the output folder or, where that is there
+already, in it; what a stopped run has done there is used when the same command is given again (the text is read up to
+there, not tokenized). Remove that folder to begin anew."""
 
 
 @dataclass
@@ -80,49 +81,45 @@ class Summary:
     """What `prepare` did; printed, it is the command's report."""
 
     output: str
-    nsp: bool
-    """samples are pairs of segments"""
+    nsp: bool  # samples are pairs of segments
     vocab_size: int
-    documents: int
+    train_documents: int
     held_out_documents: int
     lines: int
-    empty_lines: int
-    """lines without a token: control characters only"""
-    tokens: int
-    """of the text, once"""
+    empty_lines: int  # lines without a token: control characters only
+    tokens: int  # of the text, once
     unknown_tokens: int
-    dropped_tokens: int
-    """in documents of one token that had no other document to be paired with"""
+    dropped_tokens: int  # in documents of one token that had no other document to be paired with
     train_samples: int
     held_out_samples: int
     train_shards: int
     held_out_shards: int
     not_next_samples: int
     sample_tokens: int
-    slots: int
-    """samples times sequence length"""
+    slots: int  # samples times sequence length
+
+    @property
+    def documents(self) -> int:
+        return self.train_documents + self.held_out_documents
 
     def __str__(self) -> str:
         samples = self.train_samples + self.held_out_samples
-        used = self.tokens - self.dropped_tokens
-        why_dropped = "documents of one token without another document to pair them with"
-        dropped = why_dropped if self.dropped_tokens else "none cut off"
+        why = "documents of one token without another document to pair them with"
+        dropped = f"{self.dropped_tokens:,} dropped ({why if self.dropped_tokens else 'none cut off'})"
         unknown = f"{100 * self.unknown_tokens / max(1, self.tokens):.2f} % [UNK]"
-        not_next = f"{100 * self.not_next_samples / samples:.1f} %"
-        held_out = f"{self.held_out_samples:,} held out in {self.held_out_shards}"
-        return "\n".join(
-            [
-                f"documents   {self.documents:,}, of which {self.held_out_documents:,} held out",
-                f"lines       {self.lines - self.empty_lines:,}, and {self.empty_lines:,} without a token",
-                f"tokens      {used:,} used, {self.dropped_tokens:,} dropped ({dropped}), {unknown}",
-                f"samples     {self.train_samples:,} to train on in {self.train_shards} shards, {held_out}",
-                f"NSP         {not_next} of the second segments do not follow the first"
-                if self.nsp
-                else "NSP         none: samples are of one segment",
-                f"padding     {100 - 100 * self.sample_tokens / self.slots:.1f} % of the token slots",
-                f"vocabulary  {self.vocab_size:,} tokens",
-                f"written to  {self.output}",
-            ]
+        not_next = f"{100 * self.not_next_samples / samples:.1f} % of the second segments do not follow the first"
+        train = f"{self.train_samples:,} to train on in {self.train_shards} shards"
+        return table(
+            {
+                "documents": f"{self.documents:,}, of which {self.held_out_documents:,} held out",
+                "lines": f"{self.lines - self.empty_lines:,}, and {self.empty_lines:,} without a token",
+                "tokens": f"{self.tokens - self.dropped_tokens:,} used, {dropped}, {unknown}",
+                "samples": f"{train}, {self.held_out_samples:,} held out in {self.held_out_shards}",
+                "NSP": not_next if self.nsp else "none: samples are of one segment",
+                "padding": f"{100 - 100 * self.sample_tokens / self.slots:.1f} % of the token slots",
+                "vocabulary": f"{self.vocab_size:,} tokens",
+                "written to": self.output,
+            }
         )
 
 
@@ -136,17 +133,18 @@ def prepare(options: PrepareOptions, progress: bool = True) -> Summary:
     full; what was done stays.
     """
     options.check()
+    choose = choice_reference(options.units)
     files = find_files(options.input)
     check_formats(files, options.format)
     check_output(options.output, options.vocab)
     tokens = None if options.vocab is None else read_vocab(options.vocab)
-    total = corpus_bytes(files)
+    total, size = corpus_bytes(files), options.vocab_size
 
     def read(purpose: str) -> Iterator[Document]:
         with tqdm(total=total, unit="B", unit_scale=True, desc=purpose, disable=not progress) as bar:
             yield from documents(files, options.format, bar.update)
 
-    with open_staging(options.output, what_decides_the_bytes(options, files, tokens)) as staging:
+    with open_staging(options.output, identity(options, files, tokens)) as staging:
         if staging.report is not None:  # a run that was killed as it ended had done all
             staging.remove()
             return Summary(**dict(staging.report, output=options.output))
@@ -155,13 +153,11 @@ def prepare(options: PrepareOptions, progress: bool = True) -> Summary:
             tokens = read_vocab(trained)
         if tokens is None:
             stride = -(-total // VOCAB_TEXT_BYTES) or 1
-            tokens = train_vocab(
-                lambda: (document.lines for document in read("vocabulary") if document.number % stride == 0),
-                options.vocab_size,
-            )
+            tokens = train_vocab(lambda: (text for number, text in read("vocabulary") if number % stride == 0), size)
         write_tokenizer_files(staging.data, tokens)
         chunks = splits.split_into_chunks(read("samples"), options.held_out, options.seed)
-        groups = make_groups(chunks, staging, options, tokens, made_by(options, files))
+        settings = {"tokens": tokens, "options": asdict(replace(options, input=[])), "choose": choose}
+        groups = make_groups(chunks, staging, options, {**settings, "made_by": made_by(options, files)})
         summary = summarize(options, len(tokens), groups)
         check_samples_made(summary, files, options.held_out)
         staging.publish(asdict(summary))
@@ -170,46 +166,32 @@ def prepare(options: PrepareOptions, progress: bool = True) -> Summary:
 
 def made_by(options: PrepareOptions, files: Sequence[str]) -> Dict[str, Any]:
     """What the shards say of how they were made."""
-    entries = {
+    names = ("format", "mask_share", "short_share", "duplicates", "held_out", "seed", "masking")
+    return {
         "command": "data.prepare",
         "input": [os.path.basename(path) for path in files[:NAMED_FILES]],
         "input_files": len(files),
-        "format": options.format,
-        "mask_share": options.mask_share,
-        "short_share": options.short_share,
-        "duplicates": options.duplicates,
-        "held_out": options.held_out,
-        "seed": options.seed,
-        "masking": options.masking,
+        **{name: getattr(options, name) for name in names},
         "whole_word_masking": options.units == "words",
+        **({} if options.units in ("tokens", "words") else {"masked_units": options.units}),
+        **({} if options.nsp else {"nsp": False}),
     }
-    if options.units not in ("tokens", "words"):
-        entries["masked_units"] = options.units
-    if not options.nsp:
-        entries["nsp"] = False
-    return entries
 
 
-def what_decides_the_bytes(
-    options: PrepareOptions, files: Sequence[str], tokens: Optional[Sequence[str]]
-) -> Dict[str, Any]:
+def identity(options: PrepareOptions, files: Sequence[str], tokens: Optional[List[str]]) -> Dict[str, Any]:
     """What has to be the same for a stopped run to be continued (name -> JSON value)."""
-    decisive = asdict(options)
-    for name in ("input", "output", "workers", "whole_word_masking"):
-        del decisive[name]
-    decisive.update(
-        {
-            "files": [file_state(path) for path in files],
-            "vocab": tokens and vocab_sha256(tokens),
-            "vocab_size": None if tokens else options.vocab_size,
-            "masked_units": options.units,
-            "version of numpy": np.__version__,
-            "version of tokenizers": tokenizers.__version__,
-            "chunk characters": splits.CHUNK_CHARACTERS,
-            "chunks of a group": GROUP_CHUNKS,
-        }
-    )
-    return decisive
+    free = ("input", "output", "workers", "whole_word_masking")
+    return {
+        **{name: value for name, value in asdict(options).items() if name not in free},
+        "files": [file_state(path) for path in files],
+        "vocab": tokens and vocab_sha256(tokens),
+        "vocab_size": None if tokens else options.vocab_size,
+        "masked_units": options.units,
+        "version of numpy": np.__version__,
+        "version of tokenizers": tokenizers.__version__,
+        "chunk characters": splits.CHUNK_CHARACTERS,
+        "chunks of a group": GROUP_CHUNKS,
+    }
 
 
 def file_state(path: str) -> List[Union[str, int]]:
@@ -221,25 +203,15 @@ def file_state(path: str) -> List[Union[str, int]]:
 
 
 def make_groups(
-    chunks: Iterator[Tuple[int, List[Document]]],
-    staging: Staging,
-    options: PrepareOptions,
-    tokens: Sequence[str],
-    made_by: Dict[str, Any],
+    chunks: Iterator[TextChunk], staging: Staging, options: PrepareOptions, settings: Dict[str, Any]
 ) -> List[Dict[str, Any]]:
     """Makes what is missing of the parts and then of the shards of each group of chunks; gives the groups' records.
 
-    A record has the counts of the group's parts, and the number of its shards by split.
+    `settings` are ChunkMaker's. A record has the counts of the group's parts, and the number of its shards by split.
     """
     workers = options.workers or len(os.sched_getaffinity(0))
-    settings = {
-        "tokens": tokens,
-        "options": asdict(replace(options, input=[])),
-        "choose": choice_reference(options.units),
-        "made_by": made_by,
-    }
-    fields = layout(options.sequence_length, options.mask_tokens, len(tokens)).values()
-    sample_bytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in fields)
+    datasets = layout(options.sequence_length, options.mask_tokens, len(settings["tokens"])).values()
+    sample_bytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in datasets)
     shards_at_once = max(1, min(workers, SHARDS_BYTES // (options.samples_per_shard * sample_bytes)))
     first, records = list(islice(chunks, 2)), staging.groups()
     few = len(first) < 2 or workers == 1
@@ -258,7 +230,7 @@ def make_groups(
 
 
 def part_tasks(
-    numbered: Iterable[Tuple[int, Tuple[int, List[Document]]]], staging: Staging, parts: List[str]
+    numbered: Iterable[Tuple[int, TextChunk]], staging: Staging, parts: List[str]
 ) -> Iterator[Dict[str, Any]]:
     """The tasks that make the missing parts of a group of numbered chunks; appends the paths of all to `parts`."""
     for number, (split, texts) in numbered:
@@ -277,7 +249,7 @@ def shard_tasks(
     """
     record: Dict[str, Any] = {"parts": [read_part_counts(path) for path in parts], "shards": []}
     tasks = []
-    for split, name in enumerate(SHARD_NAMES):
+    for split, name in enumerate(SPLIT_NAMES):
         samples = {path: counts["samples"] for path, counts in zip(parts, record["parts"]) if counts["split"] == split}
         shards = -(-sum(samples.values()) // options.samples_per_shard)
         before = sum(earlier["shards"][split] for earlier in records)
@@ -303,48 +275,39 @@ def run_all(tasks: Iterable[Dict[str, Any]], pool: Union[InlineWorker, Workers],
 
 
 def summarize(options: PrepareOptions, vocab_size: int, groups: Sequence[Dict[str, Any]]) -> Summary:
-    parts = [part for group in groups for part in group["parts"]]
-    documents, samples, last = [0, 0], [0, 0], [None, None]
-    for part in parts:
-        split = part["split"]
+    counts = dict.fromkeys((field.name for field in fields(Summary)), 0)
+    last: Dict[str, int] = {}
+    for part in chain.from_iterable(group["parts"] for group in groups):
+        split = SPLIT_NAMES[part["split"]]
         # A long document may continue in the next chunk of its split.
-        documents[split] += part["documents"] - (part["first"] is not None and part["first"] == last[split])
-        last[split] = last[split] if part["last"] is None else part["last"]
-        samples[split] += part["samples"]
-    shards = [sum(group["shards"][split] for group in groups) for split in (splits.TRAIN, splits.HELD_OUT)]
-    names = ("lines", "empty_lines", "tokens", "unknown_tokens", "dropped_tokens", "not_next_samples", "sample_tokens")
-    return Summary(
-        output=options.output,
-        nsp=options.nsp,
-        vocab_size=vocab_size,
-        documents=sum(documents),
-        held_out_documents=documents[splits.HELD_OUT],
-        train_samples=samples[splits.TRAIN],
-        held_out_samples=samples[splits.HELD_OUT],
-        train_shards=shards[splits.TRAIN],
-        held_out_shards=shards[splits.HELD_OUT],
-        slots=sum(samples) * options.sequence_length,
-        **{name: sum(part[name] for part in parts) for name in names},
-    )
+        counts[f"{split}_documents"] += part["documents"] - (part["first"] == last.get(split, -1))
+        counts[f"{split}_samples"] += part["samples"]
+        for name in counts.keys() & part.keys():  # of lines and tokens
+            counts[name] += part[name]
+        if part["last"] is not None:
+            last[split] = part["last"]
+    for split, shards in zip(SPLIT_NAMES, zip(*[group["shards"] for group in groups])):
+        counts[f"{split}_shards"] = sum(shards)
+    slots = (counts["train_samples"] + counts["held_out_samples"]) * options.sequence_length
+    own: Dict[str, Any] = {"output": options.output, "nsp": options.nsp, "vocab_size": vocab_size, "slots": slots}
+    return Summary(**{**counts, **own})
 
 
 def check_samples_made(summary: Summary, files: Sequence[str], held_out: float) -> None:
-    if summary.slots == 0:
+    if not summary.slots:
         raise InputError(
             f"{', '.join(files)}: no text to make a sample of ({summary.lines} lines, {summary.tokens} tokens); "
             "expected documents of one sentence or paragraph a line"
         )
-    counts = (
-        f"the text has {summary.documents} documents with a token, of which {summary.held_out_documents} were held out"
-    )
-    if summary.train_samples == 0:
+    fault = advice = ""
+    if not summary.train_samples:
+        fault, advice = "leaves nothing to train on", "Give more documents or a smaller share"
+    elif held_out and not summary.held_out_samples:
+        fault, advice = "holds nothing out", "Give more documents, a larger share, or 0"
+    if fault:
         raise InputError(
-            f"--held-out is {held_out:g} and leaves nothing to train on: {counts}. Give more documents or a "
-            "smaller share"
-        )
-    if held_out and summary.held_out_samples == 0:
-        raise InputError(
-            f"--held-out is {held_out:g} and holds nothing out: {counts}. Give more documents, a larger share, or 0"
+            f"--held-out is {held_out:g} and {fault}: the text has {summary.documents} documents with a token, of "
+            f"which {summary.held_out_documents} were held out. {advice}"
         )
 
 

@@ -19,10 +19,14 @@ from numpy.lib.stride_tricks import sliding_window_view
 from data.packing import Packing, pack
 from data.samples import Samples
 
-__all__ = ["MLM", "NSP", "RowShape", "Target", "fill_packed", "fill_unpacked", "normalize_weights", "packed_batch"]
-__all__ += ["static_batch", "unpacked_batch", "unpad", "unpadded_batch", "weight_counts"]
+__all__ = ["MLM", "NSP", "Arrays", "Layout", "RowShape", "Target", "fill_packed", "fill_unpacked", "normalize_weights"]
+__all__ += ["packed_batch", "unpacked_batch", "unpad", "weight_counts"]
 
 TOKEN_FIELDS = ("input_ids", "token_type_ids", "position_ids")
+
+Arrays = Dict[str, np.ndarray]
+Layout = Dict[str, Tuple[Tuple[int, int], type]]
+"""Name -> (shape, dtype) of each array of a batch."""
 
 
 class RowShape(NamedTuple):
@@ -37,14 +41,11 @@ class RowShape(NamedTuple):
 
     @staticmethod
     def of(sequence_length: int, mask_tokens: int, samples_per_row: int = 1) -> "RowShape":
-        """The shape of rows of samples with up to `mask_tokens` masked tokens.
-
-        Several samples have one slot more for each further one: 15 % of short ones are rounded up.
-        """
+        """Of samples of up to `mask_tokens` masked tokens; each further sample adds a slot, as 15 % are rounded up."""
         return RowShape(sequence_length, mask_tokens + samples_per_row - 1, samples_per_row)
 
-    def layout(self, rows: int) -> Dict[str, Tuple[Tuple[int, int], type]]:
-        """Name -> (shape, dtype) of each array of a batch of `rows` rows."""
+    def layout(self, rows: int) -> Layout:
+        """Of a batch of `rows` rows."""
         tokens, masks, samples = [(rows, slots) for slots in self]
         return {
             "input_ids": (tokens, np.int32),
@@ -67,19 +68,17 @@ class Target(NamedTuple):
     positions: str
     weights: str
     used: str = ""
-    """Of rows, whose slots are many: the field that names the slots whose weight is not 0, for no others to be
-    computed"""
+    """Of rows: the field that names the slots whose weight is not 0, so that no others are computed."""
 
 
 MLM = Target("mlm_labels", "mlm_positions", "mlm_weights", used="mlm_used")
 NSP = Target("nsp_labels", "cls_positions", "nsp_weights")
 
 
-def fill_unpacked(batch: Dict[str, np.ndarray], samples: Samples) -> None:
-    """Writes R samples that were checked, one a row, into the arrays of `batch`, R rows with S = 1.
+def fill_unpacked(batch: Arrays, samples: Samples) -> None:
+    """Writes R checked samples, one a row, into the arrays of `batch`, R rows with S = 1.
 
-    Their weights become 1 for each masked token and each sample; `normalize_weights` makes them the global batch's when
-    all rows are there.
+    Weights become 1 for each masked token and sample; `normalize_weights` makes them a global batch's.
     """
     sequence_length, mask_slots = samples.input_ids.shape[1], samples.mlm_positions.shape[1]
     inside, types = batch["sample_ids"], batch["token_type_ids"]
@@ -96,9 +95,8 @@ def fill_unpacked(batch: Dict[str, np.ndarray], samples: Samples) -> None:
     batch["nsp_weights"][:] = 1
 
 
-def fill_packed(batch: Dict[str, np.ndarray], samples: Samples, packing: Packing, first_row: int = 0) -> None:
-    """Writes checked samples where `packing` puts them, into the arrays of `batch`: R rows from its row `first_row` on,
-    each of which gets some.
+def fill_packed(batch: Arrays, samples: Samples, packing: Packing, first_row: int = 0) -> None:
+    """Writes checked samples where `packing` puts them: `batch` holds its R rows from `first_row` on; none stays empty.
 
     The samples come row after row, in the order of their places. Weights become 0 and 1 as in `fill_unpacked`.
     """
@@ -120,49 +118,48 @@ def fill_packed(batch: Dict[str, np.ndarray], samples: Samples, packing: Packing
 
 
 def write_end_to_end(out: np.ndarray, values: np.ndarray, at: np.ndarray) -> None:
-    # Each sample is written in its whole width, zeros after its end included, in the order of `at`: what the zeros run
-    # over is written next. So a ragged copy is as fast as a plain one. Beside `out`, where the last sample may run over
-    # its end.
+    # Each sample is written in its whole width, with the zeros after its end, in the order of `at`: the next one writes
+    # over them. So a ragged copy is as fast as a plain one. `flat` has room for the zeros of the last.
     width = values.shape[1]
     flat = np.zeros(out.size + width, out.dtype)
     sliding_window_view(flat, width, writeable=True)[at] = values
     out[:] = flat[: out.size].reshape(out.shape)
 
 
-def weight_counts(batch: Dict[str, np.ndarray], targets: Sequence[Target] = (MLM, NSP)) -> Dict[str, int]:
+def weight_counts(batch: Arrays) -> Dict[str, int]:
     """How many weights are not 0, by the name of their field."""
-    return {target.weights: int(np.count_nonzero(batch[target.weights])) for target in targets}
+    return {target.weights: int(np.count_nonzero(batch[target.weights])) for target in (MLM, NSP)}
 
 
-def normalize_weights(batch: Dict[str, np.ndarray], targets: Sequence[Target] = (MLM, NSP)) -> Dict[str, int]:
+def normalize_weights(batch: Arrays) -> Dict[str, int]:
     """Turns weights of 0 and 1 into those of a global batch, in place; returns their `weight_counts`."""
-    counts = weight_counts(batch, targets)
+    counts = weight_counts(batch)
     for name, count in counts.items():
         batch[name] *= np.float32(1 / max(1, count))
     return counts
 
 
-def unpacked_batch(samples: Samples) -> Dict[str, np.ndarray]:
+def unpacked_batch(samples: Samples) -> Arrays:
     """The global batch of these samples, one a row (S = 1)."""
     shape = RowShape.of(samples.input_ids.shape[1], samples.mlm_positions.shape[1])
-    batch: Dict[str, np.ndarray] = {name: np.empty(*array) for name, array in shape.layout(len(samples)).items()}
+    batch: Arrays = {name: np.empty(*array) for name, array in shape.layout(len(samples)).items()}
     fill_unpacked(batch, samples)
     normalize_weights(batch)
     return batch
 
 
-def packed_batch(samples: Samples, samples_per_row: int) -> Dict[str, np.ndarray]:
+def packed_batch(samples: Samples, samples_per_row: int) -> Arrays:
     """The global batch of these samples, up to `samples_per_row` in a row."""
     shape = RowShape.of(samples.input_ids.shape[1], samples.mlm_positions.shape[1], samples_per_row)
     packing = pack(samples.lengths, samples.mlm_counts, *shape)
-    batch: Dict[str, np.ndarray] = {name: np.zeros(*array) for name, array in shape.layout(packing.rows).items()}
+    batch: Arrays = {name: np.zeros(*array) for name, array in shape.layout(packing.rows).items()}
     order = np.lexsort((packing.place, packing.row))
     fill_packed(batch, samples.take(order), packing.take(order))
     normalize_weights(batch)
     return batch
 
 
-def unpad(rows: Dict[str, np.ndarray], static: bool, targets: Sequence[Target] = (MLM, NSP)) -> Dict[str, Any]:
+def unpad(rows: Arrays, static: bool, targets: Sequence[Target] = (MLM, NSP)) -> Dict[str, Any]:
     """The samples of these rows with their T tokens end to end, for kernels that take samples of any length.
 
         input_ids, token_type_ids, position_ids [T] int32
@@ -170,13 +167,13 @@ def unpad(rows: Dict[str, np.ndarray], static: bool, targets: Sequence[Target] =
         max_seqlen: an int that no sample's length exceeds
         of each target: positions [K] int32, which are among the T; labels [K] int32; weights [K] float32
 
-    Targets of weight 0 are left out. Padding is, too, or with `static` it stays: see `unpadded_batch`, `static_batch`.
+    Targets of weight 0 are left out, and so is padding. With `static` padding stays, so that T = R L and N = R (S + 1)
+    depend on the rows' shape alone: a row's padding is a sample, and empty samples make up the number.
     """
     return (static_batch if static else unpadded_batch)(rows, targets)
 
 
-def unpadded_batch(rows: Dict[str, np.ndarray], targets: Sequence[Target]) -> Dict[str, Any]:
-    """`unpad` without padding."""
+def unpadded_batch(rows: Arrays, targets: Sequence[Target]) -> Dict[str, Any]:
     inside = rows["sample_ids"].ravel() != 0
     kept, place = np.flatnonzero(inside), np.cumsum(inside) - 1
     starts = place[first_slots(rows["sample_ids"]) & inside]
@@ -188,9 +185,7 @@ def unpadded_batch(rows: Dict[str, np.ndarray], targets: Sequence[Target]) -> Di
     }
 
 
-def static_batch(rows: Dict[str, np.ndarray], targets: Sequence[Target]) -> Dict[str, Any]:
-    """`unpad` with padding, so that T = R L and N = R (S + 1) depend on the rows' shape alone: the padding of a row is
-    a sample of its own, and samples without tokens make up the number."""
+def static_batch(rows: Arrays, targets: Sequence[Target]) -> Dict[str, Any]:
     count, length = rows["sample_ids"].shape
     cu_seqlens = np.full(count * (rows["cls_positions"].shape[1] + 1) + 1, count * length, np.int32)
     starts = np.flatnonzero(first_slots(rows["sample_ids"]))
@@ -203,7 +198,7 @@ def static_batch(rows: Dict[str, np.ndarray], targets: Sequence[Target]) -> Dict
     }
 
 
-def target_fields(rows: Dict[str, np.ndarray], targets: Sequence[Target], place: np.ndarray) -> Dict[str, np.ndarray]:
+def target_fields(rows: Arrays, targets: Sequence[Target], place: np.ndarray) -> Arrays:
     """The fields of the targets, whose positions are the `place` [R L] of their token slots."""
     fields = {}
     for target in targets:
@@ -237,6 +232,5 @@ def slot_positions(slots: int) -> np.ndarray:
 
 
 def copy_rows(table: np.ndarray, index: np.ndarray, out: np.ndarray) -> None:
-    # Copying rows of a small table beats comparing and casting; "clip" because "raise" would fill a copy of `out`
-    # first.
+    # Copying rows of a small table beats comparing and casting; mode "raise" would fill a copy of `out` first.
     np.take(table, index, axis=0, out=out, mode="clip")

@@ -76,7 +76,7 @@ def layout(sequence_length: int, mask_tokens: int, vocab_size: int) -> Dict[str,
 
 
 def check_samples(samples: Samples, vocab_size: int, path: str, first: int = 0) -> None:
-    """Raises InputError that names a bad sample: ids beyond the vocabulary, lengths or positions beyond the sample.
+    """Raises InputError that names the first bad sample: ids beyond the vocabulary, lengths or positions beyond it.
 
     `path` and `first` (the index of the first sample in its file) are for the message.
     """
@@ -86,7 +86,7 @@ def check_samples(samples: Samples, vocab_size: int, path: str, first: int = 0) 
 
 
 def find_bad_sample(samples: Samples, vocab_size: int) -> Optional[Tuple[int, str]]:
-    """The index of a bad sample and what is wrong with it, or None when all are good."""
+    """The index of the first bad sample and what is wrong with it, or None when all are good."""
     (_, sequence_length), (_, mask_tokens) = samples.input_ids.shape, samples.mlm_positions.shape
     lengths = samples.lengths
     checks = [
@@ -99,9 +99,10 @@ def find_bad_sample(samples: Samples, vocab_size: int) -> Optional[Tuple[int, st
         ("mlm_positions", "below the sample's length", samples.mlm_positions < lengths[:, None]),
         ("nsp_labels", "0 or 1", samples.nsp_labels <= 1),
     ]
+    faults = []
     for name, expected, good in checks:
         if not good.all():
             place = np.unravel_index(int(np.argmin(good)), good.shape)
             value, slot = getattr(samples, name)[place], "".join(f"[{index}]" for index in place[1:])
-            return int(place[0]), f"{name}{slot} is {value}, expected {expected}"
-    return None
+            faults.append((int(place[0]), f"{name}{slot} is {value}, expected {expected}"))
+    return min(faults, key=lambda fault: fault[0], default=None)

@@ -1,15 +1,10 @@
-"""Samples on disk: the project's HDF5 shards.
-
-A shard holds N samples in contiguous, uncompressed datasets, one for each field of data/samples.py, of its shape and
-type. Attributes: format, schema_version, vocab_size, vocab_sha256, segments, made_by (JSON: how the shard was made),
-and, where known, how it is masked (MASKING). `FORMAT.md` has all of it.
-"""
+"""Samples on disk: the project's HDF5 shards, whose format is in data/FORMAT.md."""
 
 import glob
 import json
 import os
 from dataclasses import dataclass
-from typing import Any, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Dict, List, Mapping, Sequence
 
 import h5py
 
@@ -22,6 +17,7 @@ __all__ = ["ShardInfo", "expand", "open_shard", "read_samples", "write_shard"]
 
 FORMAT = "bert-pretraining-samples"
 SCHEMA_VERSION = 1
+MAKE_AGAIN = "Make it again with `python -m data.prepare`"
 MASKING = ("masking", "mask_share", "special_ids", "continuations")  # with dynamic masking all of them are there
 
 
@@ -52,28 +48,26 @@ def write_shard(
     samples: Samples,
     vocab_size: int,
     vocab_hash: str,
-    made_by: Dict,
-    masking: Optional[Dict] = None,
+    made_by: Mapping[str, Any],
+    masking: Mapping[str, Any] = {},
     segments: int = 2,
 ) -> None:
     """Writes one shard; the file appears under its name whole or not at all.
 
-    `masking`: the attributes of how its samples are masked, or are to be (MASKING and masked_units); without it the
-    file does not say. `segments`: of a sample, 1 or 2.
-    Raises OSError that names the file when the disk is full.
+    `masking`: the attributes that say how its samples are, or are to be, masked (MASKING and masked_units).
+    `segments`: of a sample, 1 or 2. Raises OSError that names the file when the disk is full.
     """
     with replacing(path) as temporary, new_hdf5(temporary) as file:
         file.attrs.update(format=FORMAT, schema_version=SCHEMA_VERSION, vocab_size=vocab_size, vocab_sha256=vocab_hash)
-        file.attrs.update(
-            masking or {}, made_by=json.dumps(made_by), **({} if segments == 2 else {"segments": segments})
-        )
+        file.attrs.update({"made_by": json.dumps(made_by), **masking})
+        if segments != 2:
+            file.attrs["segments"] = segments
         for name in FIELDS:
             file.create_dataset(name, data=getattr(samples, name))
 
 
 def expand(patterns: Sequence[str]) -> List[str]:
-    """The files that paths and globs name, each once, in sorted order; a name without a match stays, for the error to
-    name it."""
+    """The files that paths and globs name, each once, sorted; a name without a match stays, for an error to name it."""
     return sorted({path for pattern in patterns for path in glob.glob(pattern) or [pattern]})
 
 
@@ -81,6 +75,8 @@ def open_shard(path: str) -> ShardInfo:
     """Raises InputError that names the file when it is no whole shard of this project."""
     if not os.path.exists(path):
         raise InputError(f"{path}: no such file")
+    if os.path.isdir(path):
+        raise InputError(f"{path}: is a folder; name the shards in it, such as '{os.path.join(path, 'train-*.h5')}'")
     try:
         file = h5py.File(path, "r")
     except OSError as error:
@@ -88,52 +84,39 @@ def open_shard(path: str) -> ShardInfo:
     with file:
         check_format(file, path)
         check_datasets(file, path)
-        count, sequence_length = file["input_ids"].shape
-        return ShardInfo(
-            path,
-            count,
-            sequence_length,
-            file["mlm_positions"].shape[1],
-            int(file.attrs["vocab_size"]),
-            str(file.attrs["vocab_sha256"]),
-            os.path.getsize(path),
-            tuple(file[name].id.get_offset() or 0 for name in FIELDS),
-            segments=int(file.attrs.get("segments", 2)),
-            **read_masking(path, file.attrs),
-        )
+        (count, length), (_, masks) = file["input_ids"].shape, file["mlm_positions"].shape
+        vocab_size, vocab_hash = int(file.attrs["vocab_size"]), str(file.attrs["vocab_sha256"])
+        offsets = tuple(file[name].id.get_offset() or 0 for name in FIELDS)
+        fields = {"segments": int(file.attrs.get("segments", 2)), **read_masking(path, file.attrs)}
+        size = os.path.getsize(path)
+        return ShardInfo(path, count, length, masks, vocab_size, vocab_hash, size, offsets, **fields)
 
 
 def check_format(file: h5py.File, path: str) -> None:
     name, version = file.attrs.get("format"), file.attrs.get("schema_version", 0)
     if name != FORMAT or int(version) != SCHEMA_VERSION:
-        raise InputError(
-            f"{path}: format {name!r} version {version}, expected {FORMAT!r} version {SCHEMA_VERSION}. Make shards "
-            "with `python -m data.prepare`"
-        )
+        expected = f"{FORMAT!r} version {SCHEMA_VERSION}. Make shards with `python -m data.prepare`"
+        raise InputError(f"{path}: format {name!r} version {version}, expected {expected}")
     for name in ("vocab_size", "vocab_sha256"):
         if name not in file.attrs:
-            raise InputError(f"{path}: the attribute {name!r} is missing. Make it again with `python -m data.prepare`")
+            raise InputError(f"{path}: the attribute {name!r} is missing. {MAKE_AGAIN}")
 
 
 def check_datasets(file: h5py.File, path: str) -> None:
     for name in FIELDS:
         if not isinstance(file.get(name), h5py.Dataset):
             raise InputError(f"{path}: the data set {name!r} is missing; found {sorted(file)}, expected {list(FIELDS)}")
-    dimensions = [file[name].ndim for name in ("input_ids", "mlm_positions")]
-    if dimensions != [2, 2]:
-        counts = " and ".join(map(str, dimensions))
-        raise InputError(f"{path}: input_ids and mlm_positions must have 2 dimensions, found {counts}")
-    count, sequence_length = file["input_ids"].shape
-    expected = layout(sequence_length, file["mlm_positions"].shape[1], int(file.attrs["vocab_size"]))
+    tokens, masks = file["input_ids"].shape, file["mlm_positions"].shape
+    if (len(tokens), len(masks)) != (2, 2):
+        dimensions = f"{len(tokens)} and {len(masks)}"
+        raise InputError(f"{path}: input_ids and mlm_positions must have 2 dimensions, found {dimensions}")
+    expected = layout(tokens[1], masks[1], int(file.attrs["vocab_size"]))
     for name, (sample_shape, dtype) in expected.items():
-        data, shape = file[name], (count, *sample_shape)
+        data, shape = file[name], (tokens[0], *sample_shape)
         if data.shape != shape or data.dtype != dtype:
             raise InputError(f"{path}: data set {name!r} is {data.dtype} {data.shape}, expected {dtype} {shape}")
         if data.size and data.id.get_offset() is None:
-            raise InputError(
-                f"{path}: data set {name!r} is chunked or compressed, expected contiguous. Make it again with "
-                "`python -m data.prepare`"
-            )
+            raise InputError(f"{path}: data set {name!r} is chunked or compressed, expected contiguous. {MAKE_AGAIN}")
 
 
 def read_masking(path: str, attributes: Mapping) -> Dict[str, Any]:
@@ -145,10 +128,8 @@ def read_masking(path: str, attributes: Mapping) -> Dict[str, Any]:
         return {"mask_share": float(attributes.get("mask_share", 0))}
     missing = [name for name in MASKING if name not in attributes]
     if missing:
-        raise InputError(
-            f"{path}: the attribute {missing[0]!r} is missing, which dynamic masking needs. Make it again with "
-            "`python -m data.prepare --masking dynamic`"
-        )
+        advice = MAKE_AGAIN.replace("prepare", "prepare --masking dynamic")
+        raise InputError(f"{path}: the attribute {missing[0]!r} is missing, which dynamic masking needs. {advice}")
     continuations = str(attributes["continuations"])
     return {
         "masking": kind,

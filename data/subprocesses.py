@@ -1,7 +1,7 @@
-"""Processes of our own that speak JSON lines with their parent: started anew rather than forked, so that they take
-neither its threads nor its memory with them.
+"""Processes of our own, which exchange JSON lines with their parent.
 
-In the parent: `ChildProcess`. In the child: `open_channel`, once, and `error_message` for what goes wrong there.
+They are started anew, not forked: they take neither its threads nor its memory with them. The parent uses
+`ChildProcess`, the child `open_channel`, once, and `error_message`.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import traceback
-from typing import Any, Callable, Dict, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Mapping, Sequence, Tuple
 
 from data.errors import InputError
 
@@ -30,15 +30,15 @@ class ChildProcess:
     encoded message a line, and an end when it has ended.
     """
 
-    def __init__(self, module: str, descriptors: Sequence[int], environment: Optional[Dict[str, str]] = None):
-        path = os.pathsep.join(filter(None, sys.path))
+    def __init__(self, module: str, descriptors: Sequence[int], environment: Mapping[str, str] = {}):
+        path = os.pathsep.join(map(os.path.abspath, sys.path))  # "" in a notebook is its folder, not the child's
         self.process = subprocess.Popen(
             [sys.executable, "-m", module, str(os.getpid())],
             cwd=PROJECT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             pass_fds=descriptors,
-            env={**os.environ, "PYTHONPATH": path, **(environment or {})},
+            env={**os.environ, "PYTHONPATH": path, **environment},
         )
         assert self.process.stdin is not None and self.process.stdout is not None
         self.input, self.output = self.process.stdin, self.process.stdout
@@ -50,8 +50,7 @@ class ChildProcess:
             self.input.flush()
 
     def how_it_ended(self) -> str:
-        """Waits for its end: "was killed by SIGKILL: the machine may have run out of memory", "ended with exit status
-        3", ..."""
+        """Waits for its end, and says "ended with exit status 3", "was killed by SIGKILL: ..." or the like."""
         code = self.process.wait()
         if code >= 0:
             return f"ended with exit status {code}"
@@ -112,7 +111,7 @@ def exit_with_parent(parent: int) -> None:
 
 
 def error_message(error: BaseException) -> Dict:
-    """How the child tells of an exception, from within its `except` clause: "error", and whether it is "bad_input"."""
+    """What the child replies about an exception, from within its `except` clause."""
     if isinstance(error, InputError):
         return {"error": str(error), "bad_input": True}
     return {"error": traceback.format_exc(), "bad_input": False}

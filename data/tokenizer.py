@@ -26,6 +26,7 @@ SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 MINIMUM_VOCAB_SIZE = 100
 MOST_LETTERS = 1000
 CACHE_BYTES = 64 << 20  # of one process
+ONE_A_LINE = "expected one token a line"
 
 
 def read_vocab(path: str) -> List[str]:
@@ -38,43 +39,36 @@ def read_vocab(path: str) -> List[str]:
         with open(path, "rb") as file:
             text = file.read().decode("utf-8")
     except OSError as error:
-        raise InputError(
-            f"{path}: the vocabulary cannot be read ({error.strerror}); expected a file with one token a line"
-        )
+        raise InputError(f"{path}: the vocabulary cannot be read ({error.strerror}); {ONE_A_LINE}")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: byte {error.start} is not UTF-8; expected a vocabulary with one token a line")
+        raise InputError(f"{path}: byte {error.start} is not UTF-8; {ONE_A_LINE}")
     lines = text.split("\n")
     tokens = [line[:-1] if line.endswith("\r") else line for line in (lines if lines[-1] else lines[:-1])]
     if not tokens:
-        raise InputError(
-            f"{path}: the vocabulary is empty; expected one token a line, such as bert-base-uncased's vocab.txt"
-        )
+        raise InputError(f"{path}: the vocabulary is empty; {ONE_A_LINE}, such as bert-base-uncased's vocab.txt")
     first_line: Dict[str, int] = {}
     for number, token in enumerate(tokens, 1):
         if not token:
-            raise InputError(f"{path}: line {number} is empty; expected one token a line, for its id is its line")
+            raise InputError(f"{path}: line {number} is empty; {ONE_A_LINE}, for its id is its line")
         if first_line.setdefault(token, number) != number:
-            raise InputError(
-                f"{path}: line {number} repeats {token!r} of line {first_line[token]}; expected each token once. Use "
-                "the vocabulary as it was published, or leave out --vocab to train one"
-            )
+            advice = "Use the vocabulary as it was published, or leave out --vocab to train one"
+            repeated = f"line {number} repeats {token!r} of line {first_line[token]}"
+            raise InputError(f"{path}: {repeated}; expected each token once. {advice}")
     missing = [token for token in SPECIAL_TOKENS if token not in first_line]
     if missing:
-        raise InputError(
-            f"{path}: the vocabulary of {len(tokens)} tokens has no {', '.join(missing)}; expected all of "
-            f"{' '.join(SPECIAL_TOKENS)}. Use a BERT vocabulary, or leave out --vocab to train one"
-        )
+        expected = f"all of {' '.join(SPECIAL_TOKENS)}. Use a BERT vocabulary, or leave out --vocab to train one"
+        lack = f"the vocabulary of {len(tokens)} tokens has no {', '.join(missing)}"
+        raise InputError(f"{path}: {lack}; expected {expected}")
     if len(tokens) == len(SPECIAL_TOKENS):
         raise InputError(f"{path}: the vocabulary has no tokens but the special ones; expected WordPieces, one a line")
     return tokens
 
 
 def find_vocab(vocab: Optional[str], shards: Sequence[ShardInfo], option: str = "--vocab") -> Tuple[List[str], str]:
-    """The tokens and the path of the vocabulary that shards were made with: the file `vocab`, or vocab.txt beside the
-    first shard.
+    """The tokens and path of the shards' vocabulary: the file `vocab`, or vocab.txt beside the first shard.
 
-    `option` sets `vocab`, messages say. Raises InputError when there is no such file, it is no vocabulary, or its hash
-    is not that of the shards; NVIDIA's files do not say theirs.
+    Raises InputError when there is no such file, it is no vocabulary, or its hash is not that of the shards; NVIDIA's
+    files do not say theirs. Messages say that `option` sets it.
     """
     path = vocab or os.path.join(os.path.dirname(shards[0].path), "vocab.txt")
     if not os.path.exists(path):
@@ -83,9 +77,9 @@ def find_vocab(vocab: Optional[str], shards: Sequence[ShardInfo], option: str = 
     own_hash = vocab_sha256(tokens)
     for shard in shards:
         if shard.vocab_sha256 not in ("", own_hash):
+            hashes = f"its hash is {own_hash[:12]}, expected {shard.vocab_sha256[:12]}"
             raise InputError(
-                f"{path}: is not the vocabulary that {shard.path} was made with: its hash is {own_hash[:12]}, expected "
-                f"{shard.vocab_sha256[:12]}. Give that one with {option}"
+                f"{path}: is not the vocabulary that {shard.path} was made with: {hashes}. Give that one with {option}"
             )
     return tokens, path
 
@@ -107,8 +101,7 @@ def make_tokenizer(tokens: Sequence[str]) -> Tokenizer:
 
 
 def write_tokenizer_files(folder: str, tokens: Sequence[str], longest: int = 512) -> None:
-    """Writes vocab.txt, tokenizer.json and tokenizer_config.json, from which transformers' AutoTokenizer loads the
-    folder.
+    """Writes vocab.txt, tokenizer.json and tokenizer_config.json: what transformers' AutoTokenizer loads a folder from.
 
     `longest`: tokens that the model has positions for; the tokenizer cuts longer text off there when it is told to.
     """
@@ -121,7 +114,7 @@ def write_tokenizer_files(folder: str, tokens: Sequence[str], longest: int = 512
         **{f"{token.strip('[]').lower()}_token": token for token in SPECIAL_TOKENS},
     }
     contents = {
-        "vocab.txt": "".join(token + "\n" for token in tokens),
+        "vocab.txt": "".join(f"{token}\n" for token in tokens),
         "tokenizer.json": make_tokenizer(tokens).to_str(pretty=True) + "\n",
         "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
     }
@@ -134,25 +127,23 @@ def write_tokenizer_files(folder: str, tokens: Sequence[str], longest: int = 512
 def train_vocab(read_texts: Callable[[], Iterable[List[str]]], vocab_size: int) -> List[str]:
     """A WordPiece vocabulary of at most `vocab_size` tokens, the five special ones first; the same for the same text.
 
-    `read_texts` begins a pass over the text, in lists of lines; it is called twice. Raises InputError for a size too
-    small.
+    `read_texts` begins a pass over the text, in lists of lines; it is called twice. Raises InputError for too small a
+    size.
     """
     if vocab_size < MINIMUM_VOCAB_SIZE:
-        raise InputError(
-            f"--vocab-size is {vocab_size}, expected at least {MINIMUM_VOCAB_SIZE}: the letters alone need as many"
-        )
+        expected = f"at least {MINIMUM_VOCAB_SIZE}: the letters alone need as many"
+        raise InputError(f"--vocab-size is {vocab_size}, expected {expected}")
     tokenizer = make_tokenizer(SPECIAL_TOKENS)
     letters, inner = find_letters(read_texts(), tokenizer, min(MOST_LETTERS, (vocab_size - len(SPECIAL_TOKENS)) // 4))
-    # The trainer numbers letters in the order of a hash table that differs from run to run, and breaks ties between
-    # equally frequent pairs by those numbers. Letters that are given as special tokens are numbered first, in this
-    # order.
+    # The trainer numbers letters in the order of a hash table, which differs from run to run, and breaks ties between
+    # equally frequent pairs by those numbers. Letters given as special tokens are numbered first, in this order.
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
         min_frequency=2,
         show_progress=False,
         initial_alphabet=letters,
         limit_alphabet=len(letters),
-        special_tokens=list(SPECIAL_TOKENS) + letters + inner,
+        special_tokens=[*SPECIAL_TOKENS, *letters, *inner],
     )
     tokenizer.train_from_iterator(read_texts(), trainer)
     ids = tokenizer.get_vocab()

@@ -42,13 +42,12 @@ class SampleMask(NamedTuple):
 
 
 class CuSeqlens(NamedTuple):
-    """Where the samples are among tokens laid end to end: sample n has those from cu_seqlens[n] up to
-    cu_seqlens[n + 1]."""
+    """Samples laid end to end: sample n has the tokens from cu_seqlens[n] up to cu_seqlens[n + 1]."""
 
     cu_seqlens: torch.Tensor
     """[N + 1] int32, from 0 to T"""
     max_seqlen: int
-    """no sample has more tokens"""
+    """tokens of the longest sample, at least"""
 
 
 Segments = Union[SampleIds, SampleMask, CuSeqlens]
@@ -74,34 +73,27 @@ def same_sample_mask(sample_ids: torch.Tensor) -> torch.Tensor:
 
 
 def has_varlen_kernel(device: str, dtype: torch.dtype, head_size: int) -> bool:
-    """Whether `attention` takes `CuSeqlens` on this device in this type: the C++ kernel, or CUDA's flash attention in
-    half precision."""
+    """Whether `attention` takes `CuSeqlens`: in C++ on the CPU, in CUDA's flash attention in half precision."""
     if device == "cpu":
         return is_native(torch.empty(0, dtype=dtype))
-    return (
-        dtype in (torch.float16, torch.bfloat16)
-        and head_size % 8 == 0
-        and head_size <= 256
-        and torch.cuda.get_device_capability() >= (8, 0)
-    )
+    fits = dtype in (torch.float16, torch.bfloat16) and head_size % 8 == 0 and head_size <= 256
+    return fits and torch.cuda.get_device_capability() >= (8, 0)
 
 
 def attention(query, key, value, segments: Segments, heads: int, dropout: float) -> torch.Tensor:
     """softmax(Q K^T / sqrt(D)) V within samples (arXiv 1706.03762, eq. 1).
 
-    The type of `segments` says what the others are, and how it is computed: of rows, [R, L, A * D], where it is
-    `SampleMask` (PyTorch's fused form) or `SampleIds` (the form that PopTorch lowers: no mask is kept or sent from IPU
-    to IPU); of tokens laid end to end, [T, A * D], where it is `CuSeqlens`. `dropout` is the probability that an
-    attention weight is dropped: 0 where the model is not in training.
+    The type of `segments` says how it is computed. With `SampleMask` (PyTorch's fused form) and `SampleIds` (the form
+    that PopTorch lowers: no mask is kept or sent from IPU to IPU) the others are rows, [R, L, A * D]; with `CuSeqlens`
+    they are tokens laid end to end, [T, A * D]. `dropout` is the probability that an attention weight is dropped: 0
+    outside of training.
     """
     if isinstance(segments, CuSeqlens):
         if query.device.type != "cpu":
             return _flash_attention(query, key, value, segments, heads, dropout)
         if not is_native(query, key, value) or segments.cu_seqlens.dtype != torch.int32:
-            raise ValueError(
-                "attention within cu_seqlens on the CPU takes float32, int32 cu_seqlens and a C++ compiler, not "
-                f"{query.dtype} and {segments.cu_seqlens.dtype}"
-            )
+            takes = "attention within cu_seqlens on the CPU takes float32, int32 cu_seqlens and a C++ compiler"
+            raise ValueError(f"{takes}, not {query.dtype} and {segments.cu_seqlens.dtype}")
         tensors = query.contiguous(), key.contiguous(), value.contiguous()
         return _VarlenAttention.apply(*tensors, segments.cu_seqlens, heads, dropout)
     query, key, value = [tensor.unflatten(-1, (heads, -1)).transpose(1, 2) for tensor in (query, key, value)]
@@ -113,7 +105,7 @@ def attention(query, key, value, segments: Segments, heads: int, dropout: float)
 
 
 def attention_plain(query, key, value, mask, dropout: float) -> torch.Tensor:
-    """The same of [R, A, L, D], written out: what PopTorch lowers, and what the fused forms are held to."""
+    """The same of [R, A, L, D], written out: PopTorch lowers it, and the fused forms are tested against it."""
     # The queries are divided, not the scores: they are fewer, and float16 scores stay small.
     scores = matmul_memory((query / math.sqrt(query.shape[-1])) @ key.transpose(-1, -2), "attention_scores")
     # -1e4 is within float16's range and far below any score: its softmax is 0.

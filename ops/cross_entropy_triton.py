@@ -1,5 +1,4 @@
-"""Cross-entropy of the MLM logits and its gradients in one Triton kernel, for CUDA: two readings of the logits, one
-writing.
+"""Cross-entropy of the MLM logits and its gradients in one Triton kernel, which reads the logits twice and writes once.
 
 Shape letters: T tokens (mask slots), V vocabulary.
 """
@@ -43,8 +42,9 @@ def cross_entropy(
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """logits [T, V] (float32, bfloat16 or float16), labels [T] integers, weights [T] float32, all contiguous, on CUDA.
 
-    Returns of each token the cross-entropy, unweighted, and whether its label has the highest logit, [T] float32, and
-    the logits, which have become their gradients weights[t] * (softmax - one_hot(label)). The arithmetic is float32.
+    Returns, for each token, the unweighted cross-entropy and whether its label has the highest logit, both [T] float32,
+    and the logits, now overwritten with their gradients weights[t] * (softmax - one_hot(label)). The arithmetic is
+    float32.
     """
     losses, correct = torch.empty_like(weights), torch.empty_like(weights)
     with torch.cuda.device(logits.device) if logits.is_cuda else contextlib.nullcontext():

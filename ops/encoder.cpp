@@ -128,7 +128,7 @@ void product(const float* a, long a_row, long a_column, const float* b, long b_r
 
 // ---- attention
 
-long whole(long n) { return (n + WIDTH - 1) / WIDTH * WIDTH; }           // whole registers
+long whole(long n) { return (n + WIDTH - 1) / WIDTH * WIDTH; }  // whole registers
 long padded(long n) { return (whole(n) / WIDTH | 1) * WIDTH; }  // an odd number of registers: rows do not share cache sets
 
 void copy_rows(const float* in, long in_row, long rows, long columns, float* out, long out_row) {

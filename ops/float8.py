@@ -50,7 +50,7 @@ def float8_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> 
 
 
 def float8_linear_plain(x, weight, bias) -> torch.Tensor:
-    """The same in float32 products of float8 values, differentiated by autograd: what the fast form is held to."""
+    """The same in float32 products of float8 values, with autograd: the fast form is tested against it."""
     product = F.linear(_round(x), _round(weight))
     if product.requires_grad:
         product.register_hook(lambda gradient: _dequantize(*_quantize(gradient, torch.float8_e5m2)))

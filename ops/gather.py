@@ -1,5 +1,4 @@
-"""Selecting tokens of each row: by index, and as a one-hot product for the IPU, which gathers slowly; and rows of an
-embedding.
+"""Tokens of each row, selected by index or (for the IPU, which gathers slowly) in a one-hot product; embeddings.
 
 Shape letters: R rows, L tokens of a row, K selected tokens of a row, T tokens in all, V vocabulary, H hidden.
 """

@@ -1,13 +1,14 @@
 """Annotations of the model for the IPU: under PopTorch real, elsewhere free.
 
 The model is written once. Inside `lowering(...)` every operation takes the form that PopTorch lowers, and the functions
-below pass their annotations on to the module that is given: `poptorch` where the IPU engine compiles, a recorder with
-the same few names where the planner (bert/plan/report.py) reads the model, nothing where only the numerics of these
-forms are wanted.
+below pass their annotations on to the module that is given: `poptorch` where the IPU engine compiles, a tracer with the
+same few names where the planner (bert/plan/trace.py) reads the model, nothing where only the numerics of these forms
+are wanted.
 """
 
 import contextlib
-from typing import Any, Mapping, NamedTuple, Optional
+from dataclasses import dataclass, field
+from typing import Any, List, Mapping, Optional
 
 __all__ = [
     "MATMULS",
@@ -35,51 +36,39 @@ MATMULS = (
 """Names of the model's matrix products, for a memory proportion of their own."""
 
 
-class _Lowering(NamedTuple):
+@dataclass
+class lowering:
+    """While open, the operations of `ops/` take the forms that PopTorch lowers, annotated through `poptorch`."""
+
     poptorch: Any = None
-    placement: Mapping[str, int] = {}
+    """The module, or a stand-in; None: no annotations."""
+    placement: Mapping[str, int] = field(default_factory=dict)
+    """The name of each block -> its IPU."""
     recompute: bool = True
+    """Whether `recompute_from` marks anything."""
     loss_factor: float = 1.0
-    proportions: Mapping[str, float] = {}
+    """What the marked loss is multiplied by."""
+    proportions: Mapping[str, float] = field(default_factory=dict)
+    """Names of `MATMULS` -> the share of an IPU's memory that these products may take for temporaries."""
+
+    def __enter__(self) -> None:
+        _open.append(self)
+
+    def __exit__(self, *error: object) -> None:
+        _open.pop()
 
 
-_lowering: Optional[_Lowering] = None
+_open: List[lowering] = []
+_NOT_LOWERING = lowering()
 
 
-def _now() -> _Lowering:
-    return _lowering or _Lowering()
-
-
-@contextlib.contextmanager
-def lowering(
-    poptorch=None,
-    placement: Mapping[str, int] = {},
-    recompute: bool = True,
-    loss_factor: float = 1.0,
-    proportions: Mapping[str, float] = {},
-):
-    """While open, the operations of `ops/` take the forms that PopTorch lowers, annotated through the module
-    `poptorch`, if any.
-
-    `placement` maps the name of each block to its IPU. Without `recompute`, `recompute_from` marks nothing. The marked
-    loss is multiplied by `loss_factor`. `proportions` maps names of `MATMULS` to the share of an IPU's memory that
-    these products may take for temporaries.
-    """
-    global _lowering
-    before, _lowering = _lowering, _Lowering(poptorch, placement, recompute, loss_factor, proportions)
-    try:
-        yield
-    finally:
-        _lowering = before
+def _now() -> lowering:
+    return _open[-1] if _open else _NOT_LOWERING
 
 
 def is_lowering() -> bool:
     """Whether the operations take the forms that PopTorch lowers."""
-    return _lowering is not None
-
-
-def _poptorch():
-    return _lowering.poptorch if _lowering else None
+    return bool(_open)
 
 
 def block(name: str):

@@ -13,15 +13,13 @@ known.
 
 import ctypes
 import importlib.util
-from typing import Any, Callable, Dict, Iterable, List, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, List, Sequence, Tuple, Union
 
 import torch
 
 from ops.native import native, pointer
 
-__all__ = ["Lamb", "lamb_foreach", "lamb_groups", "lamb_native", "lamb_plain"]
-
-OPTIONS = ("lr", "betas", "eps", "weight_decay", "trust_ratio")  # of a group
+__all__ = ["Lamb", "lamb_groups", "lamb_native", "lamb_plain"]
 
 
 def lamb_groups(
@@ -44,9 +42,9 @@ def lamb_groups(
 class Lamb(torch.optim.Optimizer):
     """LAMB over groups with `lr`, `betas`, `eps`, `weight_decay` and `trust_ratio`, all on one device.
 
-    `implementation` is "native" (C++, for the CPU), "triton" (for CUDA), "foreach", "plain", or "auto": Triton on CUDA
-    and C++ on the CPU, where they are there, else foreach. The first two take contiguous float32 tensors and raise
-    ValueError for others.
+    `implementation` is "native" (C++, for the CPU), "triton" (for CUDA), "plain", or "auto": Triton on CUDA and C++ on
+    the CPU, where they are there, else plain. The first two take contiguous float32 tensors and raise ValueError for
+    others.
 
     State per parameter: `exp_avg` (m) and `exp_avg_sq` (v). `skipped` counts, on the device, the updates that were
     skipped because a gradient was not finite; weights, moments and compute weights are then as they were.
@@ -70,11 +68,11 @@ class Lamb(torch.optim.Optimizer):
         self.compute_weights: Dict[torch.Tensor, torch.Tensor] = {}
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self.implementation = _choose(implementation, device)
-        self._fused: Callable[..., None] = lamb_native
+        self._update: Callable[..., None] = lamb_plain if self.implementation == "plain" else lamb_native
         if self.implementation == "triton":
             from ops.lamb_triton import LambTriton
 
-            self._fused = LambTriton()
+            self._update = LambTriton()
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -82,38 +80,23 @@ class Lamb(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        groups = [
-            (group, [w for w in group["params"] if w.grad is not None and w.numel()]) for group in self.param_groups
-        ]
-        weights = [w for _, members in groups for w in members]
+        members = [(w, group) for group in self.param_groups for w in group["params"] if w.grad is not None]
+        members = [(w, group) for w, group in members if w.numel()]
+        if not members:
+            return loss
+        weights, groups = zip(*members)
         for w in weights:
             if not self.state[w]:
                 self.state[w] = {"exp_avg": torch.zeros_like(w), "exp_avg_sq": torch.zeros_like(w)}
-        if weights and self.implementation in ("native", "triton"):
-            self._step_fused(weights, [group for group, members in groups for _ in members])
-        elif weights and _all_finite(weights):
-            update = lamb_foreach if self.implementation == "foreach" else lamb_plain
-            for group, members in groups:
-                if members:
-                    update(*self._tensors(members), **{name: group[name] for name in OPTIONS})
-            for w in weights:
-                if w in self.compute_weights:
-                    self.compute_weights[w].copy_(w)
-        elif weights:
-            self.skipped += 1
-        return loss
-
-    def _step_fused(self, weights: List[torch.Tensor], groups: List[Dict]) -> None:
-        tensors = self._tensors(weights)
-        self._check(tensors)
-        self._fused(*tensors, [self.compute_weights.get(w) for w in weights], groups, self.skipped)
-        for w in weights:  # so that autograd notices; torch 2.0 has no increment_version
-            w.view(-1)[:0].zero_()
-
-    def _tensors(self, weights: List[torch.Tensor]) -> Tuple[List, ...]:
-        """Weights, gradients, exp_avg and exp_avg_sq."""
         moments = ([self.state[w][key] for w in weights] for key in ("exp_avg", "exp_avg_sq"))
-        return (weights, [w.grad for w in weights], *moments)
+        tensors = weights, [w.grad for w in weights], *moments, [self.compute_weights.get(w) for w in weights]
+        if self.implementation != "plain":
+            self._check(tensors)
+        self._update(*tensors, groups, self.skipped)
+        if self.implementation != "plain":
+            for w in weights:  # so that autograd notices; torch 2.0 has no increment_version
+                w.view(-1)[:0].zero_()
+        return loss
 
     def _check(self, tensors) -> None:
         """Raises ValueError, with the parameter's name, for what the kernels would read or write wrongly."""
@@ -122,14 +105,13 @@ class Lamb(torch.optim.Optimizer):
         def fits(tensor, dtype, shape):
             return (tensor.dtype, tensor.device, tensor.shape) == (dtype, device, shape) and tensor.is_contiguous()
 
-        for w, *others in zip(*tensors):
+        for w, *others, rounded in zip(*tensors):
             if not all(fits(tensor, torch.float32, w.shape) for tensor in (w, *others)):
                 raise ValueError(
                     f"{self._name(w)}: {self.implementation} LAMB takes contiguous float32 tensors on {device} for "
                     f"weight, gradient and moments, not {', '.join(map(_describe, (w, *others)))}. "
-                    'Lamb(..., implementation="foreach") takes others'
+                    'Lamb(..., implementation="plain") takes others'
                 )
-            rounded = self.compute_weights.get(w)
             if rounded is not None and not fits(rounded, torch.bfloat16, w.shape):
                 raise ValueError(
                     f"{self._name(w)}: its compute weight has to be a contiguous bfloat16 tensor on {device} of shape "
@@ -145,62 +127,47 @@ class Lamb(torch.optim.Optimizer):
 
 
 def _choose(implementation: str, device: torch.device) -> str:
-    known = ("auto", "native", "triton", "foreach", "plain")
+    known = ("auto", "native", "triton", "plain")
     if implementation not in known:
         raise ValueError(f"implementation is {implementation!r}; expected one of {', '.join(known)}")
-    if implementation == "auto":
-        # Built here, not in the first update.
-        if device.type == "cuda":
-            return "triton" if importlib.util.find_spec("triton") else "foreach"
-        return "native" if device.type == "cpu" and native() else "foreach"
-    if implementation == "native" and (device.type != "cpu" or native() is None):
+    if implementation == "auto" and device.type == "cuda":
+        return "triton" if importlib.util.find_spec("triton") else "plain"
+    has_native = implementation in ("auto", "native") and device.type == "cpu" and native() is not None
+    if implementation == "auto":  # the kernels are built here, not in the first update
+        return "native" if has_native else "plain"
+    if implementation == "native" and not has_native:
         reason = f"the parameters are on {device}" if device.type != "cpu" else "the C++ kernels cannot be built"
         raise ValueError(f'implementation is "native", but {reason}; "auto" takes what there is')
     return implementation
-
-
-def _all_finite(weights: List[torch.Tensor]) -> bool:
-    gradients = [w.grad for w in weights if w.grad is not None]
-    return bool(torch.stack(torch._foreach_norm(gradients, float("inf"))).isfinite().all())
 
 
 def _describe(tensor: torch.Tensor) -> str:
     return f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, strides {tensor.stride()}"
 
 
-def lamb_plain(weights, gradients, exp_avgs, exp_avg_sqs, lr, betas, eps, weight_decay, trust_ratio) -> None:
-    """Updates weights and moments in place, one parameter after the other: what the fast forms are held to."""
-    beta1, beta2 = betas
-    for w, g, m, v in zip(weights, gradients, exp_avgs, exp_avg_sqs):
+def lamb_plain(
+    weights, gradients, exp_avgs, exp_avg_sqs, compute_weights, groups: Sequence[Dict[str, Any]], skipped
+) -> None:
+    """Updates weights and moments in place, and fills the compute weights (None where a parameter has none); where a
+    gradient is not finite it only adds 1 to `skipped`. `groups` has each parameter's group.
+
+    One parameter after the other: the fast forms are tested against it.
+    """
+    if not torch.stack(torch._foreach_norm(gradients, float("inf"))).isfinite().all():
+        skipped += 1
+        return
+    for w, g, m, v, rounded, group in zip(weights, gradients, exp_avgs, exp_avg_sqs, compute_weights, groups):
+        beta1, beta2 = group["betas"]
         m.mul_(beta1).add_(g, alpha=1 - beta1)
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        u = m / (v.sqrt() + eps) + weight_decay * w
+        u = m / (v.sqrt() + group["eps"]) + group["weight_decay"] * w
         ratio: Union[float, torch.Tensor] = 1.0
-        if trust_ratio:
+        if group["trust_ratio"]:
             w_norm, u_norm = torch.linalg.vector_norm(w), torch.linalg.vector_norm(u)
             ratio = torch.where((w_norm > 0) & (u_norm > 0), w_norm / u_norm, torch.ones_like(w_norm))
-        w.sub_(lr * ratio * u)
-
-
-def lamb_foreach(weights, gradients, exp_avgs, exp_avg_sqs, lr, betas, eps, weight_decay, trust_ratio) -> None:
-    """The same, each operation over all parameters at once."""
-    beta1, beta2 = betas
-    torch._foreach_mul_(exp_avgs, beta1)
-    torch._foreach_add_(exp_avgs, gradients, alpha=1 - beta1)
-    torch._foreach_mul_(exp_avg_sqs, beta2)
-    torch._foreach_addcmul_(exp_avg_sqs, gradients, gradients, value=1 - beta2)
-    updates = torch._foreach_sqrt(exp_avg_sqs)
-    torch._foreach_add_(updates, eps)
-    updates = torch._foreach_div(exp_avgs, updates)
-    if weight_decay:
-        torch._foreach_add_(updates, weights, alpha=weight_decay)
-    if not trust_ratio:
-        torch._foreach_add_(weights, updates, alpha=-lr)
-        return
-    w_norms, u_norms = torch.stack(torch._foreach_norm(weights)), torch.stack(torch._foreach_norm(updates))
-    ratios = torch.where((w_norms > 0) & (u_norms > 0), w_norms / u_norms, torch.ones_like(w_norms))
-    torch._foreach_mul_(updates, list(ratios.mul(-lr).unbind()))
-    torch._foreach_add_(weights, updates)
+        w.sub_(group["lr"] * ratio * u)
+        if rounded is not None:
+            rounded.copy_(w)
 
 
 class _Parameter(ctypes.Structure):  # as ops/lamb.cpp declares it
@@ -212,9 +179,10 @@ class _Parameter(ctypes.Structure):  # as ops/lamb.cpp declares it
     ]
 
 
-def lamb_native(weights, gradients, exp_avgs, exp_avg_sqs, compute_weights, groups: List[Dict], skipped) -> None:
-    """The same in C++, over parameters of all groups: `groups` has each parameter's. Fills the compute weights (None
-    where a parameter has none), and counts in `skipped`."""
+def lamb_native(
+    weights, gradients, exp_avgs, exp_avg_sqs, compute_weights, groups: Sequence[Dict[str, Any]], skipped
+) -> None:
+    """The same in C++, on all cores."""
     table = (_Parameter * len(weights))()
     for i, (*tensors, group) in enumerate(zip(weights, gradients, exp_avgs, exp_avg_sqs, compute_weights, groups)):
         options = group["lr"], *group["betas"], group["eps"], group["weight_decay"], group["trust_ratio"]

@@ -12,7 +12,7 @@ launch less. In the kernels w, g, m, v, u are the equations'.
 
 import contextlib
 import itertools
-from typing import Dict, List, Tuple
+from typing import Dict, List, Sequence, Tuple
 
 import torch
 import triton
@@ -184,7 +184,9 @@ class LambTriton:
         self._rows: List[Tuple] = []
         self._options: List[Tuple] = []
 
-    def __call__(self, weights, gradients, exp_avgs, exp_avg_sqs, compute_weights, groups: List[Dict], skipped) -> None:
+    def __call__(
+        self, weights, gradients, exp_avgs, exp_avg_sqs, compute_weights, groups: Sequence[Dict], skipped
+    ) -> None:
         device, tensors = skipped.device, (weights, gradients, exp_avgs, exp_avg_sqs, compute_weights)
         self._renew_tables(tensors, groups, device)
         tables, count, chunks = (self._row_table, self._option_table), len(weights), len(self._numbers)
@@ -195,7 +197,7 @@ class LambTriton:
             _ratios_kernel[(count + 1,)](*tables, *sums, *steps, skipped, count, chunks, REDUCED)
             _write_kernel[(chunks,)](*tables, self._numbers, *steps, *sizes, num_warps=8)
 
-    def _renew_tables(self, tensors: Tuple[List, ...], groups: List[Dict], device: torch.device) -> None:
+    def _renew_tables(self, tensors: Tuple[List, ...], groups: Sequence[Dict], device: torch.device) -> None:
         weights = tensors[0]
         chunk_counts = [-(-w.numel() // CHUNK) for w in weights]
         if chunk_counts != self._chunk_counts:

@@ -15,8 +15,16 @@ from ops import native
 from ops.float8 import float8_linear, is_float8
 from ops.ipu import is_lowering, matmul_memory
 
-__all__ = ["linear", "linear_dropout_add_norm", "linear_dropout_add_norm_plain", "linear_gelu", "linear_gelu_plain"]
-__all__ += ["linear_plain", "linears", "linears_plain"]
+__all__ = [
+    "linear",
+    "linear_dropout_add_norm",
+    "linear_dropout_add_norm_plain",
+    "linear_gelu",
+    "linear_gelu_plain",
+    "linear_plain",
+    "linears",
+    "linears_plain",
+]
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, name: Optional[str] = None) -> torch.Tensor:

@@ -49,7 +49,7 @@ def linear_cross_entropy(
 
 
 def linear_cross_entropy_plain(hidden, decoder, bias, labels, weights) -> Tuple[torch.Tensor, torch.Tensor]:
-    """The same with all logits at once: what the serialized form is held to."""
+    """The same with all logits at once: the serialized form is tested against it."""
     logits = F.linear(hidden, decoder, bias.to(decoder.dtype)).float()
     loss = F.cross_entropy(logits, labels.long(), reduction="none")
     correct = (logits.argmax(dim=-1) == labels).to(weights.dtype)
@@ -73,7 +73,7 @@ def _parts(factor: int, *tensors: torch.Tensor) -> Iterable[Tuple[torch.Tensor, 
 
 @functools.lru_cache(maxsize=None)
 def _kernel(device: str) -> Optional[Callable]:
-    """`_cross_entropy` as one kernel; None where there is none for the device."""
+    """`_cross_entropy` as one Triton kernel; None where there is none for the device."""
     if device != "cuda" or importlib.util.find_spec("triton") is None:
         return None
     from ops.cross_entropy_triton import cross_entropy
@@ -82,8 +82,7 @@ def _kernel(device: str) -> Optional[Callable]:
 
 
 def _cross_entropy(logits, labels, weights) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of each token the cross-entropy, and whether its label is the argmax; the gradients, which overwrite float32
-    logits."""
+    """Each token's cross-entropy, whether its label is the argmax, and the gradients, written over float32 logits."""
     dtype, rows = logits.dtype, torch.arange(len(labels), device=labels.device)
     logits = logits.float()
     correct = (logits.argmax(dim=-1) == labels).float()

@@ -23,10 +23,19 @@ import torch
 
 from ops.ipu import is_lowering
 
-__all__ = ["accumulate_weight_grad", "call", "draw_seed", "grad_of", "is_native", "linear", "linear_input_grad"]
-__all__ += ["native", "pointer"]
+__all__ = [
+    "accumulate_weight_grad",
+    "call",
+    "draw_seed",
+    "grad_of",
+    "is_native",
+    "linear",
+    "linear_input_grad",
+    "native",
+    "pointer",
+]
 
-_IS_TORCH_2_0 = not hasattr(torch, "compiler")  # whose oneDNN product always has something after it
+_IS_TORCH_2_0 = not hasattr(torch, "compiler")  # its oneDNN product is always fused with an activation
 _is_compiling = getattr(getattr(torch, "compiler", None), "is_compiling", lambda: False)
 
 SOURCES = ("encoder.cpp", "lamb.cpp")
@@ -66,11 +75,9 @@ def native() -> Optional[ctypes.CDLL]:
     except (OSError, subprocess.CalledProcessError) as error:
         lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         reason = next((line for line in lines if "error" in line), lines[0])
-        warnings.warn(
-            "the C++ kernels cannot be built, and PyTorch's own, slower operations take their place: "
-            f"{reason}. They need g++, or another C++ compiler with OpenMP, named by CXX",
-            stacklevel=2,
-        )
+        need = "They need g++, or another C++ compiler with OpenMP, named by CXX"
+        instead = "PyTorch's own, slower operations take their place"
+        warnings.warn(f"the C++ kernels cannot be built, and {instead}: {reason}. {need}", stacklevel=2)
         return None
 
 
@@ -111,9 +118,8 @@ def pointer(tensor: Optional[torch.Tensor]) -> ctypes.c_void_p:
     if tensor is None:
         return ctypes.c_void_p()
     if tensor.device.type != "cpu" or not tensor.is_contiguous():
-        raise ValueError(
-            f"a kernel needs a contiguous tensor on the CPU, not one on {tensor.device} with strides {tensor.stride()}"
-        )
+        there = f"one on {tensor.device} with strides {tensor.stride()}"
+        raise ValueError(f"a kernel needs a contiguous tensor on the CPU, not {there}")
     return ctypes.c_void_p(tensor.data_ptr())
 
 
@@ -123,8 +129,7 @@ def draw_seed() -> int:
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:
-    """x [T, I], weight [O, I], bias [O] -> [T, O], without autograd: oneDNN's product, which on AVX-512 machines of any
-    maker is the fastest."""
+    """x [T, I], weight [O, I], bias [O] -> [T, O], without autograd: oneDNN's product, the fastest with AVX-512."""
     if torch.backends.mkldnn.is_available() and x.numel() > 0 and not _IS_TORCH_2_0:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return torch.nn.functional.linear(x, weight, bias)
@@ -136,7 +141,7 @@ def linear_input_grad(gradient: torch.Tensor, weight: torch.Tensor) -> torch.Ten
 
 
 def accumulate_weight_grad(weight: torch.Tensor, gradient: torch.Tensor, x: torch.Tensor) -> None:
-    """Adds a linear layer's, from gradient [T, O] and x [T, I], to `weight.grad` [O, I], unless `weight` is frozen."""
+    """Adds to `weight.grad` [O, I], from gradient [T, O] and x [T, I] of a linear layer, unless `weight` is frozen."""
     if weight.requires_grad:
         if weight.grad is None:
             weight.grad = torch.mm(gradient.t(), x)
@@ -145,8 +150,7 @@ def accumulate_weight_grad(weight: torch.Tensor, gradient: torch.Tensor, x: torc
 
 
 def grad_of(parameter: torch.Tensor) -> torch.Tensor:
-    """`parameter.grad`, for adding to it: zeros where there was none. A frozen parameter has none; it gets zeros that
-    are thrown away."""
+    """`parameter.grad`, to be added to: zeros if there was none. For a frozen parameter, zeros that nothing reads."""
     if not parameter.requires_grad:
         return torch.zeros_like(parameter)
     if parameter.grad is None:

@@ -38,10 +38,8 @@ def listing():
     places = dict({name: importlib.import_module(name) for name in MODULES}, **{"torch.Tensor": torch.Tensor})
     # Modules of torch.backends are wrapped in an object that has them as `m`.
     names = {name: sorted({*dir(place), *dir(getattr(place, "m", place))}) for name, place in places.items()}
-    return {
-        place: textwrap.wrap(" ".join(name for name in found if not name.startswith("__")), 120)
-        for place, found in names.items()
-    }
+    public = {place: " ".join(name for name in there if not name.startswith("__")) for place, there in names.items()}
+    return {place: textwrap.wrap(line, 120) for place, line in public.items()}
 
 
 if __name__ == "__main__":

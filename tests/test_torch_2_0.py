@@ -1,8 +1,8 @@
 """What IPUs run uses only what torch 2.0 has: PopTorch is built for it, under Python 3.8.
 
 tests/torch_2_0_names.json has the names of torch 2.0.1, made by tests/list_torch_names.py. The environment variable
-BERT_TORCH_2_0_PYTHON may name a Python 3.8 with torch 2.0.1 and requirements-ipu.txt, in which the modules are imported
-too.
+BERT_TORCH_2_0_PYTHON may name a Python 3.8 with torch 2.0.1 and requirements-ipu.txt: then the modules are imported
+there too.
 """
 
 import ast
@@ -17,21 +17,17 @@ from torch import nn
 
 from bert.engines.torch_devices import Cpu, choose_precision, wants_compile
 from data.errors import InputError
-from tests.test_project import ROOT, sources
+from tests import ROOT, sources
 
 with open(os.path.join(ROOT, "tests", "torch_2_0_names.json"), encoding="utf-8") as listed:
     NAMES = {place: set(" ".join(lines).split()) for place, lines in json.load(listed).items()}
-NEW_TENSOR_NAMES = (
-    {name for name in dir(torch.Tensor) if not name.startswith("__")} - NAMES["torch.Tensor"] - {"index"}
-)  # lists have it
+TENSOR_NAMES = {name for name in dir(torch.Tensor) if not name.startswith("__")}
+NEW_TENSOR_NAMES = TENSOR_NAMES - NAMES["torch.Tensor"] - {"index"}  # which lists have too
 
 # Only CPU and CUDA run what is in them, but the training loop imports them: what is done at import counts.
-IMPORTED_ONLY = {
-    os.path.join(*path.split("/"))
-    for path in ("bert/engines/torch_engine.py", "bert/engines/micro_batch.py", "ops/float8.py")
-}
+IMPORTED_ONLY = {"bert/engines/torch_engine.py", "bert/engines/micro_batch.py", "ops/float8.py"}
 # Imported where Triton is found, by CUDA alone.
-NEVER_IMPORTED = {os.path.join("ops", "lamb_triton.py"), os.path.join("ops", "cross_entropy_triton.py")}
+NEVER_IMPORTED = {"ops/lamb_triton.py", "ops/cross_entropy_triton.py"}
 FILES = [path for path in [*sources("ops", "data", "bert"), "run_pretraining.py"] if path not in NEVER_IMPORTED]
 
 
@@ -62,51 +58,50 @@ def dotted(node):
 def uses(source, whole):
     """(names of torch as dotted paths, attributes of anything that no import gave) in a module's source."""
     tree = ast.parse(source)
-    stand_for = {}  # a name here -> what it was imported as; of other packages too
+    imported = {}  # a name here -> what it stands for; of other packages too
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            for one in node.names:
-                stand_for[one.asname or one.name.split(".")[0]] = one.name if one.asname else one.name.split(".")[0]
+            for alias in node.names:
+                package = alias.name.split(".")[0]
+                imported[alias.asname or package] = alias.name if alias.asname else package
         elif isinstance(node, ast.ImportFrom):
-            stand_for.update({one.asname or one.name: f"{node.module}.{one.name}" for one in node.names})
-    nodes = list(ast.walk(tree) if whole else at_import(tree))
-    found, attributes = set(), set()
-    for node in nodes:
+            imported.update({alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names})
+    paths, attributes = set(), set()
+    for node in ast.walk(tree) if whole else at_import(tree):
         if isinstance(node, ast.Import):
-            found.update(one.name for one in node.names)
+            paths.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            found.update(f"{node.module}.{one.name}" for one in node.names)
+            paths.update(f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Attribute):
             first, _, rest = (dotted(node) or "").partition(".")
-            if first in stand_for:
-                found.add(f"{stand_for[first]}.{rest}")
+            if first in imported:
+                paths.add(f"{imported[first]}.{rest}")
             else:
                 attributes.add(node.attr)
-    return {name for name in found if name.split(".")[0] == "torch" and name != "torch"}, attributes
+    return {path for path in paths if path.startswith("torch.")}, attributes
 
 
-def is_in_2_0(name):
+def is_in_2_0(path):
     """Whether torch 2.0 has a dotted path, as far as modules and Tensor go: not what torch.ops and classes have."""
-    place, _, rest = name.partition(".")
+    place, _, rest = path.partition(".")
     while rest:
         attribute, _, rest = rest.partition(".")
         if attribute not in NAMES[place]:
             return attribute.startswith("__")
         place = f"{place}.{attribute}"
         if place not in NAMES:
-            assert not rest or place == "torch.ops" or place not in sys.modules, (
-                f"{name}: list {place} in tests/list_torch_names.py"
-            )
+            listed = not rest or place == "torch.ops" or place not in sys.modules
+            assert listed, f"{path}: list {place} in tests/list_torch_names.py"
             return True
     return True
 
 
 def newer_than_2_0(source, whole=True):
-    found, attributes = uses(source, whole)
-    return {name for name in found if not is_in_2_0(name)} | {"." + name for name in attributes & NEW_TENSOR_NAMES}
+    paths, attributes = uses(source, whole)
+    return {path for path in paths if not is_in_2_0(path)} | {"." + name for name in attributes & NEW_TENSOR_NAMES}
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if not path.startswith("data")])  # which imports no torch
+@pytest.mark.parametrize("path", [path for path in FILES if not path.startswith("data/")])  # which imports no torch
 def test_what_an_ipu_runs_uses_only_names_of_torch_2_0(path):
     with open(os.path.join(ROOT, path), encoding="utf-8") as file:
         assert newer_than_2_0(file.read(), path not in IMPORTED_ONLY) == set()
@@ -122,13 +117,7 @@ def test_what_an_ipu_runs_uses_only_names_of_torch_2_0(path):
         ("from torch.nn.attention import varlen", {"torch.nn.attention.varlen"}),
         ("import torch\ndef f():\n  try: pass\n  except torch.OutOfMemoryError: pass", {"torch.OutOfMemoryError"}),
         ("import torch, jsonargparse\njsonargparse.to_padded_tensor_\nx.y.unflatten(0, (1,)).relu()", set()),
-        (
-            (
-                "import torch\ntorch.ops.mkldnn._linear_pointwise(x)\ntorch.Generator.manual_seed\n"
-                "torch.nn.Linear(1, 1).weight"
-            ),
-            set(),
-        ),
+        ("import torch\ntorch.ops.mkldnn._linear_pointwise(x)\ntorch.Generator.manual_seed\nx.weight", set()),
     ],
 )
 def test_newer_names_are_found(source, newer):
@@ -144,10 +133,8 @@ def test_new_methods_of_tensors_are_found_on_anything_but_a_module():
 
 
 def test_only_what_is_done_at_import_counts_where_nothing_is_run():
-    source = (
-        "import torch\nx = torch.float8_e5m2\ndef f(y=torch.float8_e4m3fn):\n  return torch._scaled_mm\nlambda: "
-        "torch._scaled_mm"
-    )
+    at_import = "import torch\nx = torch.float8_e5m2\ndef f(y=torch.float8_e4m3fn):"
+    source = f"{at_import}\n  return torch._scaled_mm\nlambda: torch._scaled_mm"
     assert newer_than_2_0(source, whole=False) == {"torch.float8_e5m2", "torch.float8_e4m3fn"}
 
 
@@ -170,15 +157,11 @@ def python_3_8():
 
 
 def test_everything_an_ipu_run_needs_is_imported_under_python_3_8_and_torch_2_0(python_3_8):
-    modules = [path[: -len(".py")].replace(os.sep, ".").replace(".__init__", "") for path in FILES]
-    code = (
-        "import importlib, sys, torch\nassert (torch.__version__[:5], sys.version_info[:2]) == ('2.0.1', (3, "
-        f"8))\nfor name in {modules!r}: importlib.import_module(name)"
-    )
-    done = subprocess.run(
-        [python_3_8, "-c", code], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    assert done.returncode == 0, done.stdout
+    modules = [path[: -len(".py")].replace("/", ".").replace(".__init__", "") for path in FILES]
+    versions = "assert (torch.__version__[:5], sys.version_info[:2]) == ('2.0.1', (3, 8))"
+    code = f"import importlib, sys, torch\n{versions}\nfor name in {modules!r}: importlib.import_module(name)"
+    done = subprocess.run([python_3_8, "-c", code], cwd=ROOT, text=True, stderr=subprocess.PIPE)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_list_is_that_of_torch_2_0(python_3_8):

@@ -13,7 +13,6 @@ from typing import Any, Dict, Iterable, List, Optional, Sequence, Set, Tuple
 
 from bert.config import Config, IpuConfig
 from bert.model.stages import Stage
-from bert.plan.optimizer import state_bytes
 from bert.plan.trace import Operation, Trace, trace
 
 __all__ = ["IPU_BYTES", "MIB", "IpuPlan", "Memory", "StagePlan", "make_ipu_plan", "with_settings"]
@@ -79,7 +78,7 @@ class IpuPlan:
     """What the plan was made from."""
 
     @property
-    def fullest(self) -> float:
+    def fullest_share(self) -> float:
         """The share of its memory that the fullest IPU needs."""
         return fullest(self.memory).total / IPU_BYTES
 
@@ -106,19 +105,24 @@ def make_ipu_plan(config: Config, traced: Optional[Trace] = None) -> IpuPlan:
     memory = []
     for ipu in range(len(config.ipu.layers_per_ipu)):
         own = [stage for stage in stages if stage.stage.ipu == ipu]
-        parameters = sum(stage.parameters for stage in own)
-        peak = fullest(stage.peak for stage in own)
-        parts = {
-            "weights": parameters * number_bytes,
-            "gradients": parameters * number_bytes,
-            "optimizer": state_bytes(config, parameters),
-            "stashes": sum(stage.stash * stage.stashed for stage in own),
-            **peak.parts,
-        }
-        memory.append(Memory(parts, peak.operation))
+        parameters, peak = sum(stage.parameters for stage in own), fullest(stage.peak for stage in own)
+        parts = dict.fromkeys(("weights", "gradients"), parameters * number_bytes)
+        parts["optimizer"] = optimizer_bytes(config, parameters)
+        parts["stashes"] = sum(stage.stash * stage.stashed for stage in own)
+        memory.append(Memory({**parts, **peak.parts}, peak.operation))
     filling = 2 * (len(stages) - 1)
     cycles = config.ipu.gradient_accumulation_steps + filling
     return IpuPlan(stages, memory, cycles, filling, PEAK_FLOPS[number_bytes], traced)
+
+
+def optimizer_bytes(config: Config, parameters: int) -> int:
+    """Bytes that LAMB and AdamW keep on one IPU: two moments of each parameter, of which the first may be float16."""
+    ipu = config.ipu
+    if ipu.optimizer_state_offchip:
+        return 0
+    half = ipu.enable_half_first_order_momentum and config.training.precision != "float32"
+    replicas = ipu.replication_factor if ipu.replicated_tensor_sharding else 1
+    return -(-parameters * (6 if half else 8) // replicas)
 
 
 def with_settings(config: Config, settings: Dict[str, Any]) -> Config:

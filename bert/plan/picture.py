@@ -47,12 +47,13 @@ def visits_of(plan: IpuPlan, ipu: int, cycle: int) -> Iterator[Visit]:
 
 def draw_plan(plan: IpuPlan, title: str, optimizer: str, path: str) -> None:
     """Draws the first and the last cycles of a step, and what fills each IPU, into `path` (.svg or .png)."""
-    figure = Figure(figsize=(15, 2.6 + 1.05 * len(plan.memory)), layout="constrained")
+    ipus = range(len(plan.memory))
+    figure = Figure(figsize=(15, 2.6 + 1.05 * len(ipus)), layout="constrained")
     schedule, memory = figure.subplots(2, 1, gridspec_kw={"height_ratios": (1.25, 1)})
     draw_schedule(schedule, plan, f"drain, then {optimizer}'s update")
     draw_memory(memory, plan)
     for axes in (schedule, memory):
-        axes.set_yticks(range(len(plan.memory)), [f"IPU {ipu}" for ipu in range(len(plan.memory))])
+        axes.set_yticks(ipus, [f"IPU {ipu}" for ipu in ipus])
     figure.suptitle(title, fontweight="bold")
     figure.savefig(path, dpi=110)
 
@@ -66,55 +67,50 @@ def draw_schedule(axes: Axes, plan: IpuPlan, drain: str) -> None:
     for at, cycle in zip(places, shown):
         for ipu in range(ipus):
             for visit in visits_of(plan, ipu, cycle):
-                draw_visit(axes, visit, at, ipu, is_head=visit.stage == last > 0, room=23 / len(shown))
+                colours = HEAD_COLOURS if visit.stage == last > 0 else COLOURS
+                draw_visit(axes, visit, at, ipu, colours[visit.phase], inches=23 / len(shown))
     width = len(shown) + gap
     if gap:
         axes.text(start + 0.5, (ipus - 1) / 2, "...", fontsize=16, **CENTERED)
     if filling:
-        for begin, stop, words in ((0, filling, "fill"), (width - filling, width, drain)):
+        for begin, stop, label in ((0, filling, "fill"), (width - filling, width, drain)):
             axes.axvspan(begin, stop, color="#f2efe6", zorder=0, linewidth=0)
-            axes.text((begin + stop) / 2, -0.62, words, fontsize=8, color="#6b6450", **CENTERED)
+            axes.text((begin + stop) / 2, -0.62, label, fontsize=8, color="#6b6450", **CENTERED)
     axes.set_xticks([at + 0.5 for at in places], [str(cycle + 1) for cycle in shown], fontsize=7)
     axes.set_xlabel(f"cycle of a step, of {plan.cycles}; the numbers in the bars are micro-batches")
     axes.set(xlim=(0, width), ylim=(ipus - 0.5, -0.85))
     bars = "a bar is as long as its matrix products take, a stage without any is drawn thin"
     axes.set_title(f"Pipeline: {bars}; each cycle lasts as long as IPU {plan.slowest} needs", fontsize=10)
-    handles = [Patch(color=colour, label=phase) for phase, colour in COLOURS.items()]
-    if last:
-        head = plan.stages[-1].stage.name
-        handles += [Patch(color=colour, label=f"{head}, {phase}") for phase, colour in HEAD_COLOURS.items()]
-    axes.legend(handles=handles, **LEGEND)
+    heads = {f"{plan.stages[-1].stage.name}, {phase}": colour for phase, colour in HEAD_COLOURS.items()}
+    colours = {**COLOURS, **(heads if last else {})}
+    axes.legend(handles=[Patch(color=colour, label=label) for label, colour in colours.items()], **LEGEND)
 
 
-def draw_visit(axes: Axes, visit: Visit, at: int, ipu: int, is_head: bool, room: float) -> None:
-    """A bar in the cycle that is drawn at `at`, with its micro-batch, for which a cycle has so much room."""
+def draw_visit(axes: Axes, visit: Visit, at: int, ipu: int, colour: str, inches: float) -> None:
+    """A bar in the cycle that is drawn at `at`, `inches` wide, with its micro-batch where there is room for it."""
     length, text = visit.end - visit.begin, str(visit.micro_batch + 1)
-    colour = (HEAD_COLOURS if is_head else COLOURS)[visit.phase]
     axes.broken_barh([(at + visit.begin * 0.96, length * 0.96)], (ipu - 0.4, 0.8), color=colour, linewidth=0)
-    if length * room > 0.1:
-        rotation = 90 if 0.09 * len(text) > length * room else 0
+    if length * inches > 0.1:
+        rotation = 90 if 0.09 * len(text) > length * inches else 0
         colour = "white" if visit.phase == "forward" else "black"
         x = at + 0.48 * (visit.begin + visit.end)
         axes.text(x, ipu, text, fontsize=6, rotation=rotation, color=colour, **CENTERED)
 
 
 def draw_memory(axes: Axes, plan: IpuPlan) -> None:
-    limit, ipus = IPU_BYTES / MIB, len(plan.memory)
-    for ipu, memory in enumerate(plan.memory):
-        at = 0.0
-        for (name, part), colour in zip(memory.parts.items(), MEMORY_COLOURS):
-            size = part / MIB
-            axes.barh(ipu, size, left=at, color=colour, height=0.7, label=name if ipu == 0 else None)
-            if size > 0.045 * limit:
-                colour = "white" if name in DARK else "black"
-                axes.text(at + size / 2, ipu, f"{size:.0f}", fontsize=7, color=colour, **CENTERED)
-            at += size
-        share = memory.total / IPU_BYTES
-        colour = RED if share > 1 else "black"
-        axes.text(at + 0.005 * limit, ipu, percent(share), va="center", fontsize=8, color=colour)
+    limit, ipus, left = IPU_BYTES / MIB, range(len(plan.memory)), [0.0] * len(plan.memory)
+    for name, colour in zip(plan.memory[0].parts, MEMORY_COLOURS):
+        sizes = [memory.parts[name] / MIB for memory in plan.memory]
+        bars = axes.barh(ipus, sizes, left=left, color=colour, height=0.7, label=name)
+        labels = [f"{size:.0f}" if size > 0.045 * limit else "" for size in sizes]
+        axes.bar_label(bars, labels, label_type="center", fontsize=7, color="white" if name in DARK else "black")
+        left = [begin + size for begin, size in zip(left, sizes)]
+    for ipu, end in enumerate(left):
+        colour = RED if end > limit else "black"
+        axes.text(end + 0.005 * limit, ipu, percent(end / limit), va="center", fontsize=8, color=colour)
     axes.axvline(limit, color=RED, linewidth=1.2)
     axes.text(limit, -0.42, f" {limit:.0f} MiB", color=RED, fontsize=8, va="bottom", ha="left")
-    axes.set(xlim=(0, 1.08 * max(limit, plan.fullest * limit)), ylim=(ipus - 0.4, -0.8))
+    axes.set(xlim=(0, 1.08 * max(limit, *left)), ylim=(len(ipus) - 0.4, -0.8))
     axes.set_xlabel("MiB when it is fullest, without program code and exchange buffers")
     axes.set_title("Memory of each IPU", fontsize=10)
     axes.legend(**LEGEND)

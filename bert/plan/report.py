@@ -6,13 +6,12 @@ from typing import List, Sequence, Tuple
 from bert.config import Config, IpuConfig
 from bert.plan.ipu_plan import IpuPlan, make_ipu_plan
 from bert.plan.measured import measured_report
-from bert.plan.optimizer import name_of_optimizer
 from bert.plan.speed import time_lines
-from bert.plan.step import DataFacts, look_at_data, name_of_run, step_lines
+from bert.plan.step import DataFacts, look_at_data, optimizer_name, run_name, step_lines
 from bert.plan.tables import memory_lines, stage_lines
 from bert.plan.warnings import warnings_of
 from bert.text import count_of
-from bert.validation import validate_for_ipu
+from bert.validation import asks_for_ipu, validate_for_ipu
 from data.errors import InputError
 
 __all__ = ["ipu_report", "is_for_ipu", "print_plan"]
@@ -33,13 +32,15 @@ def print_plan(config: Config) -> None:
         return
     from bert.plan.picture import draw_plan  # here: matplotlib takes a while to import
 
-    plan, name = make_ipu_plan(config), name_of_run(config)
-    path = f"plan-{name}.svg"
+    plan, name = make_ipu_plan(config), run_name(config)
+    path, ipus = f"plan-{name}.svg", len(plan.memory) * config.ipu.replication_factor
     print_lines([*ipu_report(config, plan, facts), ""])
-    draw_plan(plan, f"{name} on {ipus_of(config)} IPUs", name_of_optimizer(config), path)
+    draw_plan(plan, f"{name} on {ipus} IPUs", optimizer_name(config), path)
     print_lines([f"Picture of the pipeline and the memory: {path}"])
     if config.device == "auto":
-        print("This is the plan for IPUs. To measure this machine: --plan --device cpu, or --plan --device cuda")
+        print_lines(
+            ["This is the plan for IPUs. To measure this machine: --plan --device cpu, or --plan --device cuda"]
+        )
 
 
 def print_lines(lines: Sequence[str]) -> None:
@@ -53,8 +54,8 @@ def is_for_ipu(config: Config) -> Tuple[bool, str]:
 
     Raises InputError for an ipu section that cannot run.
     """
-    if config.device != "auto" or config.compile_only or config.ipu_model:
-        return config.device in ("auto", "ipu"), ""
+    if config.device != "auto" or asks_for_ipu(config):
+        return asks_for_ipu(config), ""
     ipu, default = config.ipu, IpuConfig()
     rows = ipu.micro_batch_size * ipu.gradient_accumulation_steps * ipu.replication_factor
     is_default = all(getattr(ipu, name) == getattr(default, name) for name in GEOMETRY)
@@ -73,17 +74,12 @@ def ipu_report(config: Config, plan: IpuPlan, facts: DataFacts) -> List[str]:
     each = "each " if replicas > 1 else ""
     pipeline = f"a pipeline of {stages} stages" if stages > 1 else "a single stage"
     replica = f"{count_of(replicas, 'replica')}, {each}{pipeline} on {count_of(ipus, 'IPU')}"
-    warnings = ["Warnings", *(f"  {line}" for line in warnings_of(config, plan))]
-    parts = [
-        [f"Plan of {name_of_run(config)} for {count_of(ipus_of(config), 'IPU')}: {replica}"],
-        step_lines(config, facts),
-        stage_lines(plan),
-        memory_lines(config, plan),
-        time_lines(config, plan, facts),
-        warnings if len(warnings) > 1 else ["No warnings."],
+    warnings = [f"  {line}" for line in warnings_of(config, plan)]
+    return [
+        f"Plan of {run_name(config)} for {count_of(ipus * replicas, 'IPU')}: {replica}",
+        *("", *step_lines(config, facts)),
+        *("", *stage_lines(plan)),
+        *("", *memory_lines(config, plan)),
+        *("", *time_lines(config, plan, facts)),
+        *("", "Warnings" if warnings else "No warnings.", *warnings),
     ]
-    return [line for part in parts for line in ["", *part]][1:]
-
-
-def ipus_of(config: Config) -> int:
-    return len(config.ipu.layers_per_ipu) * config.ipu.replication_factor

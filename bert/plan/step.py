@@ -13,13 +13,18 @@ from data.packing import pack
 from data.rows import RowShape
 from data.shards import read_samples
 
-__all__ = ["DataFacts", "epochs_of", "look_at_data", "name_of_run", "samples_of_step", "step_lines"]
+__all__ = ["DataFacts", "epochs_of", "look_at_data", "optimizer_name", "run_name", "samples_of_step", "step_lines"]
 
 SAMPLES_READ = 32768  # of the shards, to see how they pack
+OPTIMIZER_NAMES = {"lamb": "LAMB", "adamw": "AdamW", "muon": "Muon"}
 
 
-def name_of_run(config: Config) -> str:
+def run_name(config: Config) -> str:
     return os.path.basename(os.path.normpath(config.training.output or "run"))
+
+
+def optimizer_name(config: Config) -> str:
+    return OPTIMIZER_NAMES.get(config.optimizer.name, config.optimizer.name)
 
 
 @dataclass(frozen=True)
@@ -50,8 +55,8 @@ def look_at_data(config: Config) -> DataFacts:
         return DataFacts(samples)
     first = read_samples(own[0].path, 0, min(SAMPLES_READ, own[0].num_samples))
     shape = RowShape.of(data.sequence_length, data.mask_tokens, data.samples_per_row)
-    packing = pack(first.lengths, first.mlm_counts, *shape)
-    return DataFacts(samples, float(first.lengths.mean()) / data.sequence_length, len(first) / packing.rows)
+    rows = pack(first.lengths, first.mlm_counts, *shape).rows
+    return DataFacts(samples, float(first.lengths.mean()) / data.sequence_length, len(first) / rows)
 
 
 def samples_of_step(config: Config, facts: DataFacts) -> Optional[int]:

@@ -1,7 +1,7 @@
 """What the model of a config does with one micro-batch on IPUs. It is read off the model itself, which runs once on
 tensors that have no memory.
 
-The model takes the forms that PopTorch lowers, and passes its annotations to a recorder (ops/ipu.py). Each operation
+The model takes the forms that PopTorch lowers, and passes its annotations to the tracer (ops/ipu.py). Each operation
 that makes a new tensor is recorded: its block, its inputs, which tensors its gradient needs, and the work of matrix
 products.
 """
@@ -97,16 +97,15 @@ def trace(config: Config) -> Trace:
     for name, parameter in model.named_parameters():
         tracer.value(parameter).parameter = name
     # Each product tells its name in the place where PopTorch is told a memory proportion.
-    proportions: Dict[str, Any] = {name: name for name in MATMULS}
-    recorder, recompute = Recorder(tracer), ipu.recompute_checkpoint_every_layer
-    lowered = lowering(recorder, placement(stages), recompute, proportions=proportions)
+    names: Dict[str, Any] = {name: name for name in MATMULS}
+    lowered = lowering(tracer, placement(stages), ipu.recompute_checkpoint_every_layer, proportions=names)
     with lowered, WholeOperations(), tracer, saved_tensors_hooks(tracer.save, tracer.save):
         model(Batch.of_rows(rows))
     return tracer.trace
 
 
 class Tracer(TorchDispatchMode):
-    """Records each operation that makes a new tensor."""
+    """Records each operation that makes a new tensor; in PopTorch's place in the model, its annotations too."""
 
     def __init__(self, stages: List[Stage]):
         super().__init__()
@@ -126,11 +125,6 @@ class Tracer(TorchDispatchMode):
     def value(self, tensor: torch.Tensor) -> Value:
         return self.trace.values[self.index(tensor)]
 
-    def maker(self, tensor: torch.Tensor) -> Operation:
-        made_by = self.value(tensor).made_by
-        assert made_by is not None, "only an operation's output is asked for"
-        return self.trace.operations[made_by]
-
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         inputs = list(tensors_in(arguments))
         for tensor in inputs:
@@ -139,15 +133,16 @@ class Tracer(TorchDispatchMode):
         known = len(self.trace.values)
         result = function(*arguments, **(options or {}))
         operation.outputs = sorted({i for i in map(self.index, tensors_in(result)) if i >= known})
-        if operation.outputs:
-            if operation.name in MATRIX_PRODUCTS:
-                left, right = inputs[-2:]
-                batch = left.shape[0] if left.dim() == 3 else 1
-                operation.product = (batch, left.shape[-2], left.shape[-1], right.shape[-1])
-                operation.gradients = left.requires_grad + right.requires_grad
-            for i in operation.outputs:
-                self.trace.values[i].made_by = len(self.trace.operations)
-            self.trace.operations.append(operation)
+        if not operation.outputs:
+            return result
+        if operation.name in MATRIX_PRODUCTS:
+            left, right = inputs[-2:]
+            batch = left.shape[0] if left.dim() == 3 else 1
+            operation.product = (batch, left.shape[-2], left.shape[-1], right.shape[-1])
+            operation.gradients = left.requires_grad + right.requires_grad
+        for i in operation.outputs:
+            self.trace.values[i].made_by = len(self.trace.operations)
+        self.trace.operations.append(operation)
         return result
 
     def save(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -155,45 +150,44 @@ class Tracer(TorchDispatchMode):
         value, now = self.value(tensor), len(self.trace.operations)
         # An operation's inputs are saved before it runs, as they are; its outputs after it, without their history.
         if value.made_by is not None and value.made_by == now - 1 and not tensor.requires_grad:
-            maker = self.trace.operations[value.made_by]
-            now -= any(self.trace.values[i].differentiable for i in maker.inputs)
+            now -= any(self.trace.values[i].differentiable for i in self.trace.operations[-1].inputs)
         value.saved_by = now if value.saved_by is None else value.saved_by
         return tensor
 
-
-class Recorder:
-    """Takes PopTorch's place in the graph, and records its annotations."""
+    # What ops/ipu.py calls of PopTorch.
 
     class MatMulSerializationMode:
         OutputChannels = "output channels"
 
-    def __init__(self, tracer: Tracer):
-        self.tracer = tracer
-
     @contextlib.contextmanager
     def Block(self, user_id: str, ipu_id: int) -> Iterator[None]:
-        outer, self.tracer.block = self.tracer.block, user_id
+        outer, self.block = self.block, user_id
         yield
-        self.tracer.block = outer
+        self.block = outer
 
     def Attribute(self, **values: Any) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()
 
     def recomputationCheckpoint(self, tensor: torch.Tensor) -> torch.Tensor:
-        self.tracer.trace.checkpoints.append(self.tracer.index(tensor))
+        self.trace.checkpoints.append(self.index(tensor))
         return tensor
 
     def set_available_memory(self, tensor: torch.Tensor, available_memory_proportion: Any) -> torch.Tensor:
-        self.tracer.maker(tensor).name = available_memory_proportion
+        self.trace.operations[self.made_by(tensor)].name = available_memory_proportion
         return tensor
 
     def serializedMatMul(self, lhs: torch.Tensor, rhs: torch.Tensor, mode: str, factor: int = 0) -> torch.Tensor:
         product = lhs @ rhs
-        self.tracer.maker(product).parts = factor
+        self.trace.operations[self.made_by(product)].parts = factor
         return product
 
     def identity_loss(self, x: torch.Tensor, reduction: str) -> torch.Tensor:
         return x
+
+    def made_by(self, product: torch.Tensor) -> int:
+        made_by = self.value(product).made_by
+        assert made_by is not None, "an operation makes every product"
+        return made_by
 
 
 class WholeOperations(TorchFunctionMode):

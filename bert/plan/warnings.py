@@ -21,11 +21,11 @@ def warnings_of(config: Config, plan: IpuPlan) -> List[str]:
 
 
 def memory_warnings(config: Config, plan: IpuPlan) -> Iterator[str]:
-    full = {ipu: memory.total / IPU_BYTES for ipu, memory in enumerate(plan.memory)}
-    over = [f"IPU {ipu} needs {plan.memory[ipu].total / MIB:.0f}" for ipu, share in full.items() if share > 1]
-    tight = [f"IPU {ipu} is {percent(share)}" for ipu, share in full.items() if TIGHT < share <= 1]
+    shares = {ipu: memory.total / IPU_BYTES for ipu, memory in enumerate(plan.memory)}
+    over = [f"IPU {ipu} needs {mib(share)}" for ipu, share in shares.items() if share > 1]
+    tight = [f"IPU {ipu} is {percent(share)}" for ipu, share in shares.items() if TIGHT < share <= 1]
     if over:
-        needs = f"{', '.join(over)} of {IPU_BYTES / MIB:.0f} MiB"
+        needs = f"{', '.join(over)} of {mib(1)} MiB"
         yield f"does not fit: {needs}. Settings that help, and what the fullest IPU then needs:"
         yield from (f"  {line}" for line in what_helps(config, plan))
     if tight:
@@ -34,9 +34,9 @@ def memory_warnings(config: Config, plan: IpuPlan) -> Iterator[str]:
 
 def pipeline_warnings(config: Config, plan: IpuPlan) -> Iterator[str]:
     works = [plan.work_of(ipu) for ipu, layers in enumerate(config.ipu.layers_per_ipu) if layers]
-    above, bubble = plan.slowest_work * len(works) / sum(works), plan.filling / plan.cycles
-    if above > UNBALANCED:
-        excess = f"whose work is {percent(above - 1)} above the mean of the IPUs with layers"
+    imbalance, bubble = plan.slowest_work * len(works) / sum(works), plan.filling / plan.cycles
+    if imbalance > UNBALANCED:
+        excess = f"whose work is {percent(imbalance - 1)} above the mean of the IPUs with layers"
         yield f"unbalanced: all wait for IPU {plan.slowest}, {excess}{better_balance(config, plan)}"
     if bubble > BUBBLE:
         yield (
@@ -68,7 +68,7 @@ def better_balance(config: Config, plan: IpuPlan) -> str:
     gain = 1 - other.slowest_work / plan.slowest_work
     if gain < WORTH_NAMING:
         return ""
-    full = f"and the fullest IPU would be {percent(other.fullest)} full"
+    full = f"and the fullest IPU would be {percent(other.fullest_share)} full"
     return f". ipu.layers_per_ipu {json.dumps(even)}: {percent(gain)} less work for the slowest, {full}"
 
 
@@ -79,42 +79,43 @@ def what_helps(config: Config, plan: IpuPlan) -> Iterator[str]:
     enough = False
     for settings in remedies(config):
         together.update(settings)
-        share = make_ipu_plan(with_settings(config, settings)).fullest
-        if share < plan.fullest - 0.005:
+        share = make_ipu_plan(with_settings(config, settings)).fullest_share
+        if share < plan.fullest_share - 0.005:
             names = ", ".join(f"{name} {json.dumps(value)}" for name, value in settings.items())
-            yield f"{names}: {share * IPU_BYTES / MIB:.0f} MiB{'' if share <= 1 else ', still too much'}"
+            yield f"{names}: {mib(share)} MiB{'' if share <= 1 else ', still too much'}"
             enough |= share <= 1
             if share <= 1 and "ipu.micro_batch_size" in settings:
                 break  # the next are smaller still
     if not enough:
-        share = make_ipu_plan(with_settings(config, together)).fullest
+        share = make_ipu_plan(with_settings(config, together)).fullest_share
         more = ", still too much. More IPUs with fewer layers each: ipu.layers_per_ipu" if share > 1 else ""
-        yield f"all of these together: {share * IPU_BYTES / MIB:.0f} MiB{more}"
+        yield f"all of these together: {mib(share)} MiB{more}"
 
 
 def remedies(config: Config) -> Iterator[Dict[str, Any]]:
     """Settings that need less memory, with others that go with them."""
-    ipu, factor, precision = config.ipu, next_factor(config), config.training.precision
-    if precision == "float32":
-        yield {"training.precision": "auto"}
-    if not ipu.replicated_tensor_sharding and ipu.replication_factor > 1:
-        yield {"ipu.replicated_tensor_sharding": True}
-    if not ipu.enable_half_first_order_momentum and precision != "float32":
-        yield {"ipu.enable_half_first_order_momentum": True}
+    ipu, factor, is_half = config.ipu, next_factor(config), config.training.precision != "float32"
     shares = ipu.matmul_proportion if isinstance(ipu.matmul_proportion, list) else [ipu.matmul_proportion]
     lower = [round(min(share, max(LOW_PROPORTION, share / 2)), 3) for share in shares]
-    if lower != shares:
-        yield {"ipu.matmul_proportion": lower if isinstance(ipu.matmul_proportion, list) else lower[0]}
-    if factor:
-        yield {"ipu.embedding_serialization_factor": factor}
-    if not ipu.recompute_checkpoint_every_layer:
-        yield {"ipu.recompute_checkpoint_every_layer": True}
-    if not ipu.optimizer_state_offchip:
-        yield {"ipu.optimizer_state_offchip": True}
+    candidates = {
+        "training.precision": not is_half and "auto",
+        "ipu.replicated_tensor_sharding": not ipu.replicated_tensor_sharding and ipu.replication_factor > 1,
+        "ipu.enable_half_first_order_momentum": not ipu.enable_half_first_order_momentum and is_half,
+        "ipu.matmul_proportion": lower != shares and (lower if shares is ipu.matmul_proportion else lower[0]),
+        "ipu.embedding_serialization_factor": factor,
+        "ipu.recompute_checkpoint_every_layer": not ipu.recompute_checkpoint_every_layer,
+        "ipu.optimizer_state_offchip": not ipu.optimizer_state_offchip,
+    }
+    yield from ({key: value} for key, value in candidates.items() if value)
     micro_batch, accumulation = ipu.micro_batch_size, ipu.gradient_accumulation_steps
     while micro_batch % 2 == 0:
         micro_batch, accumulation = micro_batch // 2, accumulation * 2
         yield {"ipu.micro_batch_size": micro_batch, "ipu.gradient_accumulation_steps": accumulation}
+
+
+def mib(share: float) -> str:
+    """Of an IPU's memory."""
+    return f"{share * IPU_BYTES / MIB:.0f}"
 
 
 def next_factor(config: Config) -> int:

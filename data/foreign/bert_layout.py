@@ -33,9 +33,9 @@ Check = Tuple[str, np.ndarray, str, np.ndarray]
 def to_samples(arrays: Dict[str, np.ndarray], vocab_size: int, path: str, first: int = 0) -> Samples:
     """Samples from arrays in BERT's layout, of any integer types; what stands in the padding is dropped.
 
-    Raises InputError that names the sample and what is wrong with it: ids beyond the vocabulary, a mask that is not
-    ones and then zeros, segments that are not zeros and then ones, positions outside the sample or twice, other labels
-    than 0 and 1. `path` and `first` (the index of the first sample in its file) are for the message.
+    Raises InputError that names the first bad sample: ids beyond the vocabulary, a mask that is not ones and then
+    zeros, segments that are not zeros and then ones, positions outside the sample or twice, other labels than 0 and 1.
+    `path` and `first` (the index of the first sample in its file) are for the message.
     """
     check_shapes(arrays, path)
     ids, mask, segments, _, labels, nsp_labels = (arrays[name] for name in BERT_FEATURES)
@@ -128,14 +128,12 @@ def check_shapes(arrays: Mapping[str, Any], path: str) -> None:
     tokens, masks = arrays["input_ids"].shape, arrays["masked_lm_positions"].shape
     if len(tokens) != 2 or not 1 <= tokens[1] <= MOST_TOKENS:
         raise InputError(f"{path}: input_ids has the shape {tokens}, expected [N, L] with L from 1 to {MOST_TOKENS}")
-    expected = dict.fromkeys((*MASK_FEATURES, "masked_lm_weights"), (tokens[0], masks[-1]))
+    expected = dict.fromkeys((*MASK_FEATURES, "masked_lm_weights"), (tokens[0], *masks[-1:]))
     expected.update(dict.fromkeys(TOKEN_FEATURES, tokens), next_sentence_labels=tokens[:1])
     for name, shape in expected.items():
         if name in arrays and arrays[name].shape != shape:
-            raise InputError(
-                f"{path}: {name} has the shape {arrays[name].shape}, expected {shape} to go with input_ids {tokens} "
-                f"and masked_lm_positions {masks}"
-            )
+            expected_shape = f"{shape} to go with input_ids {tokens} and masked_lm_positions {masks}"
+            raise InputError(f"{path}: {name} has the shape {arrays[name].shape}, expected {expected_shape}")
 
 
 def within(values: np.ndarray, end: Union[int, np.ndarray]) -> np.ndarray:
@@ -150,10 +148,9 @@ def stop_at_fault(checks: Sequence[Check], path: str, first: int) -> None:
 
 def first_fault(checks: Sequence[Check]) -> Optional[Tuple[int, str]]:
     """The first of N samples that fails a check, and what is wrong with it; None when all are good."""
-    good = np.array([fine if fine.ndim == 1 else fine.all(axis=1) for _, _, _, fine in checks])
-    if good.all():
-        return None
-    bad = int(np.argmin(good.all(axis=0)))
-    name, values, expected, fine = checks[int(np.argmin(good[:, bad]))]
-    value = values[bad] if fine.ndim == 1 else values[bad, int(np.argmin(fine[bad]))]
-    return bad, f"{name} holds {value}, expected {expected}"
+    faults = []
+    for name, values, expected, good in checks:
+        if not good.all():
+            place = np.unravel_index(int(np.argmin(good)), good.shape)
+            faults.append((int(place[0]), f"{name} holds {values[place]}, expected {expected}"))
+    return min(faults, key=lambda fault: fault[0], default=None)

@@ -1,5 +1,4 @@
-"""The hub's layout of BERT samples, as Graphcore/wikipedia-bert-128 has it: parquet files, or a folder of
-`save_to_disk`.
+"""The hub's layout of BERT samples, as Graphcore/wikipedia-bert-128 has it: parquet or Arrow files.
 
 Shape letters: N samples, L sequence length, M mask slots.
 
@@ -29,9 +28,9 @@ STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 def table_files(path: str) -> List[str]:
-    """The parquet or Arrow files of a folder (those its state.json names, if it has one), sorted; of a file, itself.
+    """The parquet or Arrow files of a folder, sorted, or those that its state.json names; of a file, itself.
 
-    Raises InputError for a folder that holds none.
+    Hugging Face's `save_to_disk` writes state.json. Raises InputError for a folder that holds no such files.
     """
     if not os.path.isdir(path):
         return [path]
@@ -55,8 +54,7 @@ def is_hub(path: str) -> bool:
 
 
 def largest_mask_count(paths: Sequence[str], progress=iter) -> int:
-    """The most masked tokens that a sample of these files has, at least 1; reads their `labels`. `progress` wraps the
-    list."""
+    """The most masked tokens that a sample of these files has, at least 1. `progress` wraps the list."""
     most = 1
     for path in progress(paths):
         for table in tables(path, ("labels",)):
@@ -65,11 +63,10 @@ def largest_mask_count(paths: Sequence[str], progress=iter) -> int:
 
 
 def read_hub(path: str, mask_tokens: int) -> Iterator[Tuple[Dict[str, np.ndarray], int]]:
-    """Yields (arrays in BERT's layout, see `data.foreign.bert_layout`, with M = mask_tokens; bytes of the file done),
-    block by block.
+    """Yields (arrays in BERT's layout, see data/foreign/bert_layout.py; bytes of the file done), in batches.
 
-    Raises InputError that names the file and what is wrong: not parquet or Arrow, cut off, a column missing or not of
-    lists of one length; pyarrow missing; a sample with more masked tokens than `mask_tokens`.
+    M is `mask_tokens`. Raises InputError that names the file and what is wrong: not parquet or Arrow, cut off, a column
+    missing or not of lists of one length; pyarrow missing; a sample with more than M masked tokens.
     """
     for table in tables(path, COLUMNS):
         ids, mask, segments, labels = map(table.lists, TOKEN_COLUMNS)
@@ -77,28 +74,25 @@ def read_hub(path: str, mask_tokens: int) -> Iterator[Tuple[Dict[str, np.ndarray
         counts = masked.sum(axis=1)
         if counts.max() > mask_tokens:
             bad = int(np.argmax(counts > mask_tokens))
-            raise InputError(
-                f"{path}: sample {table.first + bad} has {counts[bad]} masked tokens, --mask-tokens is {mask_tokens}. "
-                "Leave it out to make room for all"
-            )
-        row, position = np.nonzero(masked)
-        slot = np.arange(len(row)) - (np.cumsum(counts) - counts)[row]
-        places, stood_there, weights = np.zeros((3, len(labels), mask_tokens), np.int64)
-        places[row, slot], stood_there[row, slot], weights[row, slot] = position, labels[row, position], 1
+            excess = f"{counts[bad]} masked tokens, --mask-tokens is {mask_tokens}. Leave it out to make room for all"
+            raise InputError(f"{path}: sample {table.first + bad} has {excess}")
+        used = np.arange(mask_tokens) < counts[:, None]
+        positions, mask_ids = np.zeros((2, *used.shape), np.int64)
+        positions[used], mask_ids[used] = np.nonzero(masked)[1], labels[masked]
         arrays = {
             "input_ids": ids,
             "input_mask": mask,
             "segment_ids": segments,
-            "masked_lm_positions": places,
-            "masked_lm_ids": stood_there,
-            "masked_lm_weights": weights,
+            "masked_lm_positions": positions,
+            "masked_lm_ids": mask_ids,
+            "masked_lm_weights": used,
             "next_sentence_labels": table.integers(NSP_COLUMN, table.batch.column(NSP_COLUMN)),
         }
         yield arrays, table.done
 
 
 class Table(NamedTuple):
-    """Rows of a file: a pyarrow.RecordBatch of at least one row, of which the first is number `first` of the file."""
+    """Rows of a file: a pyarrow.RecordBatch of at least one, the first of which is number `first` of the file."""
 
     path: str
     batch: Any
@@ -108,18 +102,16 @@ class Table(NamedTuple):
     def lists(self, name: str) -> np.ndarray:
         """[N, L] of a column of lists."""
         column = self.batch.column(name)
-        if not (hasattr(column, "value_lengths") or hasattr(column.type, "list_size")) or column.null_count:
+        ragged = hasattr(column, "value_lengths")
+        if not (ragged or hasattr(column.type, "list_size")) or column.null_count:
             actual = f"{column.type} with {column.null_count} nulls"
             raise InputError(f"{self.path}: the column {name!r} is {actual}, expected lists of integers")
         values = self.integers(name, column.flatten())
-        if hasattr(column, "value_lengths"):
-            lengths = column.value_lengths().to_numpy(zero_copy_only=False)
-            bad = int(np.argmax(lengths != lengths[0]))
-            if bad:
-                raise InputError(
-                    f"{self.path}: sample {self.first + bad}: {name} has {lengths[bad]} values, sample {self.first} "
-                    f"has {lengths[0]}. Pad them to one length"
-                )
+        lengths = column.value_lengths().to_numpy(zero_copy_only=False) if ragged else np.zeros(1)
+        bad = int(np.argmax(lengths != lengths[0]))
+        if bad:
+            sizes = f"{name} has {lengths[bad]} values, sample {self.first} has {lengths[0]}"
+            raise InputError(f"{self.path}: sample {self.first + bad}: {sizes}. Pad them to one length")
         return values.reshape(self.batch.num_rows, -1)
 
     def integers(self, name: str, column: Any) -> np.ndarray:

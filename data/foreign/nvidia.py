@@ -33,11 +33,10 @@ def is_nvidia(path: str) -> bool:
 
 
 def open_nvidia(path: str, vocab_size: int) -> ShardInfo:
-    """What `data.shards.open_shards` tells of a shard, with the vocabulary's size as given, for the file does not tell
-    it.
+    """A file for `read_nvidia`; it does not say of which size its vocabulary is, nor its hash: `vocab_sha256` is "".
 
-    `vocab_sha256` is "", unknown; the file is read with `read_nvidia`. Raises InputError that
-    names the file: missing, not HDF5 or cut off, a data set missing or of another shape or type than integers.
+    Raises InputError that names the file: missing, not HDF5 or cut off, a data set missing or of another shape or type
+    than integers.
     """
     try:
         with h5py.File(path, "r") as file:
@@ -60,12 +59,9 @@ def check_datasets(file: h5py.File, path: str) -> None:
 
 
 def read_nvidia(path: str, start: int, stop: int, vocab_size: int, file: Optional[h5py.File] = None) -> Samples:
-    """The samples [start, stop) of a file that `open_nvidia` found whole, checked, in the project's layout.
+    """The samples [start, stop) of a file that `open_nvidia` found whole, or of `file`, the same held open.
 
-    `file`: the same, held open by the caller.
-
-    Raises InputError that names the file, and the sample when it is not as it must be (see
-    `data.foreign.bert_layout.to_samples`).
+    Raises InputError that names the file, and the sample when it is not as it must be (`bert_layout.to_samples`).
     """
     try:
         with contextlib.nullcontext(file) if file else h5py.File(path, "r") as opened:
@@ -78,8 +74,8 @@ def read_nvidia(path: str, start: int, stop: int, vocab_size: int, file: Optiona
 def write_nvidia(path: str, parts: Iterable[Samples]) -> None:
     """Writes a file as NVIDIA's script does, with samples of one sequence length and number of mask slots.
 
-    Raises InputError for samples that the layout cannot hold (see `data.foreign.bert_layout.from_samples`), OSError
-    that names the file when the disk is full.
+    Raises InputError for samples that the layout cannot hold (`bert_layout.from_samples`), OSError that names the file
+    when the disk is full.
     """
     done = 0
     with new_hdf5(path) as file:

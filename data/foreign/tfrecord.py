@@ -10,7 +10,7 @@ google-crc32c computes the checksums and is imported only when such a file is re
 
 import os
 import struct
-from itertools import count, islice
+from itertools import islice
 from typing import Callable, Dict, Iterator, List, Optional, Tuple
 
 import numpy as np
@@ -31,16 +31,14 @@ PACKED_LIST = 0x0A  # the tag of a list that is one field, as protobuf 3 writes 
 
 
 def feature_names(path: str) -> List[str]:
-    """The names of the first record's features, sorted; none for an empty file. Raises InputError as `read_plain`
-    does."""
+    """The names of the first record's features, sorted; none for an empty file. Raises as `read_plain` does."""
     for batch in record_batches(path, 1):
         return sorted(batch.features[0])
     return []
 
 
 def read_plain(path: str) -> Iterator[Tuple[Dict[str, np.ndarray], int]]:
-    """Yields (arrays in BERT's layout, see `data.foreign.bert_layout`, bytes of the file read so far), a batch of
-    records at a time.
+    """Yields (arrays in BERT's layout, see data/foreign/bert_layout.py; bytes of the file read so far), in batches.
 
     Raises InputError that names the file and the record: cut off, a checksum that does not match, not a
     tf.train.Example, a feature missing or of another length than in the records before it.
@@ -55,16 +53,16 @@ def read_plain(path: str) -> Iterator[Tuple[Dict[str, np.ndarray], int]]:
 def read_packed(path: str) -> Iterator[Tuple[Dict[str, np.ndarray], int]]:
     """As `read_plain`, for packed records: each of their samples becomes one of its own, in the order of its number.
 
-    packed_input_mask names the sample of a token, 1 to S, and packed_position_ids its place in that sample. The [CLS]s
-    are at the row's end, the first sample's last, where packed_next_sentence_labels has their labels. Raises InputError
-    also for tokens whose positions do not make a sample.
+    packed_input_mask is the number of a token's sample, 1 to S, packed_position_ids its place there. The [CLS]s are at
+    the row's end, the first sample's last, where packed_next_sentence_labels has their labels. Raises InputError also
+    for tokens whose positions do not make a sample.
     """
     for batch in record_batches(path, BATCH):
         yield unpacked(batch), batch.place
 
 
 class Records:
-    """Records of a file, of which the first is number `first`; the file is read up to `place`."""
+    """Records of a file, the first of which is number `first`; the file is read up to `place`."""
 
     def __init__(self, path: str, first: int, records: List[bytes], place: int):
         self.path, self.first, self.records, self.place = path, first, records, place
@@ -79,23 +77,19 @@ class Records:
         return InputError(f"{self.path}: record {self.first + index}{problem}")
 
     def check(self, good: np.ndarray, expected: str, records: Optional[np.ndarray] = None) -> None:
-        """Raises InputError for the first that is not good: one a record, or those of `records`."""
+        """Raises InputError for the first value that is not good. They are of each record in turn, or of `records`."""
         if not good.all():
             bad = int(np.argmin(good))
             raise self.error(bad if records is None else int(records[bad]), f": {expected}")
 
     def column(self, name: str) -> np.ndarray:
         """[R, values] of one feature in all records, int64 or float32."""
-        for index, features in enumerate(self.features):
+        lists, kind = [], self.features[0].get(name, (0,))[0]
+        for index, (record, features) in enumerate(zip(self.records, self.features)):
             if name not in features:
                 raise self.error(index, f" has no feature {name!r}; found {sorted(features)}")
-        kind = self.features[0][name][0]
-        kinds = np.array([features[name][0] for features in self.features])
-        self.check(
-            (kinds == kind) & (kind in (FLOATS, INTEGERS)), f"the feature {name!r} is not a list of numbers of one kind"
-        )
-        lists = []
-        for index, (record, features) in enumerate(zip(self.records, self.features)):
+            if features[name][0] != kind or kind not in (FLOATS, INTEGERS):
+                raise self.error(index, f": the feature {name!r} is not a list of numbers of one kind")
             try:
                 lists.append(list_bytes(record, *features[name]))
             except (IndexError, ValueError) as error:
@@ -147,13 +141,11 @@ def unpacked(batch: Records) -> Dict[str, np.ndarray]:
     sample = begins[row] + owner[row, place] - 1
     order = np.argsort(sample, kind="stable")
     row, slot, place, sample = row[order], slot[order], place[order], sample[order]
-    mask_counts = np.bincount(sample, minlength=total)
-    mask_slot = np.arange(len(sample)) - (np.cumsum(mask_counts) - mask_counts)[sample]
-    samples.update({name: np.zeros((total, arrays[name].shape[1]), np.int64) for name in PACKED_MASKS[:2]})
-    samples[WEIGHTS] = np.zeros_like(samples["masked_lm_ids"])
-    samples["masked_lm_positions"][sample, mask_slot] = positions[row, place]
-    samples["masked_lm_ids"][sample, mask_slot] = arrays["masked_lm_ids"][row, slot]
-    samples[WEIGHTS][sample, mask_slot] = 1
+    mask_slots = np.arange(arrays["masked_lm_ids"].shape[1])
+    used = mask_slots < np.bincount(sample, minlength=total)[:, None]
+    samples.update({name: np.zeros(used.shape, np.int64) for name in PACKED_MASKS[:2]}, **{WEIGHTS: used})
+    samples["masked_lm_positions"][used] = positions[row, place]
+    samples["masked_lm_ids"][used] = arrays["masked_lm_ids"][row, slot]
 
     # A label is scored on the token at its place among the row's last S: the [CLS] of its sample.
     scored = np.where(scores, owner[:, length - most :], 0)
@@ -182,26 +174,21 @@ def import_checksum() -> Callable[[bytes], int]:
 
 def record_batches(path: str, size: int) -> Iterator[Records]:
     """Up to `size` records at a time."""
-    records = read_records(path)
-    for first in count(0, size):
-        batch = list(islice(records, size))
-        if not batch:
-            return
+    first, records = 0, read_records(path)
+    while batch := list(islice(records, size)):
         yield Records(path, first, [record for record, _ in batch], batch[-1][1])
+        first += len(batch)
 
 
 def read_records(path: str) -> Iterator[Tuple[bytes, int]]:
     """Yields (a record whose checksums match, bytes of the file read so far)."""
-    checksum = import_checksum()
+    checksum, number = import_checksum(), 0
     try:
         left = total = os.path.getsize(path)
         with open(path, "rb") as file:
-            for number in count():
-                if not left:
-                    return
+            while left:
                 header = file.read(12)
-                length = int.from_bytes(header[:8], "little")
-                problem = None
+                length, problem = int.from_bytes(header[:8], "little"), ""
                 if left < 16 or left < length + 16:
                     problem = f"is cut off: {left} bytes are left of the file"
                 elif not 4 <= length <= MOST_BYTES:
@@ -212,10 +199,9 @@ def read_records(path: str) -> Iterator[Tuple[bytes, int]]:
                     if stored != (checksum(header[:8]), checksum(record)):
                         problem = "is corrupt: its checksum does not match"
                 if problem:
-                    raise InputError(
-                        f"{path}: record {number} {problem}. Get the file again; if it is compressed, unpack it first"
-                    )
-                left -= length + 16
+                    advice = "Get the file again; if it is compressed, unpack it first"
+                    raise InputError(f"{path}: record {number} {problem}. {advice}")
+                left, number = left - length - 16, number + 1
                 yield record, total - left
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})")

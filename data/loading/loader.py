@@ -6,11 +6,10 @@ thread takes a finished slot. A process, because Python's threads would get in t
 
 import collections
 import json
-import mmap
 import os
 import select
 from dataclasses import asdict, dataclass
-from typing import Any, Deque, Dict, Iterator, Optional, Sequence
+from typing import Any, Deque, Dict, Iterator, Mapping, Optional, Sequence
 
 import numpy as np
 
@@ -19,7 +18,7 @@ from data.loading.ring import ring_bytes, ring_slots, shared_file
 from data.loading.shard_files import read_checked
 from data.masking import choice_reference
 from data.packing import SAMPLES_PER_ROW
-from data.rows import NSP, RowShape, unpacked_batch, weight_counts
+from data.rows import NSP, Arrays, Layout, RowShape, unpacked_batch, weight_counts
 from data.samples import Samples
 from data.shards import ShardInfo
 from data.subprocesses import ChildProcess, encode
@@ -31,12 +30,12 @@ __all__ = ["GlobalBatch", "Loader", "LoaderSettings", "batches_in_order"]
 class GlobalBatch:
     """The rows of one optimizer step."""
 
-    arrays: Dict[str, np.ndarray]
+    arrays: Arrays
     """as `data.rows` describes them"""
     counts: Dict[str, int]
     """of each field of weights, how many are not 0: "mlm_weights" the masked tokens, "nsp_weights" the samples"""
     position: int
-    """in the run's order after this batch: where another loader may continue"""
+    """in the run's order after this batch: where another loader can continue"""
     skipped: Dict[str, str]
     """shards left out by then: path -> why"""
 
@@ -54,8 +53,8 @@ class LoaderSettings:
     seed: int
     """of the order of samples, and of dynamic masking"""
     packing: str = "off"
-    """off: a batch is `batch_size` rows of one sample. samples: it is `batch_size` samples in as few rows as they fit.
-    rows: it is `batch_size` rows with as many samples as fit, for static shapes"""
+    """off: a batch is `batch_size` rows of one sample each. samples: it is `batch_size` samples, in as few rows as they
+    fit. rows: it is `batch_size` rows, for static shapes, with as many samples as fit"""
     samples_per_row: int = SAMPLES_PER_ROW
     """at most; not with `packing` off"""
     skip_bad: bool = False
@@ -69,6 +68,10 @@ class LoaderSettings:
         per_row = 1 if self.packing == "off" else self.samples_per_row
         return RowShape.of(shard.sequence_length, shard.mask_tokens, per_row)
 
+    def layout(self, shard: ShardInfo) -> Layout:
+        """Of a slot."""
+        return self.row_shape(shard).layout(self.batch_size)
+
     def check(self) -> None:
         """Raises InputError for a value out of range."""
         least = {"batch_size": 1, "seed": 0, "samples_per_row": 1, "workers": 1, "slots": 2}
@@ -80,33 +83,27 @@ class LoaderSettings:
 class Loader:
     """Global batches in the order of `data.loading.order`, assembled ahead of their use; without end.
 
-    `shards`: as `open_shards` opened them for this run. `position`: where to begin (a batch's `position`; 0: at the
-    start). `skipped`: shards that were left out before.
-
-    Raises InputError, before a process is started, for a value out of range, masking that is not known, and too little
-    memory. A context manager: leaving it, or the end of this process in whatever way, ends the loader's process.
+    `shards`: as `open_shards` opened them. `position`: where to begin, a batch's `position` or 0. `skipped`: shards
+    that were left out before. Raises InputError, before a process is started, for a value out of range, masking that is
+    not known, and too little memory. A context manager: leaving it, or the end of this process in whatever way, ends
+    the loader's process.
     """
 
     def __init__(
-        self,
-        shards: Sequence[ShardInfo],
-        settings: LoaderSettings,
-        position: int = 0,
-        skipped: Optional[Dict[str, str]] = None,
+        self, shards: Sequence[ShardInfo], settings: LoaderSettings, position: int = 0, skipped: Mapping[str, str] = {}
     ):
         settings.check()
         if position < 0:
             raise InputError(f"the loader's position is {position}, expected 0 or more")
-        first, self._skipped = shards[0], dict(skipped or {})
-        choose = choice_reference(first.masked_units, first.path)
-        layout = settings.row_shape(first).layout(settings.batch_size)
-        size = ring_bytes(layout, settings.slots)
-        with shared_file(size) as memory:
-            self._slots = ring_slots(mmap.mmap(memory.fileno(), size), layout, settings.slots)
-            self._child: Optional[ChildProcess] = ChildProcess("data.loading.process", [memory.fileno()])
-            self._in_use: Optional[int] = None
-            self._messages: Deque[Dict] = collections.deque()
-            self._unread = b""
+        self._skipped = dict(skipped)
+        choose = choice_reference(shards[0].masked_units, shards[0].path)
+        layout = settings.layout(shards[0])
+        self._in_use: Optional[int] = None
+        self._messages: Deque[Dict] = collections.deque()
+        self._unread = b""
+        with shared_file(ring_bytes(layout, settings.slots)) as memory:
+            self._slots = ring_slots(memory.fileno(), layout, settings.slots)
+            self._child, self._closed = ChildProcess("data.loading.process", [memory.fileno()]), False
             self._send(
                 {
                     "shards": [asdict(shard) for shard in shards],
@@ -124,10 +121,11 @@ class Loader:
     def next(self) -> GlobalBatch:
         """The next global batch; waits for it only when the loader is behind.
 
-        Its arrays are views of a slot that the following call of `next` gives back: they are valid until then, copy
-        what is needed for longer. Raises InputError when a shard turns out bad, cut off or removed (the message names
-        it), LoaderDied when the loader's process ended (the message says how).
+        Its arrays are valid until the following call, which gives their memory back. Raises InputError that names a
+        shard that turns out bad, cut off or removed, LoaderDied that says how the loader's process ended.
         """
+        if self._closed:
+            raise RuntimeError("the loader is closed")
         if self._in_use is not None:
             self._send(self._in_use)
         while not self._messages:
@@ -140,15 +138,14 @@ class Loader:
 
     def check(self) -> None:
         """Raises what `next` would, as soon as the loader's process has failed: for steps that take long."""
-        while self._child is not None and select.select([self._child.output], [], [], 0)[0]:
+        while not self._closed and select.select([self._child.output], [], [], 0)[0]:
             self._receive()
 
     def close(self) -> None:
         """Ends the loader's process at once and gives its memory back; may be called again."""
-        if self._child is not None:
-            child, self._child, self._slots = self._child, None, []
-            self._messages.clear()
-            child.end()
+        if not self._closed:
+            self._closed, self._slots = True, []
+            self._child.end()
 
     def __enter__(self) -> "Loader":
         return self
@@ -157,32 +154,25 @@ class Loader:
         self.close()
 
     def _send(self, message: Any) -> None:
-        self._open_child().send(encode(message))
+        self._child.send(encode(message))
 
     def _receive(self) -> None:
-        child = self._open_child()
-        data = os.read(child.output.fileno(), 1 << 16)
+        data = os.read(self._child.output.fileno(), 1 << 16)
         *lines, self._unread = (self._unread + data).split(b"\n")
         self._messages.extend(map(json.loads, lines))
         failure = next((message for message in self._messages if "error" in message), None)
         if failure is None and not data:
-            end = f"the loader's process {child.how_it_ended()}. Start again from the last checkpoint"
+            end = f"the loader's process {self._child.how_it_ended()}. Start again from the last checkpoint"
             failure = {"error": end, "bad_input": False}
         if failure is not None:  # batches that are ready are not used up first: a run should stop where it is
             self.close()
             raise (InputError if failure["bad_input"] else LoaderDied)(failure["error"])
 
-    def _open_child(self) -> ChildProcess:
-        if self._child is None:
-            raise RuntimeError("the loader is closed")
-        return self._child
-
 
 def batches_in_order(shards: Sequence[ShardInfo], batch_size: int) -> Iterator[GlobalBatch]:
-    """Every sample of opened shards once, in file order, without processes; the last batch may be smaller. Weights sum
-    to 1 over each batch.
+    """Every sample of opened shards once, in file order, without processes; the last batch may be smaller.
 
-    Samples that are masked anew in each epoch are masked as in epoch 0 under seed 0, the same each time. Raises
+    Weights sum to 1 over each batch. Dynamic masking is that of epoch 0 under seed 0, the same each time. Raises
     InputError about bad samples when their batch is reached.
     """
     if batch_size < 1:

@@ -1,28 +1,26 @@
-"""The process behind `data.loading.loader.Loader`: reads, shuffles and assembles global batches into shared memory,
-ahead of training.
+"""The process behind `data.loading.loader.Loader`: assembles global batches in shared memory, ahead of training.
 
-It gets the request of `Loader` and then the number of each slot that may be filled (`data.subprocesses` has the
-protocol). It sends {"slot", "rows", "counts", "position", "skipped"} for each finished batch, or {"error", "bad_input"}
-once, then it ends. It imports neither torch nor anything that starts slowly.
+It gets the request of `Loader`, then the number of each slot that may be filled (`data.subprocesses` has the protocol).
+It sends {"slot", "rows", "counts", "position", "skipped"} for each finished batch, or {"error", "bad_input"} once, and
+ends. It imports neither torch nor anything that starts slowly.
 """
 
-import mmap
 import os
 import queue
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Callable, Dict, Iterator, Optional, Tuple
 
 import numpy as np
 
 from data.loading.loader import LoaderSettings
 from data.loading.order import Order
-from data.loading.ring import ring_bytes, ring_slots
+from data.loading.ring import ring_slots
 from data.loading.windows import NextSamples, ShardFiles, read_windows
 from data.masking import load_choice, mask_budget, mask_dynamic, masking_of
 from data.packing import Packing, largest_prefix, one_a_row, pack
-from data.rows import RowShape, fill_packed, fill_unpacked, normalize_weights
+from data.rows import Arrays, fill_packed, fill_unpacked, normalize_weights
 from data.samples import Samples
 from data.shards import ShardInfo
 from data.subprocesses import error_message, open_channel
@@ -66,17 +64,20 @@ def watch(files: ShardFiles) -> None:
 def serve(request: Dict, files: ShardFiles, free_slots: queue.Queue, reply: Callable[[Dict], None]) -> None:
     """Fills slot after slot, as they get free, for ever. Raises InputError that names the file that cannot be used."""
     settings, info = LoaderSettings(**request["settings"]), files.shards[0]
-    shape = settings.row_shape(info)
     order = Order([shard.num_samples for shard in files.shards], settings.seed, info.sequence_length)
     stream = SampleStream(read_windows(files, order, request["position"], settings.workers))
-    mask = make_mask(info, request["choose"], settings.seed, order.num_samples)
-    layout = shape.layout(settings.batch_size)
-    memory = mmap.mmap(request["memory"], ring_bytes(layout, settings.slots))
-    slots = ring_slots(memory, layout, settings.slots)
+    slots = ring_slots(request["memory"], settings.layout(info), settings.slots)
+    mask: Optional[Mask] = None
+    if info.masking == "dynamic":
+        masking = masking_of(info, load_choice(request["choose"]))
+
+        def mask(samples: Samples, numbers: np.ndarray, ends: np.ndarray) -> Samples:
+            return mask_dynamic(samples, numbers, settings.seed, (ends - 1) // order.num_samples, masking)
+
     with ThreadPoolExecutor(settings.workers) as threads:
         while True:
             slot = free_slots.get()
-            chosen, packing = choose(stream, settings, shape, info)
+            chosen, packing = choose(stream, settings, info)
             rows, batch = packing.rows, {name: array[: packing.rows] for name, array in slots[slot].items()}
             fill(threads, batch, chosen, packing, mask)
             if settings.packing == "rows":  # static shapes: the rows that the last sample did not fit are empty ones
@@ -89,74 +90,56 @@ def serve(request: Dict, files: ShardFiles, free_slots: queue.Queue, reply: Call
             reply(dict(slot=slot, rows=rows, counts=counts, position=int(chosen.ends[-1]), skipped=skipped))
 
 
-def make_mask(info: ShardInfo, choose_reference: str, seed: int, num_samples: int) -> Optional[Mask]:
-    """Masks anew in each epoch; None for samples that are masked already."""
-    if info.masking != "dynamic":
-        return None
-    masking = masking_of(info, load_choice(choose_reference))
-    return lambda samples, numbers, ends: mask_dynamic(samples, numbers, seed, (ends - 1) // num_samples, masking)
-
-
 class SampleStream:
     """The samples of one window after the other, to be looked at ahead and taken from the front."""
 
     def __init__(self, windows: Iterator[NextSamples]):
         self._windows = windows
-        self._held: List[
-            NextSamples
-        ] = []  # of earlier windows, not taken yet: copies, for their buffers are used again
-        self._window = next(windows)
+        # The last part is the current window, those before it are copies of what was left of earlier ones.
+        self._parts = [next(windows)]
 
     def peek(self, count: int) -> NextSamples:
         """The next `count` samples, valid until the following call."""
-        while sum(len(part.indices) for part in self._held) + len(self._window.indices) < count:
-            self._held.append(self._window.copy())
-            self._window = next(self._windows)
-        if not self._held:
-            return self._window.first(count)
-        return NextSamples.concatenate(self._held + [self._window.first(count)]).first(count)
+        while sum(len(part.indices) for part in self._parts) < count:
+            self._parts[-1] = NextSamples.concatenate(self._parts[-1:])
+            self._parts.append(next(self._windows))
+        if len(self._parts) == 1:
+            return self._parts[0].take(slice(count))
+        return NextSamples.concatenate([part.take(slice(count)) for part in self._parts]).take(slice(count))
 
     def advance(self, count: int) -> None:
         """Takes the next `count` samples away."""
-        while self._held and count:
-            taken = min(count, len(self._held[0].indices))
-            self._held[0] = self._held[0].after(taken)
-            count -= taken
-            if len(self._held[0].indices) == 0:
-                del self._held[0]
-        self._window = self._window.after(count)
+        while len(self._parts) > 1 and count >= len(self._parts[0].indices):
+            count -= len(self._parts.pop(0).indices)
+        self._parts[0] = self._parts[0].take(slice(count, None))
 
 
-def choose(
-    stream: SampleStream, settings: LoaderSettings, shape: RowShape, info: ShardInfo
-) -> Tuple[NextSamples, Packing]:
+def choose(stream: SampleStream, settings: LoaderSettings, info: ShardInfo) -> Tuple[NextSamples, Packing]:
     """The samples of the next batch and their packing."""
-    count = settings.batch_size
+    count, shape = settings.batch_size, settings.row_shape(info)
     chosen = stream.peek(count)
     if settings.packing == "off":
         return chosen, one_a_row(count)
     if settings.packing == "rows":
         # More samples, until there are enough tokens to fill the rows.
         slots, most = settings.batch_size * shape.tokens, settings.batch_size * shape.samples
-        while count < most and chosen.lengths().sum(dtype=np.int64) < slots:
+        while count < most and chosen.get("lengths").sum(dtype=np.int64) < slots:
             count = min(count + count // 4 + 1, most)
             chosen = stream.peek(count)
-    lengths, mask_counts = chosen.lengths(), chosen.samples.mlm_counts[chosen.indices]
+    lengths = chosen.get("lengths")
     if info.masking == "dynamic":
-        mask_counts = mask_budget(lengths, info.mask_share, info.mask_tokens)
+        mask_counts = mask_budget(lengths, chosen.get("first_lengths"), info.mask_share, info.mask_tokens)
+    else:
+        mask_counts = chosen.get("mlm_counts")
     if settings.packing == "rows":
         packing = largest_prefix(lengths, mask_counts, settings.batch_size, *shape)
     else:
         packing = pack(lengths, mask_counts, *shape)
-    return chosen.first(len(packing.row)), packing
+    return chosen.take(slice(len(packing.row))), packing
 
 
 def fill(
-    threads: ThreadPoolExecutor,
-    batch: Dict[str, np.ndarray],
-    chosen: NextSamples,
-    packing: Packing,
-    mask: Optional[Mask],
+    threads: ThreadPoolExecutor, batch: Arrays, chosen: NextSamples, packing: Packing, mask: Optional[Mask]
 ) -> None:
     """Writes the chosen samples into `batch`, where `packing` puts them, masked if there is a `mask`."""
     per_row = batch["nsp_weights"].shape[1]

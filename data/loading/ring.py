@@ -1,5 +1,4 @@
-"""A ring of batch slots in memory that two processes share and that never has a name, so that nothing can be left
-behind."""
+"""A ring of batch slots in memory that two processes share. It never has a name, so nothing can be left behind."""
 
 import mmap
 import os
@@ -22,8 +21,9 @@ def ring_bytes(layout: Dict[str, tuple], slots: int) -> int:
     return slots * sum(map(aligned_bytes, layout.values()))
 
 
-def ring_slots(memory: mmap.mmap, layout: Dict[str, tuple], slots: int) -> List[Dict[str, np.ndarray]]:
-    """The arrays of each slot, views of `memory`, which stays mapped as long as one of them lives."""
+def ring_slots(descriptor: int, layout: Dict[str, tuple], slots: int) -> List[Dict[str, np.ndarray]]:
+    """The arrays of each slot, in a file that `shared_file` made. It stays mapped as long as one of them lives."""
+    memory = mmap.mmap(descriptor, ring_bytes(layout, slots))
     views, offset = [], 0
     for _ in range(slots):
         arrays = {}
@@ -35,18 +35,15 @@ def ring_slots(memory: mmap.mmap, layout: Dict[str, tuple], slots: int) -> List[
 
 
 def shared_file(size: int) -> BinaryIO:
-    """A nameless file of `size` bytes, in memory where the system has such files (Linux), else in the folder for
-    temporary files.
+    """A nameless file of `size` bytes, in memory (Linux) or in the folder for temporary files; all allocated now.
 
-    All of it is allocated now. Raises InputError that says how much is needed and available when there is not enough.
+    Raises InputError that says how much is needed and available when there is not enough.
     """
     in_memory = hasattr(os, "memfd_create")
     place = "memory" if in_memory else tempfile.gettempdir()
     available = available_memory() if in_memory else shutil.disk_usage(place).free
-    shortage = (
-        f"the loader's batches need {size / 1e6:.1f} MB in {place}, {available / 1e6:.1f} MB are available. Lower "
-        "the global batch or free some"
-    )
+    sizes = f"need {size / 1e6:.1f} MB in {place}, {available / 1e6:.1f} MB are available"
+    shortage = f"the loader's batches {sizes}. Lower the global batch or free some"
     if size > available:
         raise InputError(shortage)
     if in_memory:
@@ -64,8 +61,7 @@ def shared_file(size: int) -> BinaryIO:
 
 
 def available_memory() -> int:
-    """Bytes that this process can still have: the machine's, or less in a container (control group, version 2) with a
-    limit."""
+    """Bytes that this process can still have: the machine's, or less in a control group (version 2) with a limit."""
     with open("/proc/meminfo") as lines:
         available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     limit = read_word(os.path.join(CONTROL_GROUP, "memory.max"))

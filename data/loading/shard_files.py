@@ -31,9 +31,9 @@ def open_shards(
     NVIDIA's HDF5 files are taken as they are (data/foreign/nvidia.py): their `vocab_sha256` is "", unknown. With
     `skipped`, files that are not whole are left out and noted there (path -> why), unless all are.
 
-    Raises InputError that names the file and what is wrong: missing, not HDF5 or truncated, a data set missing,
-    compressed or of the wrong shape, another sequence length or number of masked tokens than the run's, a larger
-    vocabulary, or shards that differ.
+    Raises InputError that names the file and what is wrong: it is missing, not HDF5 or truncated, lacks a data set or
+    has a compressed one or one of the wrong shape, has another sequence length or number of masked tokens than the run
+    or a larger vocabulary, or differs from the other shards.
     """
     shards = []
     for path in expand(patterns):
@@ -61,45 +61,35 @@ def check_alike(shard: ShardInfo, first: ShardInfo) -> None:
     for name in ALIKE:
         value, other = str(getattr(shard, name)), str(getattr(first, name))
         if value != other:
-            raise InputError(
-                f"{shard.path}: its {name} is {value:.12} and that of {first.path} is {other:.12}. Train on shards of "
-                "one data set"
-            )
+            values = f"its {name} is {value:.12} and that of {first.path} is {other:.12}"
+            raise InputError(f"{shard.path}: {values}. Train on shards of one data set")
 
 
 def check_fits(
     shard: ShardInfo, sequence_length: Optional[int], mask_tokens: Optional[int], vocab_size: Optional[int]
 ) -> None:
-    if sequence_length not in (None, shard.sequence_length):
-        raise InputError(
-            f"{shard.path}: its samples have sequence length {shard.sequence_length}, data.sequence_length is "
-            f"{sequence_length}. Prepare the text again with --sequence-length {sequence_length}, or set "
-            "data.sequence_length"
-        )
-    if mask_tokens not in (None, shard.mask_tokens):
-        raise InputError(
-            f"{shard.path}: its samples have room for {shard.mask_tokens} masked tokens, data.mask_tokens is "
-            f"{mask_tokens}. Prepare the text again with --mask-tokens {mask_tokens}, or set data.mask_tokens"
-        )
+    for name, wanted, size in (
+        ("sequence_length", sequence_length, f"sequence length {shard.sequence_length}"),
+        ("mask_tokens", mask_tokens, f"room for {shard.mask_tokens} masked tokens"),
+    ):
+        if wanted not in (None, getattr(shard, name)):
+            advice = f"Prepare the text again with --{name.replace('_', '-')} {wanted}, or set data.{name}"
+            raise InputError(f"{shard.path}: its samples have {size}, data.{name} is {wanted}. {advice}")
     if vocab_size is not None and shard.vocab_size > vocab_size:
-        raise InputError(
-            f"{shard.path}: was made with a vocabulary of {shard.vocab_size} tokens, model.vocab_size is "
-            f"{vocab_size}. Set model.vocab_size to {shard.vocab_size}"
-        )
+        sizes = f"a vocabulary of {shard.vocab_size} tokens, model.vocab_size is {vocab_size}"
+        raise InputError(f"{shard.path}: was made with {sizes}. Set model.vocab_size to {shard.vocab_size}")
 
 
 def read_checked(shard: ShardInfo, start: int, stop: int, before: int) -> Samples:
-    """The samples [start, stop) of a shard that `open_shards` opened, masked where that is to be done anew, as in epoch
-    0 under seed 0.
+    """The samples [start, stop) of an opened shard; those with dynamic masking are masked as in epoch 0 under seed 0.
 
-    `before`: samples of the data set in the shards before it. Raises InputError that names the file and a sample that
-    is not as it must be.
+    `before`: samples of the data set in the shards before it. Raises InputError that names the file and the first
+    sample that is not as it must be.
     """
     if shard.is_nvidia:
         return read_nvidia(shard.path, start, stop, shard.vocab_size)
     samples = read_samples(shard.path, start, stop)
     check_samples(samples, shard.vocab_size, shard.path, start)
-    if shard.masking == "dynamic":
-        numbers = before + np.arange(start, stop)
-        samples = mask_dynamic(samples, numbers, 0, 0, masking_of(shard))
-    return samples
+    if shard.masking == "static":
+        return samples
+    return mask_dynamic(samples, before + np.arange(start, stop), 0, 0, masking_of(shard))

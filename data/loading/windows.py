@@ -8,7 +8,7 @@ import contextlib
 import os
 import resource
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Sequence, Tuple, Union
 
 import h5py
 import numpy as np
@@ -25,22 +25,21 @@ GROUP = 16  # blocks that one thread reads and checks at a time
 
 
 class ShardFiles:
-    """Shards that `open_shards` found whole, held open. Raises InputError that names the file when one cannot be
-    opened.
+    """Shards that `open_shards` found whole, held open. Raises InputError that names a file that cannot be opened.
 
-    With `skip_bad`, a shard that turns out bad is kept in `skipped` (number -> why) and read no more, unless all are.
-    `left_out`: those that were skipped before, by their paths.
+    With `skip_bad`, a shard that turns out bad is noted in `skipped` (number -> why) and no longer read, unless all
+    are bad. `left_out` (path -> why): those that were skipped before.
     """
 
-    def __init__(self, shards: Sequence[ShardInfo], skip_bad: bool = False, left_out: Optional[Dict[str, str]] = None):
-        self.shards, self._skip_bad, left_out = shards, skip_bad, left_out or {}
+    def __init__(self, shards: Sequence[ShardInfo], skip_bad: bool = False, left_out: Mapping[str, str] = {}):
+        self.shards, self._skip_bad = shards, skip_bad
         self.skipped = {number: left_out[shard.path] for number, shard in enumerate(shards) if shard.path in left_out}
         allow_open_files(len(shards) + 64)
         self._files: List[Any] = [open_file(shard) for shard in shards]
 
     @contextlib.contextmanager
     def skipping_bad(self, shard: int) -> Iterator[None]:
-        """What InputError the body raises is raised, or, where bad shards are skipped, kept in `skipped`."""
+        """An InputError of the body is raised or, where bad shards are skipped, noted."""
         try:
             yield
         except InputError as error:
@@ -51,8 +50,7 @@ class ShardFiles:
                 raise InputError(f"every shard is bad; the last one: {error}")
 
     def read(self, shard: int, start: int, stop: int, into: Samples) -> None:
-        """Reads samples [start, stop) of one shard. Raises InputError that names the file when they are not all
-        there."""
+        """Reads samples [start, stop) of a shard. Raises InputError that names it when they are not all there."""
         info, file = self.shards[shard], self._files[shard]
         if info.is_nvidia:
             samples = read_nvidia(info.path, start, stop, info.vocab_size, file)
@@ -68,17 +66,23 @@ class ShardFiles:
                 except OSError as error:
                     raise InputError(f"{info.path}: cannot read samples {start} to {stop} ({error})")
                 if count == 0:
-                    raise InputError(
-                        f"{info.path}: was cut off while in use: samples {start} to {stop} are not there. Make it again"
-                    )
+                    missing = f"samples {start} to {stop} are not there"
+                    raise InputError(f"{info.path}: was cut off while in use: {missing}. Make it again")
                 data, offset = data[count:], offset + count
 
     def check_unchanged(self) -> None:
         """Raises InputError that names a shard that was removed or has another size than at the start."""
         for number, shard in enumerate(self.shards):
-            if number not in self.skipped:
-                with self.skipping_bad(number):
-                    check_unchanged(shard)
+            if number in self.skipped:
+                continue
+            with self.skipping_bad(number):
+                try:
+                    size = os.stat(shard.path).st_size
+                except OSError as error:
+                    raise InputError(f"{shard.path}: was removed while in use ({error.strerror}). Put it back")
+                if size != shard.file_size:
+                    change = f"it has {size} bytes, had {shard.file_size}"
+                    raise InputError(f"{shard.path}: was changed while in use: {change}. Make it again")
 
 
 class NextSamples(NamedTuple):
@@ -90,30 +94,25 @@ class NextSamples(NamedTuple):
     ends: np.ndarray  # [N] int64: the position in the run's order after each
     numbers: np.ndarray  # [N] int64: which sample of the data set each is, through the shards in turn
 
-    def lengths(self) -> np.ndarray:
-        return self.samples.lengths[self.indices]
+    def get(self, name: str) -> np.ndarray:
+        """One field of the samples."""
+        return getattr(self.samples, name)[self.indices]
 
-    def first(self, count: int) -> "NextSamples":
-        return NextSamples(self.samples, self.skipped, *(field[:count] for field in self[2:]))
-
-    def after(self, count: int) -> "NextSamples":
-        return NextSamples(self.samples, self.skipped, *(field[count:] for field in self[2:]))
-
-    def copy(self) -> "NextSamples":
-        """The same in memory of its own."""
-        return NextSamples(self.samples.take(self.indices), self.skipped, np.arange(len(self.indices)), *self[3:])
+    def take(self, part: slice) -> "NextSamples":
+        return NextSamples(self.samples, self.skipped, *(field[part] for field in self[2:]))
 
     @staticmethod
     def concatenate(parts: Sequence["NextSamples"]) -> "NextSamples":
+        """One after the other, in memory of their own."""
         samples = Samples.concatenate([part.samples.take(part.indices) for part in parts])
         ends, numbers = [np.concatenate(fields) for fields in list(zip(*parts))[3:]]
         return NextSamples(samples, parts[-1].skipped, np.arange(len(samples)), ends, numbers)
 
 
 def locate(window: Window, first_numbers: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
-    """Of each sample of a window, which of its blocks it is in, and its number in the data set, both [N].
+    """Which block of a window each of its samples is in, and the sample's number in the data set, both [N].
 
-    `first_numbers`: the number of each shard's first sample, counted through the shards in turn.
+    `first_numbers`: those of the shards' first samples, counted through the shards in turn.
     """
     shard, start, stop = window.blocks.T
     sizes = stop - start
@@ -123,8 +122,7 @@ def locate(window: Window, first_numbers: np.ndarray) -> Tuple[np.ndarray, np.nd
 
 
 def read_windows(files: ShardFiles, order: Order, position: int, workers: int) -> Iterator[NextSamples]:
-    """Yields what is left of the window at `position`, then one window after the other, without end; samples of shards
-    that are skipped are left out.
+    """Yields the rest of the window at `position`, then window after window, without end, without skipped shards.
 
     The samples are in a buffer that is used again after the next window was taken. Raises InputError that names the
     file and the sample when one cannot be read or is not as it must be.
@@ -167,8 +165,10 @@ def groups_of_blocks(window: Window, buffer: Samples) -> Iterator[Tuple[List[Lis
 
 
 def read_blocks(files: ShardFiles, blocks: List[List[int]], into: Samples) -> None:
-    """Reads blocks (shard, first sample, one past the last) end to end, and checks them. A bad one is raised, or its
-    shard is skipped."""
+    """Reads blocks (shard, first sample, one past the last) end to end, and checks them.
+
+    Raises InputError about a bad one, or skips its shard.
+    """
     parts, end = [], 0
     for shard, start, stop in blocks:
         parts.append(into.take(slice(end, end + stop - start)))
@@ -185,25 +185,13 @@ def read_blocks(files: ShardFiles, blocks: List[List[int]], into: Samples) -> No
                 check_samples(part, vocab_size, files.shards[shard].path, start)
 
 
-def check_unchanged(shard: ShardInfo) -> None:
-    try:
-        size = os.stat(shard.path).st_size
-    except OSError as error:
-        raise InputError(f"{shard.path}: was removed while in use ({error.strerror}). Put it back")
-    if size != shard.file_size:
-        raise InputError(
-            f"{shard.path}: was changed while in use: it has {size} bytes, had {shard.file_size}. Make it again"
-        )
-
-
 def allow_open_files(count: int) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, count), hard))
     except ValueError:
-        raise InputError(
-            f"the shards need {count} open files, {hard} are allowed. Use fewer, larger shards or raise `ulimit -Hn`"
-        )
+        advice = "Use fewer, larger shards or raise `ulimit -Hn`"
+        raise InputError(f"the shards need {count} open files, {hard} are allowed. {advice}")
 
 
 def open_file(shard: ShardInfo) -> Union[int, h5py.File]:

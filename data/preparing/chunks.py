@@ -40,21 +40,22 @@ class ChunkMaker:
         self.options, self.made_by = PrepareOptions(**options), made_by
         self.encoder = TextEncoder(tokens)
         self.vocab_size, self.vocab_hash = len(tokens), vocab_sha256(tokens)
-        ids = {token: number for number, token in enumerate(tokens)}
-        self.special_ids = [ids[token] for token in SPECIAL_TOKENS]
-        share, units = self.options.mask_share, self.options.units
-        self.attributes = {"masking": self.options.masking, "mask_share": share, "special_ids": self.special_ids}
-        continuations = None
+        self.special_ids = list(map(list(tokens).index, SPECIAL_TOKENS))
+        units, share, continuations = self.options.units, self.options.mask_share, None
         if units != "tokens":
-            continuations = np.fromiter((token.startswith("##") for token in tokens), bool, len(tokens))
+            continuations = np.array([token.startswith("##") for token in tokens])
+        masking = Masking.of(load_choice(choose), share, self.vocab_size, self.special_ids, continuations)
+        self.masking = masking if self.options.masking == "static" else None
+        bits = "" if continuations is None else np.packbits(continuations).tobytes().hex()
+        self.attributes = {"masking": self.options.masking, "mask_share": share}
+        self.attributes.update(special_ids=self.special_ids, continuations=bits)
+        if units not in ("tokens", "words"):  # which `continuations` tells apart
             self.attributes["masked_units"] = units
-        self.attributes["continuations"] = "" if continuations is None else np.packbits(continuations).tobytes().hex()
-        self.masking = Masking.of(load_choice(choose), share, self.vocab_size, self.special_ids, continuations)
 
     def do(self, task: Dict[str, Any]) -> None:
         """Does one task: `make_part` or `make_shard`, as its "do" says, with its other entries as arguments."""
-        make = self.make_part if task["do"] == "make_part" else self.make_shard
-        make(**{name: value for name, value in task.items() if name != "do"})
+        arguments = dict(task)
+        getattr(self, arguments.pop("do"))(**arguments)
 
     def make_part(self, path: str, number: int, split: int, documents: Sequence[NumberedLines]) -> None:
         """Writes chunk `number` of (document number, lines) as a part of `split`."""
@@ -63,13 +64,8 @@ class ChunkMaker:
         parts, dropped = [self.empty_samples(0)], 0
         duplicates = options.duplicates if split == TRAIN else 1  # evaluation needs each text once
         for duplicate in range(duplicates if len(chunk.tokens) else 0):
-            blocks, dropped = make_samples(
-                chunk,
-                self.special_ids,
-                self.masking if options.masking == "static" else None,
-                options,
-                np.random.default_rng([seed, number, duplicate]),
-            )
+            rng = np.random.default_rng([seed, number, duplicate])
+            blocks, dropped = make_samples(chunk, self.special_ids, self.masking, options, rng)
             parts.extend(blocks)
         samples = Samples.concatenate(parts)
         counts.update(

@@ -1,21 +1,13 @@
 """Text files to documents, streamed: a document is a list of lines, each a sentence, a paragraph or a heading.
 
-Formats of a text file (UTF-8):
-
-    lines           a blank line ends a document, as in BERT's own data
-    wikitext        a `= Title =` line begins a document, as in WikiText. Headings of all levels stay as lines of their
-                    own, without their `=` signs; text before the first title is a document of its own
-    wikiextractor   a document is what is between `<doc ...>` and `</doc>`, as WikiExtractor writes it
-    jsonl           a JSON object a line, its field `text` a document, as of WikiExtractor's --json; blank lines in it
-                    are left out
-
-A file may be compressed: `.gz`, `.zst`. The name `python` stands for a corpus without a file
-(`data.preparing.python_prose`).
+`PrepareOptions.format` says what the formats of a file are. A file is UTF-8, and may be compressed: `.gz`, `.zst`. The
+name `python` stands for a corpus without a file (`data.preparing.python_prose`).
 """
 
 import glob
 import json
 import os
+from itertools import islice
 from typing import Callable, Iterable, Iterator, List, NamedTuple, Sequence, Set, Tuple
 
 from data.errors import InputError
@@ -78,27 +70,22 @@ def check_formats(files: Sequence[str], text_format: str) -> None:
             continue
         name = os.path.splitext(path)[0] if path.endswith((".gz", ".zst")) else path
         if name.endswith((".jsonl", ".ndjson")) and text_format != "jsonl":
-            raise InputError(
-                f"{path}: is named as JSON lines, --format is {text_format}. Give --format jsonl, or name it otherwise"
-            )
-        line = next(filter(None, read_lines(path, lambda count: None)), None)
-        if line is not None:
+            own_format = f"is named as JSON lines, --format is {text_format}"
+            raise InputError(f"{path}: {own_format}. Give --format jsonl, or name it otherwise")
+        for line in islice(filter(None, read_lines(path, lambda count: None)), 1):
             check_first_line(path, line, text_format)
 
 
 def check_first_line(path: str, line: str, text_format: str) -> None:
-    is_doc = line.startswith("<doc ")
-    for own_format, mark, fits in (
-        ("jsonl", 'a JSON object with the field "text"', is_json_text(line)),
-        ("wikiextractor", "a <doc ...> line", is_doc),
-    ):
-        if fits and text_format != own_format:
-            raise InputError(f"{path}: begins with {mark}, --format is {text_format}. Give --format {own_format}")
-    if text_format == "wikiextractor" and not is_doc:
-        raise InputError(
-            f"{path}: begins with {line[:40]!r}, --format is wikiextractor, expected a <doc ...> line. "
-            f"Give --format {'wikitext' if is_title(line) else 'lines'}"
-        )
+    begins, right = "", text_format
+    if is_json_text(line):
+        begins, right = 'a JSON object with the field "text"', "jsonl"
+    elif line.startswith("<doc "):
+        begins, right = "a <doc ...> line", "wikiextractor"
+    elif text_format == "wikiextractor":
+        begins, right = f"{line[:40]!r}, not with a <doc ...> line", "wikitext" if is_title(line) else "lines"
+    if right != text_format:
+        raise InputError(f"{path}: begins with {begins}, --format is {text_format}. Give --format {right}")
 
 
 def is_json_text(line: str) -> bool:
@@ -120,26 +107,24 @@ def documents(
     """
     number = -1
     for path in files:
-        if path == PYTHON:
-            parts = split(python_lines(on_bytes), "lines")
-        else:
-            parts = split(lines_of(path, text_format, on_bytes), text_format)
-        for begins, lines in parts:
+        wikitext = text_format == "wikitext" and path != PYTHON
+        for begins, lines in split(lines_of(path, text_format, on_bytes), wikitext):
             number += begins
             yield Document(number, lines)
 
 
 def lines_of(path: str, text_format: str, on_bytes: Callable[[int], object]) -> Iterator[str]:
     """The stripped lines of text of a file in any format; "" ends a document where titles do not."""
+    if path == PYTHON:
+        return python_lines(on_bytes)
+    lines = read_lines(path, on_bytes, cut_long=text_format != "jsonl")
     if text_format == "jsonl":
-        return jsonl_lines(path, read_lines(path, on_bytes, cut_long=False))
-    lines = read_lines(path, on_bytes)
+        return jsonl_lines(path, lines)
     return wikiextractor_lines(lines) if text_format == "wikiextractor" else lines
 
 
-def split(lines: Iterable[str], text_format: str) -> Iterator[Tuple[bool, List[str]]]:
+def split(lines: Iterable[str], wikitext: bool) -> Iterator[Tuple[bool, List[str]]]:
     """The documents, or parts of long ones; with each, whether a document begins with it."""
-    wikitext = text_format == "wikitext"
     part: List[str] = []
     characters, begins = 0, True
     for line in lines:
@@ -191,16 +176,14 @@ def text_field(path: str, number: int, line: str) -> str:
     try:
         value = json.loads(line)
     except ValueError as error:
-        raise InputError(
-            f'{path}: line {number} is not JSON ({error}); expected an object with a "text" field on each line'
-        )
-    text = value.get("text") if isinstance(value, dict) else None
-    if isinstance(text, str):
-        return text.encode("utf-8", "replace").decode("utf-8")  # half of a surrogate pair is JSON, but no text
+        fault = f'is not JSON ({error}); expected an object with a "text" field on each line'
+        raise InputError(f"{path}: line {number} {fault}")
     if not isinstance(value, dict):
         content = f"a JSON {type(value).__name__}"
-    elif "text" in value:
-        content = f"a text that is {json.dumps(text)[:40]}"
-    else:
+    elif "text" not in value:
         content = f"the fields {sorted(value)}"
+    elif not isinstance(value["text"], str):
+        content = f"a text that is {json.dumps(value['text'])[:40]}"
+    else:
+        return value["text"].encode("utf-8", "replace").decode("utf-8")  # half of a surrogate pair is JSON, but no text
     raise InputError(f'{path}: line {number} has no "text" field with a string; found {content}')

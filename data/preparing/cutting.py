@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Iterator, Optional, Sequence, Tuple
 
 import numpy as np
+from numpy.random import Generator
 
 from data.masking import Masking, mask
 from data.preparing.options import PrepareOptions
@@ -33,12 +34,9 @@ BLOCK = 4096  # samples assembled at a time: a few MB of temporaries, which stay
 class Chunk:
     """Documents that samples are made of together; none is empty, nor is a unit."""
 
-    tokens: np.ndarray
-    """[T] ids of all documents end to end"""
-    unit_starts: np.ndarray
-    """[U] where units begin, ascending; each document begins with a unit"""
-    document_starts: np.ndarray
-    """[D + 1] where documents begin, ascending, and T"""
+    tokens: np.ndarray  # [T] ids of all documents end to end
+    unit_starts: np.ndarray  # [U] where units begin, ascending; each document begins with a unit
+    document_starts: np.ndarray  # [D + 1] where documents begin, ascending, and T
 
 
 @dataclass
@@ -52,7 +50,7 @@ class Cuts:
     nsp_labels: np.ndarray
 
 
-def cut_pairs(chunk: Chunk, sequence_length: int, short_share: float, rng: np.random.Generator) -> Tuple[Cuts, int]:
+def cut_pairs(chunk: Chunk, sequence_length: int, short_share: float, rng: Generator) -> Tuple[Cuts, int]:
     """Cuts a chunk into samples, in the order of the text, and counts the tokens that no sample holds.
 
     Those are the documents of a single token in a chunk without another document, which give no pair; else the count is
@@ -93,7 +91,7 @@ def cut_pairs(chunk: Chunk, sequence_length: int, short_share: float, rng: np.ra
     return cuts, dropped
 
 
-def cut_single(chunk: Chunk, sequence_length: int, short_share: float, rng: np.random.Generator) -> Cuts:
+def cut_single(chunk: Chunk, sequence_length: int, short_share: float, rng: Generator) -> Cuts:
     """Cuts a chunk into samples of one segment, in the order of the text; each token is in exactly one of them."""
     longest = sequence_length - 2
     sizes = np.diff(chunk.document_starts)
@@ -111,13 +109,13 @@ def cut_single(chunk: Chunk, sequence_length: int, short_share: float, rng: np.r
     return Cuts(np.cumsum(lengths) - lengths, lengths, none, none, none)
 
 
-def draw_targets(longest: int, short_share: float, rng: np.random.Generator, count: int) -> np.ndarray:
+def draw_targets(longest: int, short_share: float, rng: Generator, count: int) -> np.ndarray:
     """How many tokens `count` samples are to take, [count]: `longest`, or a random share of them 2 to `longest`."""
     short = rng.random(count) < short_share
     return np.where(short, rng.integers(2, longest + 1, count), longest)
 
 
-def endless_draws(longest: int, short_share: float, rng: np.random.Generator) -> Iterator[Tuple[int, bool, float]]:
+def endless_draws(longest: int, short_share: float, rng: Generator) -> Iterator[Tuple[int, bool, float]]:
     """For each sample: how many tokens to take, whether the second segment follows, and where in [0, 1) to split."""
     while True:
         targets = draw_targets(longest, short_share, rng, BLOCK)
@@ -125,7 +123,7 @@ def endless_draws(longest: int, short_share: float, rng: np.random.Generator) ->
 
 
 def other_segments(
-    chunk: Chunk, own: np.ndarray, lengths: np.ndarray, at_unit: np.ndarray, rng: np.random.Generator
+    chunk: Chunk, own: np.ndarray, lengths: np.ndarray, at_unit: np.ndarray, rng: Generator
 ) -> Tuple[np.ndarray, np.ndarray]:
     """Starts and lengths of random segments outside the document `own`; shorter than asked only where a whole document
     is."""
@@ -164,11 +162,7 @@ def assemble(
 
 
 def make_samples(
-    chunk: Chunk,
-    special_ids: Sequence[int],
-    masking: Optional[Masking],
-    options: PrepareOptions,
-    rng: np.random.Generator,
+    chunk: Chunk, special_ids: Sequence[int], masking: Optional[Masking], options: PrepareOptions, rng: Generator
 ) -> Tuple[Iterator[Samples], int]:
     """The samples of a chunk in blocks, as an iterator, and the number of tokens that are in none of them.
 
@@ -176,10 +170,8 @@ def make_samples(
     loader to mask. The chunk's tokens have the vocabulary's type (`data.samples.token_dtype`).
     """
     sequence_length, mask_tokens = options.sequence_length, options.mask_tokens
-    if options.nsp:
-        cuts, dropped = cut_pairs(chunk, sequence_length, options.short_share, rng)
-    else:
-        cuts, dropped = cut_single(chunk, sequence_length, options.short_share, rng), 0
+    size = (sequence_length, options.short_share)
+    cuts, dropped = cut_pairs(chunk, *size, rng) if options.nsp else (cut_single(chunk, *size, rng), 0)
 
     def blocks() -> Iterator[Samples]:
         for start in range(0, len(cuts.nsp_labels), BLOCK):

@@ -11,10 +11,6 @@ from data.preparing.corpus import FORMATS
 __all__ = ["PrepareOptions"]
 
 
-def at_least_one(number: int) -> bool:
-    return number >= 1
-
-
 @dataclass
 class PrepareOptions:
     """Makes a BERT pre-training data set from text: HDF5 shards of masked samples, with their vocabulary."""
@@ -26,39 +22,38 @@ class PrepareOptions:
     """the folder to make; one that holds a data set is refused"""
     format: str = option("lines", choices=FORMATS)
     """lines: one sentence or paragraph a line, a blank line ends a document. wikitext: a `= Title =` line begins a
-    document. wikiextractor: what is between <doc ...> and </doc> is a document, as WikiExtractor writes it. jsonl: a
-    JSON object a line, its field `text` a document"""
+    document; headings stay as lines, without their = signs, and text before the first title is a document.
+    wikiextractor: what is between <doc ...> and </doc> is a document, as WikiExtractor writes it. jsonl: a JSON object
+    a line, its field `text` a document. In these two, blank lines within a document are left out"""
     vocab: Optional[str] = None
     """the WordPiece vocabulary, one token a line; without it one is trained on the text"""
     vocab_size: int = 30522
-    """tokens of a vocabulary that is trained, at most"""
+    """the most tokens of a vocabulary that is trained"""
     sequence_length: int = option(128, lambda length: 8 <= length <= 65535, "8 to 65535 tokens")
     """tokens of a sample, with [CLS] and [SEP]"""
     mask_tokens: int = 20
-    """masked tokens of a sample, at most; 76 suit length 512"""
+    """the most tokens of a sample to mask; 76 go with length 512"""
     mask_share: float = option(0.15, lambda share: 0 < share < 1, "a share between 0 and 1, such as 0.15")
     """share of a sample's tokens to mask"""
     masking: str = option("static", choices=("static", "dynamic"))
     """static: samples are masked here, once. dynamic: the loader masks them, differently in each epoch"""
     masked_units: str = option("tokens", choices=CHOICES)
-    """what is masked together, or not at all: single tokens, or the tokens of a word"""
+    """what is masked together: single tokens, or all tokens of a word"""
     whole_word_masking: bool = False
     """short for --masked-units words"""
     nsp: bool = True
     """whether a sample is two segments, for next sentence prediction, or one"""
     short_share: float = option(0.1, lambda share: 0 <= share <= 1, "a share from 0 to 1")
     """share of the samples that are cut shorter at random"""
-    duplicates: int = option(1, at_least_one, "1 or more")
-    """go over the training text N times, each time cut and masked anew"""
-    held_out: float = option(
-        0.0, lambda share: 0 <= share < 1, "a share of the documents from 0 to below 1, such as 0.05"
-    )
+    duplicates: int = option(1, lambda count: count >= 1, "1 or more")
+    """how many times to go over the training text, each time cut and masked anew"""
+    held_out: float = option(0.0, lambda share: 0 <= share < 1, "a share of documents from 0 to below 1, such as 0.05")
     """share of the documents that go to held_out-*.h5 instead, for evaluation"""
-    samples_per_shard: int = option(262144, at_least_one, "1 or more")
-    """samples of a shard, about; one shard is held in memory for each process"""
+    samples_per_shard: int = option(262144, lambda count: count >= 1, "1 or more")
+    """about how many samples a shard holds; each process holds one shard in memory"""
     seed: int = option(42, lambda seed: seed >= 0, "0 or more")
     """seed of every random choice"""
-    workers: Optional[int] = option(None, at_least_one, "1 or more processes")
+    workers: Optional[int] = option(None, lambda count: count >= 1, "1 or more processes")
     """processes that make samples (default: one for every core)"""
 
     def check(self) -> None:

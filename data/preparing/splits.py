@@ -7,16 +7,17 @@ from typing import Iterable, Iterator, List, Tuple
 
 from data.preparing.corpus import Document
 
-__all__ = ["HELD_OUT", "TRAIN", "split_into_chunks", "split_of"]
+__all__ = ["HELD_OUT", "TRAIN", "TextChunk", "split_into_chunks", "split_of"]
 
 TRAIN, HELD_OUT = 0, 1
 CHUNK_CHARACTERS = 1 << 22
 
+TextChunk = Tuple[int, List[Document]]
+"""a split, and documents of it"""
 
-def split_into_chunks(
-    documents: Iterable[Document], held_out: float, seed: int
-) -> Iterator[Tuple[int, List[Document]]]:
-    """(split, documents of it), of about CHUNK_CHARACTERS together."""
+
+def split_into_chunks(documents: Iterable[Document], held_out: float, seed: int) -> Iterator[TextChunk]:
+    """Documents of one split, of about CHUNK_CHARACTERS together."""
     chunks: List[List[Document]] = [[], []]
     characters = [0, 0]
     for document in documents:

@@ -25,21 +25,20 @@ from data.files import read_json, write_json
 
 __all__ = ["Staging", "check_output", "open_staging"]
 
-SHARD_PATTERNS = ("train-*.h5", "held_out-*.h5")
-TOKENIZER_FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json")
-
+DATA_SET_FILES = ("train-*.h5", "held_out-*.h5", "vocab.txt", "tokenizer.json", "tokenizer_config.json")
 LOCK_SECONDS = 3  # how long a killed run's last processes may take to end
 
 
 class Staging:
-    """A staging folder for the data set `target`, under lock: `lock` is the lock file's descriptor.
+    """A staging folder for the data set `target`.
 
-    `report` is what an earlier run gave to `publish`, when all of its data set got to its place; else None.
+    `lock` is the lock file's descriptor. `report` is what an earlier run gave to `publish`, when all of its data set
+    got to its place; else None.
     """
 
-    def __init__(self, folder: str, target: str, lock: int):
-        self.folder, self.target, self.lock = folder, target, lock
-        self.data = os.path.join(folder, "data")
+    def __init__(self, folder: str, target: str):
+        self.folder, self.target, self.lock = folder, target, -1
+        self.data, self.state_path = os.path.join(folder, "data"), os.path.join(folder, "state.json")
         self.report: Optional[Dict[str, Any]] = None
 
     def part(self, number: int) -> str:
@@ -47,8 +46,7 @@ class Staging:
 
     def groups(self) -> List[Dict[str, Any]]:
         """What `end_group` was given, of the groups that are done, in order."""
-        paths = sorted(glob.glob(os.path.join(glob.escape(self.folder), "group-*.json")))
-        return [read_json(path) for path in paths]
+        return [read_json(path) for path in sorted(glob.glob(os.path.join(glob.escape(self.folder), "group-*.json")))]
 
     def end_group(self, number: int, record: Dict[str, Any], parts: Sequence[str]) -> None:
         """Notes that a group's shards are made, and removes its parts. record["parts"] has an entry for each part."""
@@ -56,14 +54,27 @@ class Staging:
         for path in parts:
             os.remove(path)
 
+    def state(self) -> Dict[str, Any]:
+        """What state.json holds; nothing when no run began in the folder."""
+        return read_json(self.state_path) if os.path.exists(self.state_path) else {}
+
+    def is_published(self) -> bool:
+        """Whether the whole data set that was made here is in its place."""
+        state = self.state()
+        return (
+            "moving" in state
+            and state["options"]["output"] == self.target
+            and not (os.path.isdir(self.data) and os.listdir(self.data))
+            and all(os.path.exists(os.path.join(self.target, name)) for name in state["moving"]["files"])
+        )
+
     def publish(self, report: Dict[str, Any]) -> None:
         """Moves the data set to its place: at once, or file by file into a folder that is there already.
 
         `report` (JSON values) is for the next run, should this one be killed between the move and the end.
         """
         names = sorted(os.listdir(self.data))
-        state = dict(read_state(self.folder), moving={"files": names, "report": report})
-        write_json(os.path.join(self.folder, "state.json"), state)
+        write_json(self.state_path, dict(self.state(), moving={"files": names, "report": report}))
         if os.path.isdir(self.target):
             for name in names:
                 os.replace(os.path.join(self.data, name), os.path.join(self.target, name))
@@ -78,6 +89,44 @@ class Staging:
             clear(self.folder, keep="state.json")
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def start_or_continue(self, output: str, options: Dict[str, Any]) -> None:
+        """Checks the options against those of the run that began here, and removes what no run can use."""
+        state, published = self.state(), self.is_published()
+        if not state or not (published or os.path.isdir(self.data)):
+            clear(self.folder, keep="lock")
+            os.mkdir(self.data)
+            write_json(self.state_path, {"options": options})
+            return
+        pairs = {name: (state["options"].get(name), value) for name, value in options.items()}
+        differences = [difference(name, *pair) for name, pair in pairs.items() if pair[0] != pair[1]]
+        if differences:
+            raise InputError(
+                f"{output}: a run that was stopped had {'; '.join(differences)}. Give its options to go on with it, or "
+                f"remove {self.folder} to begin anew"
+            )
+        if published:
+            self.report = state["moving"]["report"]
+            return
+        parts_used = [self.part(number) for number in range(sum(len(group["parts"]) for group in self.groups()))]
+        half_written = glob.glob(os.path.join(glob.escape(self.folder), "**", "*.tmp-*"), recursive=True)
+        for path in filter(os.path.exists, [*parts_used, *half_written]):
+            os.remove(path)
+
+
+def find_staging(output: str) -> Staging:
+    """Where the data set is made: in the nearest folder that is there.
+
+    Or higher up, where a run that made `output` itself was killed before it ended.
+    """
+    target = parent = os.path.realpath(output)
+    name, places = f".{os.path.basename(target)}.unfinished", []
+    while parent != os.path.dirname(parent):
+        if os.path.isdir(parent):
+            places.append(Staging(os.path.join(parent, name), target))
+        parent = os.path.dirname(parent)
+    places.append(Staging(os.path.join(parent, name), target))
+    return next(filter(Staging.is_published, places), places[0])
+
 
 def clear(folder: str, keep: str) -> None:
     """Removes all that a folder holds but `keep`."""
@@ -86,53 +135,27 @@ def clear(folder: str, keep: str) -> None:
             shutil.rmtree(entry.path) if entry.is_dir() else os.remove(entry.path)
 
 
+def difference(name: str, earlier: Any, given: Any) -> str:
+    """How an option differs from that of an earlier run."""
+    earlier, given = json.dumps(earlier), json.dumps(given)
+    return f"other {name}" if len(earlier) + len(given) > 200 else f"{name} {earlier}, not {given}"
+
+
 def check_output(output: str, vocab: Optional[str]) -> None:
     """Refuses a folder in which something would be overwritten. The vocabulary `vocab` may lie there, and what a run
     was moving there when it was stopped."""
-    folder, target = staging_folder(output), os.path.realpath(output)
-    if "moving" in read_state(folder) and (os.path.isdir(os.path.join(folder, "data")) or is_published(folder, target)):
+    staging = find_staging(output)
+    if "moving" in staging.state() and (os.path.isdir(staging.data) or staging.is_published()):
         return
     if os.path.exists(output) and not os.path.isdir(output):
         raise InputError(f"{output}: is a file, expected a folder to make; give another --output")
-    for pattern in SHARD_PATTERNS + TOKENIZER_FILES:
+    for pattern in DATA_SET_FILES:
         for path in sorted(glob.glob(os.path.join(glob.escape(output), pattern))):
             if not (vocab and os.path.exists(vocab) and os.path.samefile(path, vocab)):
                 raise InputError(
                     f"{output}: holds a data set already ({os.path.basename(path)}); nothing is overwritten. Give "
                     "another --output, or remove that folder first"
                 )
-
-
-def staging_folder(output: str) -> str:
-    """Where the data set is made: in the nearest folder that is there.
-
-    Or higher up, where a run that made `output` itself was killed before it ended.
-    """
-    target = os.path.realpath(output)
-    name, parent, folders = f".{os.path.basename(target)}.unfinished", target, []
-    while parent != os.path.dirname(parent):
-        if os.path.isdir(parent):
-            folders.append(os.path.join(parent, name))
-        parent = os.path.dirname(parent)
-    folders.append(os.path.join(parent, name))
-    return next((folder for folder in folders if is_published(folder, target)), folders[0])
-
-
-def is_published(folder: str, target: str) -> bool:
-    """Whether the whole data set that was made in this folder is in its place, `target`."""
-    state, data = read_state(folder), os.path.join(folder, "data")
-    return (
-        "moving" in state
-        and state["options"]["output"] == target
-        and not (os.path.isdir(data) and os.listdir(data))
-        and all(os.path.exists(os.path.join(target, name)) for name in state["moving"]["files"])
-    )
-
-
-def read_state(folder: str) -> Dict[str, Any]:
-    """What state.json holds; nothing when no run began in the folder."""
-    path = os.path.join(folder, "state.json")
-    return read_json(path) if os.path.exists(path) else {}
 
 
 @contextlib.contextmanager
@@ -143,56 +166,21 @@ def open_staging(output: str, options: Dict[str, Any]) -> Iterator[Staging]:
     next run. Raises InputError when another process is at work on it, it was begun with other options, or it cannot be
     made.
     """
-    folder = staging_folder(output)
+    staging = find_staging(output)
     try:
-        os.makedirs(folder, exist_ok=True)
-        lock = hold_lock(os.path.join(folder, "lock"), output)
+        os.makedirs(staging.folder, exist_ok=True)
+        staging.lock = hold_lock(os.path.join(staging.folder, "lock"), output)
     except OSError as error:
         raise InputError(f"{output}: cannot be written ({error.strerror}); give another --output")
-    staging = Staging(folder, os.path.realpath(output), lock)
     try:
-        start_or_continue(staging, output, json.loads(json.dumps(dict(options, output=staging.target))))
+        staging.start_or_continue(output, json.loads(json.dumps(dict(options, output=staging.target))))
         try:
             yield staging
         except InputError:
             staging.remove()
             raise
     finally:
-        os.close(lock)
-
-
-def start_or_continue(staging: Staging, output: str, options: Dict[str, Any]) -> None:
-    """Checks the options against those of the run that began here, and removes what no run can use."""
-    state, published = read_state(staging.folder), is_published(staging.folder, staging.target)
-    if not state or not (published or os.path.isdir(staging.data)):
-        clear(staging.folder, keep="lock")
-        os.mkdir(staging.data)
-        write_json(os.path.join(staging.folder, "state.json"), {"options": options})
-        return
-    earlier = state["options"]
-    differences = [difference(name, earlier.get(name), options[name]) for name in options]
-    if any(differences):
-        raise InputError(
-            f"{output}: a run that was stopped had {'; '.join(filter(None, differences))}. Give its options to go on "
-            f"with it, or remove {staging.folder} to begin anew"
-        )
-    if published:
-        staging.report = state["moving"]["report"]
-        return
-    parts_used = sum(len(group["parts"]) for group in staging.groups())
-    for path in glob.glob(os.path.join(glob.escape(staging.folder), "**", "*.tmp-*"), recursive=True):
-        os.remove(path)
-    for number in range(parts_used):
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(staging.part(number))
-
-
-def difference(name: str, earlier: Any, given: Any) -> str:
-    """How an option differs from that of an earlier run; "" where it does not."""
-    if earlier == given:
-        return ""
-    earlier, given = json.dumps(earlier), json.dumps(given)
-    return f"other {name}" if len(earlier) + len(given) > 200 else f"{name} {earlier}, not {given}"
+        os.close(staging.lock)
 
 
 def hold_lock(path: str, output: str) -> int:

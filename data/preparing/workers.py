@@ -31,7 +31,7 @@ class InlineWorker:
         try:
             self.maker.do(task)
         except OSError as error:
-            raise PrepareStopped(f"the data set is not whole ({error})")
+            raise PrepareStopped(str(error))
         done.set_result(None)
         return done
 
@@ -93,7 +93,7 @@ def main() -> None:
             maker.do(messages.get())
             reply({})
         except OSError as error:
-            reply({"error": f"the data set is not whole ({error})", "bad_input": False})
+            reply({"error": str(error), "bad_input": False})
         except Exception as error:
             reply(error_message(error))
 

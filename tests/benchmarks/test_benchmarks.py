@@ -1,5 +1,6 @@
 """The benchmarks run and print what they measured; how fast that is, is not a test's business."""
 
+import argparse
 import json
 import os
 import shlex
@@ -34,15 +35,12 @@ TINY = {
 def run(tmp_path, *command):
     result = tmp_path / "result.json"
     done = subprocess.run(
-        [sys.executable] + [str(word) for word in command] + ["--json", str(result)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
+        [sys.executable, *map(str, command), "--json", str(result)], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads(result.read_text())
-    assert found["about"]["date"] and found["about"]["command"] and found["about"]["cores"]
-    return found["results"], done.stdout
+    written = json.loads(result.read_text())
+    assert written["about"]["date"] and written["about"]["command"] and written["about"]["cores"]
+    return written["results"], done.stdout
 
 
 @pytest.fixture
@@ -53,30 +51,16 @@ def tiny(tmp_path):
 
 @pytest.mark.slow
 def test_the_pretraining_benchmark_measures_both_on_the_same_samples(tmp_path, tiny):
-    found, printed = run(
-        tmp_path,
-        "benchmarks/pretraining.py",
-        "--config",
-        tiny,
-        "--samples",
-        40,
-        "--rounds",
-        2,
-        "--lengths",
-        40,
-        "--against",
-        "transformers",
-    )
-    assert "40 samples of mean length" in printed and abs(found["mean_length"] - 40) < 8
-    for way in found["ways"].values():
+    options = ["--samples", "40", "--rounds", "2", "--lengths", "40", "--against", "transformers"]
+    results, printed = run(tmp_path, "benchmarks/pretraining.py", "--config", tiny, *options)
+    assert "40 samples of mean length" in printed and abs(results["mean_length"] - 40) < 8
+    for way in results["ways"].values():
         assert way["sequences_per_second"] > 0 and 0 < way["share_of_gemm_rate"] < 1
-        assert way["tokens_per_second"] == pytest.approx(way["sequences_per_second"] * found["mean_length"])
+        assert way["tokens_per_second"] == pytest.approx(way["sequences_per_second"] * results["mean_length"])
         assert way["parts"].keys() == {"data", "forward", "backward", "optimizer"} and min(way["parts"].values()) > 0
         assert 2e7 < way["peak_bytes"] < 4e9
-    assert found["ways"]["transformers"]["micro_batches_tried"].keys() == {
-        "16",
-        "32",
-    }  # 1024 and 2048 token slots in rows of 64
+    tried = results["ways"]["transformers"]["micro_batches_tried"]
+    assert tried.keys() == {"16", "32"}  # 1024 and 2048 token slots in rows of 64
     picture = tmp_path / "bars.png"
     subprocess.run(
         [sys.executable, "benchmarks/plot.py", tmp_path / "result.json", "--output", picture], cwd=ROOT, check=True
@@ -87,14 +71,10 @@ def test_the_pretraining_benchmark_measures_both_on_the_same_samples(tmp_path, t
 @pytest.mark.slow
 def test_the_pretraining_benchmark_takes_the_samples_that_it_is_told_to(tmp_path, tiny):
     shards = write_data_set(str(tmp_path), "full", 20, 64, 10, 300)
-    found, _ = run(
-        tmp_path, "benchmarks/pretraining.py", "--config", tiny, "--samples", 12, "--rounds", 1, "--data.files", shards
-    )
-    assert (
-        found["samples_from"] == str(tmp_path / "train-00000.h5")
-        and found["samples"] == 12
-        and found["mean_length"] == 64
-    )
+    options = "--samples", 12, "--rounds", 1, "--data.files", shards
+    results, _ = run(tmp_path, "benchmarks/pretraining.py", "--config", tiny, *options)
+    assert results["samples_from"] == str(tmp_path / "train-00000.h5")
+    assert (results["samples"], results["mean_length"]) == (12, 64)
     done = subprocess.run(
         [sys.executable, "benchmarks/pretraining.py", "--config", tiny, "--data.files", tmp_path / "none-*.h5"],
         cwd=ROOT,
@@ -129,26 +109,23 @@ def test_random_samples_have_the_lengths_that_are_asked_for(distribution, longes
 @pytest.mark.slow
 def test_the_ops_benchmark_measures_every_operation_in_both_shapes(tmp_path):
     picture = tmp_path / "ops.png"
-    found, printed = run(tmp_path, "benchmarks/ops.py", "--device", "cpu", "--rounds", 1, "--plot", picture)
+    results, printed = run(tmp_path, "benchmarks/ops.py", "--device", "cpu", "--rounds", 1, "--plot", picture)
     from benchmarks.ops import CASES
 
-    assert {(case["operation"], case["phase"]) for case in found["cases"]} == {
+    assert {(case["operation"], case["phase"]) for case in results["cases"]} == {
         (name, phase) for name in CASES for phase in ("phase 1", "phase 2")
     }
-    for case in found["cases"]:
-        assert (
-            "plain" in case["ways"]
-            and len(case["ways"]) > 1
-            and all(way["seconds"] > 0 for way in case["ways"].values())
-        )
+    for case in results["cases"]:
+        assert "plain" in case["ways"] and len(case["ways"]) > 1
+        assert all(way["seconds"] > 0 for way in case["ways"].values())
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow
 def test_the_data_wait_benchmark_runs_the_command(tmp_path, tiny):
-    found, printed = run(tmp_path, "benchmarks/data_wait.py", "--config", tiny, "--steps", 3)
-    assert "step 3/3" in printed and len(found["steps"]["data_wait_fraction"]) == 2
-    assert 0 <= found["data_wait_fraction"] < 1 and found["sequences_per_second"] > 0
+    results, printed = run(tmp_path, "benchmarks/data_wait.py", "--config", tiny, "--steps", 3)
+    assert "step 3/3" in printed and len(results["steps"]["data_wait_fraction"]) == 2
+    assert 0 <= results["data_wait_fraction"] < 1 and results["sequences_per_second"] > 0
 
 
 STUB = """#!/bin/sh
@@ -173,7 +150,7 @@ def test_gpu_sh_runs_every_part_goes_on_after_one_that_fails_and_names_it(tmp_pa
     assert done.returncode == 1 and done.stdout.rstrip().endswith("failed: ops")
     assert (tmp_path / "log.txt").read_text() == done.stdout
     called = [line.split()[1:3] for line in done.stdout.splitlines() if line.startswith("called: ")]
-    assert ["-m", "pytest"] in called and [words[0] for words in called].count("benchmarks/pretraining.py") == 4
+    assert ["-m", "pytest"] in called and [program for program, _ in called].count("benchmarks/pretraining.py") == 4
     merged = done.stdout.split("called: benchmarks/merge.py")[1].splitlines()[0]
     assert "/phase1.json" in merged and "/lamb.json" in merged and "/ops.json" not in merged
 
@@ -191,29 +168,25 @@ def test_every_option_in_gpu_sh_is_one_that_its_program_has():
         text = file.read().replace("\\\n", " ")
     for line in text.splitlines():
         if line.strip().startswith("pretraining phase") and "float8" not in line:
-            words = shlex.split(line)[3:]
-            own = ("--against", "--samples")
-            others = [
-                word
-                for i, word in enumerate(words)
-                if word not in own + ("--peer-compile",) and (i == 0 or words[i - 1] not in own)
-            ]
-            parse_command_line(others)
+            options = argparse.ArgumentParser()
+            options.add_argument("--against")
+            options.add_argument("--samples")
+            options.add_argument("--peer-compile", action="store_true")
+            parse_command_line(options.parse_known_args(shlex.split(line)[3:])[1])
 
 
 def test_the_loader_benchmark_measures_every_way(tmp_path):
-    found, printed = run(
-        tmp_path, "benchmarks/loader.py", "--samples", 3000, "--batch-size", 256, "--seconds", 0.2, "--rounds", 1
-    )
-    assert len(found["samples_per_second"]) == 7 and all(rate > 0 for rate in found["samples_per_second"].values())
-    assert "3000 samples of length 128" in printed
+    options = ["--samples", "3000", "--batch-size", "256", "--seconds", "0.2", "--rounds", "1"]
+    results, printed = run(tmp_path, "benchmarks/loader.py", *options)
+    assert len(results["samples_per_second"]) == 7 and all(rate > 0 for rate in results["samples_per_second"].values())
+    assert "3,000 samples of length 128" in printed
 
 
 def test_the_lamb_benchmark_measures_every_form_beside_a_copy(tmp_path):
     (tmp_path / "tiny.json").write_text(json.dumps(TINY))
-    found, printed = run(tmp_path, "benchmarks/lamb.py", "--config", tmp_path / "tiny.json", "--rounds", 1)
-    assert found["implementation"] == "native" and found["copy_bytes_per_second"] > 0
-    assert len(found["ways"]) == 5 and all(one["seconds"] > 0 for one in found["ways"].values())
+    results, printed = run(tmp_path, "benchmarks/lamb.py", "--config", tmp_path / "tiny.json", "--rounds", 1)
+    assert results["implementation"] == "native" and results["copy_bytes_per_second"] > 0
+    assert len(results["ways"]) == 4 and all(way["seconds"] > 0 for way in results["ways"].values())
     assert "of the copy bandwidth" in printed
 
 
@@ -229,8 +202,8 @@ def test_useful_work_is_the_recipes():
 
 
 def test_results_of_every_kind_are_merged_into_one_file(tmp_path):
-    results = os.path.join(ROOT, "benchmarks", "results")
-    paths = [os.path.join(results, name) for name in sorted(os.listdir(results)) if name.endswith(".json")]
+    folder = os.path.join(ROOT, "benchmarks", "results")
+    paths = [os.path.join(folder, name) for name in sorted(os.listdir(folder)) if name.endswith(".json")]
     assert any("lamb" in path for path in paths) and any("pretraining" in path for path in paths)
     output = tmp_path / "all.json"
     done = subprocess.run(
@@ -244,32 +217,11 @@ def test_results_of_every_kind_are_merged_into_one_file(tmp_path):
 def test_curves_of_runs_are_drawn_side_by_side(tmp_path):
     for name, loss in (("one", 5.0), ("two", 6.0)):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "metrics.jsonl").write_text(
-            "".join(
-                json.dumps({"step": step, "mlm_loss": loss - step / 100, "nsp_loss": 0.7}) + "\n"
-                for step in range(10, 50, 10)
-            )
-        )
-        (tmp_path / name / "held_out.json").write_text(json.dumps({"mlm_loss": loss, "nsp_loss": 0.7}))
-    done = subprocess.run(
-        [
-            sys.executable,
-            "benchmarks/curves.py",
-            tmp_path / "one",
-            tmp_path / "two",
-            "--output",
-            tmp_path / "curves.png",
-            "--json",
-            tmp_path / "curves.json",
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert (
-        (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-        and "4.6000" in done.stdout
-        and "6.0000" in done.stdout
-    )
-    assert json.loads((tmp_path / "curves.json").read_text())["results"]["two"]["steps"] == [10, 20, 30, 40]
+        lines = [{"step": step, "own_loss": loss - step / 100, "accuracy": 0.7} for step in range(10, 50, 10)]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (tmp_path / name / "held_out.json").write_text(json.dumps({"own_loss": loss, "accuracy": 0.7}))
+    picture = tmp_path / "curves.png"
+    results, printed = run(tmp_path, "benchmarks/curves.py", tmp_path / "one", tmp_path / "two", "--output", picture)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "own_loss" in printed and "4.6000" in printed and "6.0000" in printed
+    assert results["two"]["steps"] == [10, 20, 30, 40] and results["two"]["own_loss"][0] == 5.9

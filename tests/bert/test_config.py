@@ -380,7 +380,7 @@ BAD = [
     ({"optimizer": {"learning_rate": float("inf")}}, ["own.json", "optimizer.learning_rate is Infinity"]),
     ({"optimizer": {"betas": [0.9, 1.0]}}, ["own.json", "optimizer.betas is [0.9, 1.0]", "below 1"]),
     ({"ipu": {"operation_proportions": {"mlm_decoder": 2}}}, ["own.json", "ipu.operation_proportions", "at most 1"]),
-    ({"task": {"name": "finetuning"}}, ["own.json", 'task.name is "finetuning"', "pretraining"]),
+    ({"task": {"name": "finetuning"}}, ['task.name is "finetuning"', "expected one of pretraining"]),
     ({"optimizer": {"decay_ratio": 1.1}}, ["own.json", "optimizer.decay_ratio is 1.1", "at most 1"]),
     (
         {"optimizer": {"schedule": "wsd", "warmup_ratio": 0.5, "decay_ratio": 0.6}},

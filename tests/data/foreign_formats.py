@@ -18,7 +18,7 @@ __all__ = [
 
 def bert_arrays(samples: Samples) -> Dict[str, List]:
     """Samples as lists in BERT's layout, made sample by sample."""
-    found = {
+    arrays = {
         name: []
         for name in (
             "input_ids",
@@ -32,13 +32,13 @@ def bert_arrays(samples: Samples) -> Dict[str, List]:
     slots, length = samples.mlm_positions.shape[1], samples.input_ids.shape[1]
     for i in range(len(samples)):
         tokens, first, count = int(samples.lengths[i]), int(samples.first_lengths[i]), int(samples.mlm_counts[i])
-        found["input_ids"].append(samples.input_ids[i].tolist())
-        found["input_mask"].append([1] * tokens + [0] * (length - tokens))
-        found["segment_ids"].append([0] * first + [1] * (tokens - first) + [0] * (length - tokens))
-        found["masked_lm_positions"].append(samples.mlm_positions[i, :count].tolist() + [0] * (slots - count))
-        found["masked_lm_ids"].append(samples.mlm_labels[i, :count].tolist() + [0] * (slots - count))
-        found["next_sentence_labels"].append(int(samples.nsp_labels[i]))
-    return found
+        arrays["input_ids"].append(samples.input_ids[i].tolist())
+        arrays["input_mask"].append([1] * tokens + [0] * (length - tokens))
+        arrays["segment_ids"].append([0] * first + [1] * (tokens - first) + [0] * (length - tokens))
+        arrays["masked_lm_positions"].append(samples.mlm_positions[i, :count].tolist() + [0] * (slots - count))
+        arrays["masked_lm_ids"].append(samples.mlm_labels[i, :count].tolist() + [0] * (slots - count))
+        arrays["next_sentence_labels"].append(int(samples.nsp_labels[i]))
+    return arrays
 
 
 def hub_columns(samples: Samples) -> Dict[str, List]:
@@ -105,11 +105,11 @@ def packed_features(
 
 
 def varint(value: int) -> bytes:
-    value, found = value % (1 << 64), []
+    value, septets = value % (1 << 64), []
     while value > 127:
-        found.append(value & 127 | 128)
+        septets.append(value & 127 | 128)
         value >>= 7
-    return bytes(found + [value])
+    return bytes(septets + [value])
 
 
 def field(number: int, content: bytes) -> bytes:
@@ -172,7 +172,7 @@ def integers_of_tfrecord(path: str) -> Dict[str, List[List[int]]]:
     """Feature -> its integers in each record, those packed as protobuf 3 does; floats are left out."""
     with open(path, "rb") as file:
         content = file.read()
-    found, at = {}, 0
+    features, at = {}, 0
     while at < len(content):
         (size,) = struct.unpack("<Q", content[at : at + 8])
         ((_, entries),) = fields(content[at + 12 : at + 12 + size])
@@ -183,10 +183,10 @@ def integers_of_tfrecord(path: str) -> Dict[str, List[List[int]]]:
             if kind == 3:
                 ((_, packed),) = fields(values)
                 # The varints of the list, read as the contents of fields number 0.
-                found.setdefault(name.decode(), []).append(
+                features.setdefault(name.decode(), []).append(
                     [value for _, value in fields(b"".join(b"\0" + item for item in split_varints(packed)))]
                 )
-    return found
+    return features
 
 
 def split_varints(data: bytes) -> List[bytes]:

@@ -74,6 +74,12 @@ def test_a_command_line_that_does_not_parse_exits_2(wrong):
         parse_options(Options, ["a"], "x.y")
 
 
+def test_a_switch_that_is_neither_true_nor_false_is_told_so(capsys):
+    with pytest.raises(SystemExit):
+        parse_options(Options, ["a", "--folder", "c", "--safe", "maybe"], "x.y")
+    assert "argument --safe: 'maybe', expected true or false" in capsys.readouterr().err
+
+
 def test_help_is_the_docstrings_with_defaults(capsys):
     with pytest.raises(SystemExit):
         parse_options(Options, ["--help"], "x.y", "examples:\n  run it")
@@ -92,3 +98,21 @@ def test_a_value_that_an_option_may_not_have_is_named():
         with pytest.raises(InputError, match=message):
             check_options(Options(["a"], "b", **value))
     check_options(Options(["a"], "b"))
+
+
+KINDS = {"plain": 1}
+
+
+@dataclass
+class OpenOptions:
+    """Choices that others may add to."""
+
+    kind: str = option("plain", choices=KINDS)
+    """how"""
+
+
+def test_a_choice_that_was_added_later_is_allowed_and_named(monkeypatch):
+    monkeypatch.setitem(KINDS, "odd", 2)
+    check_options(OpenOptions("odd"))
+    with pytest.raises(InputError, match="--kind is other, expected plain or odd"):
+        check_options(OpenOptions("other"))

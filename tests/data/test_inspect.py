@@ -22,10 +22,10 @@ from tests.make_samples import WORDS, bert_samples
 SHARED = os.path.join(os.path.dirname(ROOT), "shared", "data")
 
 
-def write(folder, samples, name="train-00000.h5", words=WORDS):
-    (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+def write(folder, samples, name="train-00000.h5", tokens=WORDS):
+    (folder / "vocab.txt").write_text("\n".join(tokens) + "\n", encoding="utf-8")
     path = str(folder / name)
-    write_shard(path, samples, len(words), vocab_sha256(words), {})
+    write_shard(path, samples, len(tokens), vocab_sha256(tokens), {})
     return path
 
 
@@ -37,23 +37,23 @@ def test_every_figure_is_that_of_counting_sample_by_sample(tmp_path):
     samples = bert_samples(np.random.default_rng(0), 300, 32, 6)
     write(tmp_path, samples.take(slice(0, 200)))
     write(tmp_path, samples.take(slice(200, 300)), "train-00001.h5")
-    found = look(tmp_path / "*.h5")
-    words = masked = as_mask = unchanged = 0
+    result = look(tmp_path / "*.h5")
+    maskable = masked = as_mask = unchanged = 0
     for i in range(300):
         shown = samples.input_ids[i].tolist()
-        words += sum(token not in (0, 2, 3) for token in shown)
+        maskable += sum(token not in (0, 2, 3) for token in shown)
         for slot in range(samples.mlm_counts[i]):
             token, label = shown[samples.mlm_positions[i, slot]], samples.mlm_labels[i, slot]
             masked, as_mask, unchanged = masked + 1, as_mask + (token == 4), unchanged + (token == label)
-    assert (found.files, found.samples, found.tokens) == (2, 300, samples.lengths.sum())
-    assert found.length_histogram == [int((samples.lengths == length).sum()) for length in range(33)]
-    assert found.padding == pytest.approx(1 - samples.lengths.sum() / (300 * 32))
-    assert found.masked == pytest.approx(masked / words) and 0.6 < found.masked_as_mask < 1
-    assert found.masked_as_mask == pytest.approx(as_mask / masked) and found.masked_unchanged == pytest.approx(
+    assert (result.files, result.samples, result.tokens) == (2, 300, samples.lengths.sum())
+    assert result.length_histogram == [int((samples.lengths == length).sum()) for length in range(33)]
+    assert result.padding == pytest.approx(1 - samples.lengths.sum() / (300 * 32))
+    assert result.masked == pytest.approx(masked / maskable) and 0.6 < result.masked_as_mask < 1
+    assert result.masked_as_mask == pytest.approx(as_mask / masked) and result.masked_unchanged == pytest.approx(
         unchanged / masked
     )
-    assert found.masked_as_mask + found.masked_unchanged + found.masked_as_random == pytest.approx(1)
-    assert found.not_next == pytest.approx(samples.nsp_labels.mean()) and found.duplicates == 0 and not found.checked
+    assert result.masked_as_mask + result.masked_unchanged + result.masked_as_random == pytest.approx(1)
+    assert result.not_next == pytest.approx(samples.nsp_labels.mean()) and result.duplicates == 0 and not result.checked
 
 
 def test_samples_that_the_loader_masks_are_good_and_said_to_be_bare(tmp_path):
@@ -68,8 +68,8 @@ def test_samples_that_the_loader_masks_are_good_and_said_to_be_bare(tmp_path):
         {},
         {"masking": "dynamic", "mask_share": 0.15, "special_ids": [0, 1, 2, 3, 4], "continuations": ""},
     )
-    found = look(path, check=True)
-    assert found.masking == "dynamic" and found.masked == 0 and "masked      nothing yet" in str(found)
+    result = look(path, check=True)
+    assert result.masking == "dynamic" and result.masked == 0 and "masked      nothing yet" in str(result)
 
 
 def test_samples_of_one_segment_are_told_shown_and_checked(tmp_path, capsys):
@@ -100,8 +100,8 @@ def test_samples_of_one_segment_are_told_shown_and_checked(tmp_path, capsys):
 
 
 def test_packing_saves_padding(tmp_path):
-    found = look(write(tmp_path, bert_samples(np.random.default_rng(0), 300, 32, 6)))
-    assert 0 <= found.padding_packed < found.padding / 2 and "when packed" in str(found)
+    result = look(write(tmp_path, bert_samples(np.random.default_rng(0), 300, 32, 6)))
+    assert 0 <= result.padding_packed < result.padding / 2 and "when packed" in str(result)
 
 
 def test_as_many_samples_are_packed_as_are_said_whatever_the_sizes_of_shards(tmp_path, monkeypatch):
@@ -127,16 +127,16 @@ def test_samples_that_differ_in_their_masks_only_are_duplicates(tmp_path):
 
 
 def test_masked_words_are_shown_with_what_stands_there(tmp_path):
-    words = WORDS[:5] + ["the", "cat", "sat", "##ting", "dog", "on", "it"]
-    samples = Samples.empty(1, 16, 4, len(words))
+    tokens = WORDS[:5] + ["the", "cat", "sat", "##ting", "dog", "on", "it"]
+    samples = Samples.empty(1, 16, 4, len(tokens))
     for name in vars(samples):
         getattr(samples, name)[:] = 0
     samples.input_ids[0, :9] = [2, 5, 4, 7, 8, 3, 9, 11, 3]
     samples.lengths[0], samples.first_lengths[0], samples.mlm_counts[0], samples.nsp_labels[0] = 9, 6, 3, 1
     samples.mlm_positions[0, :3], samples.mlm_labels[0, :3] = [2, 6, 7], [6, 10, 11]
     text = "[CLS] the [cat→MASK] satting [SEP] [on→dog] [it→it] [SEP]"
-    assert readable(samples, 0, words) == text
-    path = write(tmp_path, samples, words=words)
+    assert readable(samples, 0, tokens) == text
+    path = write(tmp_path, samples, tokens=tokens)
     report = str(look(path, check=True))
     assert f"{path}: sample 0, 9 tokens, the second segment does not follow\n  {text}" in report
     assert "every sample is good" in report and text not in str(look(path, samples=0))
@@ -238,14 +238,15 @@ def test_what_cannot_be_inspected_is_named(tmp_path, change, message):
 def test_the_command_prints_text_or_json_and_draws(tmp_path, capsys):
     path = write(tmp_path, bert_samples(np.random.default_rng(0), 20))
     assert main([path, "--plot", str(tmp_path / "lengths.png"), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["samples"] == 20 and len(found["length_histogram"]) == 17 and len(found["examples"]) == 3
+    result = json.loads(capsys.readouterr().out)
+    assert result["samples"] == 20 and len(result["length_histogram"]) == 17 and len(result["examples"]) == 3
     assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
     assert main([path]) == 0
     report = capsys.readouterr().out
     assert "samples     20 in 1 files" in report and "##" in report and report.count("[CLS]") == 3
     assert main([path, "--plot", str(tmp_path / "no" / "lengths.png")]) == 2
-    assert "lengths.png: the picture cannot be written" in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert "lengths.png: the picture cannot be written" in captured.err and captured.out == report
 
 
 def test_help_teaches_with_an_example_and_hides_no_module_of_python():
@@ -259,11 +260,11 @@ def test_help_teaches_with_an_example_and_hides_no_module_of_python():
 
 @pytest.mark.skipif(not os.path.isdir(SHARED), reason="development data is not there")
 def test_nvidias_own_file_is_as_berts_paper_says():
-    words = os.path.join(SHARED, "bert-base-uncased-vocab.txt")
-    found = look(os.path.join(SHARED, "nvidia-schema-128.h5"), vocab=words, check=True)
-    assert (found.samples, found.duplicates) == (931, 0)
+    tokens = os.path.join(SHARED, "bert-base-uncased-vocab.txt")
+    result = look(os.path.join(SHARED, "nvidia-schema-128.h5"), vocab=tokens, check=True)
+    assert (result.samples, result.duplicates) == (931, 0)
     assert (
-        abs(found.masked - 0.15) < 0.01
-        and abs(found.masked_as_mask - 0.8) < 0.02
-        and abs(found.masked_as_random - 0.1) < 0.02
+        abs(result.masked - 0.15) < 0.01
+        and abs(result.masked_as_mask - 0.8) < 0.02
+        and abs(result.masked_as_random - 0.1) < 0.02
     )

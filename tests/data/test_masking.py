@@ -1,3 +1,6 @@
+import sys
+from importlib.machinery import ModuleSpec
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -12,6 +15,7 @@ from data.masking import (
     choose_words,
     load_choice,
     mask,
+    mask_budget,
     mask_dynamic,
     random_32,
     sample_keys,
@@ -49,8 +53,25 @@ def masked(samples, indices=None, seed=1, epoch=0, share=0.15, continues=None):
     return mask_dynamic(samples, indices, seed, epoch, Masking.of(choose, share, VOCAB, SPECIAL, continues))
 
 
-def same(one, two):
-    return all((getattr(one, name) == getattr(two, name)).all() for name in FIELDS)
+def same(samples, others):
+    return all((getattr(samples, name) == getattr(others, name)).all() for name in FIELDS)
+
+
+def test_samples_of_one_segment_have_a_token_more_to_mask():
+    # [CLS] a [SEP], [CLS] a [SEP] b [SEP], [CLS] [SEP], [CLS] a b c [SEP], [CLS] a b [SEP] c [SEP]
+    lengths, first_lengths = np.array([3, 5, 2, 5, 6], np.uint16), np.array([3, 3, 2, 5, 4], np.uint16)
+    assert mask_budget(lengths, first_lengths, 0.9, 10).tolist() == [1, 2, 0, 3, 3]
+    assert mask_budget(lengths, first_lengths, 0.1, 10).tolist() == [1, 1, 0, 1, 1]
+    assert mask_budget(lengths, first_lengths, 0.9, 2).tolist() == [1, 2, 0, 2, 2]
+
+
+@pytest.mark.parametrize("continues", [None, CONTINUES])
+def test_samples_of_one_segment_are_masked_up_to_their_budget(continues):
+    samples = clean_samples(np.random.default_rng(0), 300, 12, 10)
+    samples.input_ids[np.arange(300), samples.first_lengths - 1] = 5
+    samples.first_lengths[:] = samples.lengths
+    counts = masked(samples, share=0.9, continues=continues).mlm_counts
+    assert (counts == np.minimum(samples.lengths - 2, np.rint(0.9 * samples.lengths))).all()
 
 
 @given(
@@ -161,6 +182,11 @@ def test_a_choice_is_named_by_its_module_and_an_unknown_one_is_refused(monkeypat
     assert load_choice(choice_reference("all")) is choose_all
     with pytest.raises(InputError, match="--masked-units: 'spans' .* expected tokens or words or all"):
         choice_reference("spans")
+    # In the program itself: `python -m` knows its module, `python` with a path does not.
     monkeypatch.setattr(choose_all, "__module__", "__main__")
+    for spec in (ModuleSpec("tests.data.test_masking", None), None):
+        monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
+        if spec:
+            assert load_choice(choice_reference("all")) is choose_all
     with pytest.raises(InputError, match="choose_all is defined in the program itself"):
         choice_reference("all")

@@ -69,7 +69,7 @@ def test_rows_are_at_least_97_percent_full_on_lengths_like_wikipedias(length, ma
 
 def samples_of(batch):
     """Every sample of a batch as plain values, whatever row it is in."""
-    found = []
+    samples = []
     for r in range(len(batch["input_ids"])):
         for s in np.flatnonzero(batch["nsp_weights"][r]):
             inside = batch["sample_ids"][r] == s + 1
@@ -81,7 +81,7 @@ def samples_of(batch):
                 for p, label, w in zip(batch["mlm_positions"][r], batch["mlm_labels"][r], batch["mlm_weights"][r])
                 if w and inside[p]
             ]
-            found.append(
+            samples.append(
                 (
                     batch["input_ids"][r, inside].tolist(),
                     batch["token_type_ids"][r, inside].tolist(),
@@ -95,7 +95,7 @@ def samples_of(batch):
             assert not batch[name][r, outside].any(), name
         unused = batch["mlm_weights"][r] == 0
         assert not batch["mlm_positions"][r, unused].any() and not batch["mlm_labels"][r, unused].any()
-    return sorted(found)
+    return sorted(samples)
 
 
 @settings(max_examples=40, deadline=None)

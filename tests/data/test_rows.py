@@ -29,11 +29,11 @@ def slow_batch(samples):
     return batch
 
 
-def assert_same(found, expected):
-    assert found.keys() == expected.keys()
+def assert_same(actual, expected):
+    assert actual.keys() == expected.keys()
     for name in expected:
-        assert found[name].dtype == expected[name].dtype
-        np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+        assert actual[name].dtype == expected[name].dtype
+        np.testing.assert_array_equal(actual[name], expected[name], err_msg=name)
 
 
 @given(SHAPES, st.integers(0, 2**32))
@@ -115,15 +115,17 @@ def test_tokens_end_to_end_are_those_of_the_rows(rows, static, seed):
             rng.integers(1, 99, used),
             rng.random(used) + 0.1,
         )
-    found = unpad(batch, static)
+    actual = unpad(batch, static)
 
-    spans = [(a, b) for a, b in zip(found["cu_seqlens"], found["cu_seqlens"][1:])]
-    assert found["max_seqlen"] == length and found["cu_seqlens"].dtype == np.int32
+    spans = [(a, b) for a, b in zip(actual["cu_seqlens"], actual["cu_seqlens"][1:])]
+    assert actual["max_seqlen"] == length and actual["cu_seqlens"].dtype == np.int32
     if static:
-        assert len(found["input_ids"]) == len(rows) * length == spans[-1][1] and len(spans) == len(rows) * (per_row + 1)
+        assert len(actual["input_ids"]) == len(rows) * length == spans[-1][1] and len(spans) == len(rows) * (
+            per_row + 1
+        )
         spans = [(a, b) for a, b in spans if b > a and batch["sample_ids"].ravel()[a]]  # without padding
     else:
-        assert len(found["input_ids"]) == sum(len(slots) for _, slots in samples)
+        assert len(actual["input_ids"]) == sum(len(slots) for _, slots in samples)
     assert len(spans) == len(samples)
     where = {}  # (row, slot) -> place
     for (a, b), (r, slots_of_sample) in zip(spans, samples):
@@ -131,11 +133,11 @@ def test_tokens_end_to_end_are_those_of_the_rows(rows, static, seed):
         where.update(((r, slot), a + i) for i, slot in enumerate(slots_of_sample))
     for (r, slot), place in where.items():
         for name in ("input_ids", "token_type_ids", "position_ids"):
-            assert found[name][place] == batch[name][r, slot]
-    for labels, positions, weights in (MLM, NSP):
+            assert actual[name][place] == batch[name][r, slot]
+    for labels, positions, weights, _ in (MLM, NSP):
         expected = [
             (where[r, batch[positions][r, m]], batch[labels][r, m], batch[weights][r, m])
             for r, m in zip(*np.nonzero(batch[weights]))
         ]
-        assert list(zip(found[positions], found[labels], found[weights])) == expected
-    assert unpad(batch, static, [MLM]).keys() == found.keys() - set(NSP)
+        assert list(zip(actual[positions], actual[labels], actual[weights])) == expected
+    assert unpad(batch, static, [MLM]).keys() == actual.keys() - set(NSP)

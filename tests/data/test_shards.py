@@ -6,7 +6,7 @@ import pytest
 
 from data.errors import InputError
 from data.loading.shard_files import open_shards
-from data.samples import FIELDS, Samples, check_samples, token_dtype
+from data.samples import FIELDS, Samples, check_samples, find_bad_sample, token_dtype
 from data.shards import read_samples, write_shard
 from data.tokenizer import vocab_sha256
 from tests.make_samples import random_samples, write_random_shards
@@ -179,6 +179,16 @@ def test_a_bad_sample_is_named(name, place, value, message):
         check_samples(samples, 100, "file", 200)
 
 
+def test_of_bad_samples_the_first_is_named():
+    samples = random_samples(np.random.default_rng(0), 10)
+    samples.input_ids[7, 0] = samples.mlm_labels[6, 1] = samples.input_ids[4, 2] = 100
+    samples.nsp_labels[3] = samples.lengths[3] = 60
+    assert find_bad_sample(samples, 100) == (3, "lengths is 60, expected 1 to 16 tokens")
+    assert find_bad_sample(samples.take(slice(4, 10)), 100)[0] == 0
+    assert find_bad_sample(samples.take(slice(5, 10)), 100)[0] == 1
+    assert find_bad_sample(samples.take(slice(0, 3)), 100) is None
+
+
 def test_reading_what_is_not_there_names_the_file(tmp_path):
     with pytest.raises(InputError, match="gone.hdf5: cannot read samples 0 to 5"):
         read_samples(str(tmp_path / "gone.hdf5"), 0, 5)
@@ -201,3 +211,8 @@ def test_a_shard_says_how_many_segments_its_samples_have_and_others_are_not_of_i
         assert open_shards([path])[0].segments == segments
     with pytest.raises(InputError, match="its segments is 2 and that of .*1.h5 is 1. Train on shards of one data set"):
         open_shards(paths)
+
+
+def test_a_folder_in_place_of_a_shard_is_an_error_that_says_how_to_name_them(tmp_path):
+    with pytest.raises(InputError, match=r"is a folder; name the shards in it, such as '.*train-\*.h5'"):
+        open_shards([str(tmp_path)])

@@ -57,24 +57,24 @@ def vocab_file(tmp_path, content):
 @needs_shared_data
 def test_ids_are_those_of_transformers_bert_tokenizer():
     transformers = pytest.importorskip("transformers")
-    words = read_vocab(os.path.join(SHARED, "bert-base-uncased-vocab.txt"))
+    tokens = read_vocab(os.path.join(SHARED, "bert-base-uncased-vocab.txt"))
     reference = transformers.BertTokenizer(
-        vocab={word: number for number, word in enumerate(words)}, do_lower_case=True
+        vocab={token: number for number, token in enumerate(tokens)}, do_lower_case=True
     )
     lines = real_lines()[:1000] + ["Crème BRÛLÉE, naïve; 中文 [MASK] don't! \x07 Σίσυφος " + "x" * 101]
     expected = reference(lines)["input_ids"]
-    assert [encoding.ids for encoding in make_tokenizer(words).encode_batch(lines)] == expected
+    assert [encoding.ids for encoding in make_tokenizer(tokens).encode_batch(lines)] == expected
     pair = reference("a cat", "the mat")
-    encoding = make_tokenizer(words).encode("a cat", "the mat")
+    encoding = make_tokenizer(tokens).encode("a cat", "the mat")
     assert (encoding.ids, encoding.type_ids) == (pair["input_ids"], pair["token_type_ids"])
 
 
 @needs_shared_data
 def test_the_text_encoder_gives_the_tokenizers_ids_on_real_text():
-    words = read_vocab(os.path.join(SHARED, "bert-base-uncased-vocab.txt"))
+    tokens = read_vocab(os.path.join(SHARED, "bert-base-uncased-vocab.txt"))
     lines = real_lines()
-    ids, counts = TextEncoder(words).encode(lines)
-    expected = [encoding.ids for encoding in make_tokenizer(words).encode_batch(lines, add_special_tokens=False)]
+    ids, counts = TextEncoder(tokens).encode(lines)
+    expected = [encoding.ids for encoding in make_tokenizer(tokens).encode_batch(lines, add_special_tokens=False)]
     assert counts.tolist() == [len(line) for line in expected]
     assert ids.tolist() == [number for line in expected for number in line]
 
@@ -111,18 +111,18 @@ def test_a_vocabulary_is_read_with_any_line_ending(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words, message",
+    "tokens, message",
     [
         ([], "the vocabulary is empty"),
-        ([word for word in TOKENS if word != "[MASK]"], r"has no \[MASK\]"),
+        ([token for token in TOKENS if token != "[MASK]"], r"has no \[MASK\]"),
         (TOKENS + ["cat"], "line 21 repeats 'cat' of line 7"),
         (TOKENS[:6] + [""] + TOKENS[6:], "line 7 is empty"),
         (TOKENS[:5], "no tokens but the special ones"),
     ],
 )
-def test_a_vocabulary_that_cannot_be_used_is_refused_by_name(tmp_path, words, message):
+def test_a_vocabulary_that_cannot_be_used_is_refused_by_name(tmp_path, tokens, message):
     with pytest.raises(InputError, match="vocab.txt: .*" + message):
-        read_vocab(vocab_file(tmp_path, "".join(word + "\n" for word in words)))
+        read_vocab(vocab_file(tmp_path, "".join(token + "\n" for token in tokens)))
 
 
 def test_a_vocabulary_that_is_missing_or_not_utf8_is_refused_by_name(tmp_path):
@@ -157,11 +157,11 @@ def test_training_a_vocabulary_gives_the_same_words_in_every_process_and_on_any_
 
 
 def test_a_trained_vocabulary_has_the_special_words_first_no_repeats_and_covers_its_text():
-    lines = ["The cats sat, the cat sat: Été 中文!"] * 3 + [f"other words {number}" for number in range(100)]
-    words = train_vocab(lambda: [lines], 120)
-    assert words[:5] == list(SPECIAL_TOKENS) and len(set(words)) == len(words) <= 120
-    assert {"cat", "sat", "the"} <= set(words) and not any(word != word.lower() for word in words[5:])
-    encoding = make_tokenizer(words).encode("the cat sat: other words 7")
+    lines = ["The cats sat, the cat sat: Été 中文!"] * 3 + [f"other tokens {number}" for number in range(100)]
+    tokens = train_vocab(lambda: [lines], 120)
+    assert tokens[:5] == list(SPECIAL_TOKENS) and len(set(tokens)) == len(tokens) <= 120
+    assert {"cat", "sat", "the"} <= set(tokens) and not any(token != token.lower() for token in tokens[5:])
+    encoding = make_tokenizer(tokens).encode("the cat sat: other tokens 7")
     assert "[UNK]" not in encoding.tokens
 
 

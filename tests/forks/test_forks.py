@@ -181,7 +181,7 @@ def test_span_masking(tmp_path, workers):
     subprocess.run(command + ["--output", str(tmp_path / "spans")], cwd=ROOT, check=True, capture_output=True)
     runs, samples = spans_of(str(tmp_path / "spans" / "train-00000.h5"))
     check_samples(samples, 500, "")
-    budget = mask_budget(samples.lengths, 0.15, 10)
+    budget = mask_budget(samples.lengths, samples.first_lengths, 0.15, 10)
     assert (samples.mlm_counts <= budget).all() and samples.mlm_counts.sum() > 0.97 * budget.sum()
     # SpanBERT's mean is 3.8; spans that touch count as one, the last one of a sample is cut.
     assert 2.5 < runs.mean() < 4.5 and runs.max() <= 10 and (runs > 1).mean() > 0.6

@@ -22,7 +22,7 @@ from tests.cuda import on_cuda
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 FUSED = ["native", pytest.param("triton", marks=[] if INTERPRETED else on_cuda)]
-IMPLEMENTATIONS = ["plain", "foreach"] + FUSED
+IMPLEMENTATIONS = ["plain", *FUSED]
 SHAPES = [(16, 12) if INTERPRETED else (64, 48), (48,), (1,), (3, 5, 7), (0,), (33, 2)]
 
 
@@ -306,7 +306,7 @@ def test_without_a_compiler_it_warns_once_and_works(tmp_path, compiler, reason):
         text=True,
         env={**os.environ, "CXX": compiler, "TORCH_EXTENSIONS_DIR": str(tmp_path)},
     )
-    assert done.stdout.split() == ["foreach", "True"] * 2, done.stderr
+    assert done.stdout.split() == ["plain", "True"] * 2, done.stderr
     assert done.stderr.count("UserWarning") == 1 and reason in done.stderr and not os.listdir(tmp_path)
 
 

@@ -190,9 +190,9 @@ def test_the_update_is_lamb(poptorch):
         for name, gradient in zip(leaves, torch.autograd.grad(loss, list(leaves.values()))):
             m, v = moments.setdefault(name, (torch.zeros_like(gradient), torch.zeros_like(gradient)))
             is_matrix = name.endswith("weight")
-            lamb_plain(
-                [expected[name]], [gradient], [m], [v], 0.05, (0.9, 0.99), 1e-6, 0.1 if is_matrix else 0.0, is_matrix
-            )
+            group = {"lr": 0.05, "betas": (0.9, 0.99), "eps": 1e-6, "trust_ratio": is_matrix}
+            group["weight_decay"] = 0.1 if is_matrix else 0.0
+            lamb_plain([expected[name]], [gradient], [m], [v], [None], [group], torch.zeros(()))
         executor(x, labels)
     executor.copyWeightsToHost()
     assert_same(dict(model.state_dict()), expected, rtol=1e-5, atol=1e-6)

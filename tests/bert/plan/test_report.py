@@ -7,11 +7,10 @@ import sys
 import numpy as np
 import pytest
 
-from bert.plan.measure import Measured
-from bert.plan.measured import measured_report
+from bert.plan.measured import Measured, measured_report
 from bert.plan.picture import visits_of
 from bert.plan.report import ipu_report, is_for_ipu
-from bert.plan.speed import calibrate, other_pods, speed_of
+from bert.plan.speed import Speed, calibrate, other_pods
 from bert.plan.step import DataFacts, look_at_data
 from bert.text import duration
 from data.errors import InputError
@@ -27,28 +26,26 @@ def test_the_plan_is_imported_without_torch():
 
 
 def test_the_calibration_gives_back_the_published_speed():
-    config, plan, speed = calibrate()
-    assert config.training.global_batch_size / speed_of(plan, speed.efficiency).step == pytest.approx(2409)
+    config, speed = calibrate()
+    assert config.training.global_batch_size / speed.step == pytest.approx(2409)
     assert speed.efficiency == pytest.approx(0.315, abs=0.001)
-    assert any("about 2,409 sequences/s" in line for line in ipu_report(config, plan, look_at_data(config)))
+    assert any("about 2,409 sequences/s" in line for line in ipu_report(config, speed.plan, look_at_data(config)))
 
 
 def test_the_estimate_of_another_config_is_its_own():
-    efficiency = calibrate()[2].efficiency
-    speed = speed_of(plan_of("pod16_phase1"), efficiency)
+    efficiency = calibrate()[1].efficiency
+    speed = Speed(plan_of("pod16_phase1"), efficiency)
     assert speed.step == pytest.approx(953.5e9 / (0.3152 * 250e12) * 520, rel=1e-3)
-    pods = {
-        ipus: (step, fits) for ipus, step, fits in other_pods(config_of("pod16_phase1"), plan_of("pod16_phase1"), speed)
-    }
+    pods = {ipus: (step, fits) for ipus, step, fits in other_pods(config_of("pod16_phase1"), speed)}
     assert sorted(pods) == [4, 8, 32, 64]
-    assert pods[64] == (pytest.approx(speed_of(plan_of("pod64_phase1"), efficiency).step), True)
-    large = other_pods(config_of("large_pod16_phase1"), plan_of("large_pod16_phase1"), speed)
+    assert pods[64] == (pytest.approx(Speed(plan_of("pod64_phase1"), efficiency).step), True)
+    large = other_pods(config_of("large_pod16_phase1"), Speed(plan_of("large_pod16_phase1"), efficiency))
     assert [(ipus, fits) for ipus, _, fits in large] == [(4, False), (8, False), (32, True), (64, True)]
 
 
 def test_the_run_takes_its_steps_times_a_step():
     lines = ipu_report(config_of("pod16_phase1"), plan_of("pod16_phase1"), DataFacts(1000000, 0.9, 1.05))
-    seconds = 10500 * speed_of(plan_of("pod16_phase1"), calibrate()[2].efficiency).step
+    seconds = 10500 * Speed(plan_of("pod16_phase1"), calibrate()[1].efficiency).step
     assert any(f"about {duration(seconds)}, {10500 * 65536 / 1e6:.2f} epochs" in line for line in lines)
     assert any("about 7,549,747 tokens, which fill 90 % of the slots" in line for line in lines)
 

@@ -71,5 +71,5 @@ def test_a_better_balance_is_tried_before_it_is_named():
     (line,) = (line for line in warnings_for("large_pod16_phase1") if line.startswith("unbalanced"))
     even = plan_of("large_pod16_phase1", "--ipu.layers_per_ipu [6,6,6,6]")
     gain = 1 - even.slowest_work / plan_of("large_pod16_phase1").work_of(1)
-    assert f"[6, 6, 6, 6]: {100 * gain:.0f} % less work" in line and f"{100 * even.fullest:.0f} % full" in line
+    assert f"[6, 6, 6, 6]: {100 * gain:.0f} % less work" in line and f"{100 * even.fullest_share:.0f} % full" in line
     assert 0.05 < gain < 0.15

@@ -426,9 +426,9 @@ def test_a_signal_in_an_update_waits_for_its_end_and_one_in_a_pass_does_not(tmp_
     batch = unpacked_batch(random_samples(np.random.default_rng(2), 24, LENGTH, MASKS, VOCAB))
     update, kept = engine.optimizer.step, []
 
-    def signal_then_update():
+    def signal_then_update(learning_rate):
         signal.raise_signal(signal.SIGINT)
-        update()
+        update(learning_rate)
 
     with interruptible():
         before = {name: tensor.clone() for name, tensor in engine.weights().items()}

@@ -74,10 +74,10 @@ def stream(files, batch_size, count, **options):
         return batches
 
 
-def assert_same(found, expected):
-    assert found.keys() == expected.keys()
+def assert_same(actual, expected):
+    assert actual.keys() == expected.keys()
     for name in expected:
-        assert found[name].dtype == expected[name].dtype and found[name].tobytes() == expected[name].tobytes(), name
+        assert actual[name].dtype == expected[name].dtype and actual[name].tobytes() == expected[name].tobytes(), name
 
 
 def is_running(pid):
@@ -110,10 +110,10 @@ def test_windows_are_read_one_after_another(files, monkeypatch):
         patched.setattr(
             subprocess, "Popen", lambda command, **options: start([sys.executable, "-c", code, command[-1]], **options)
         )
-        found = stream(files, 200, 20)
+        actual = stream(files, 200, 20)
     monkeypatch.setattr("data.loading.order.WINDOW_TOKENS", 512 * 16)
     assert Order(SIZES, 5, 16).window_samples < TOTAL / 2
-    for index, batch in enumerate(found):
+    for index, batch in enumerate(actual):
         assert_same(batch, reference_batch(files, 200, 5, index))
 
 
@@ -125,9 +125,9 @@ def test_going_on_from_any_sample_is_the_uninterrupted_stream(files, samples_see
 
 def test_an_epoch_holds_every_sample_once_though_batches_span_its_end(files):
     batches = stream(files, 7 * 79, 3)  # 3 * 553 = 1659 samples of 1501
-    found = np.concatenate([batch["input_ids"] for batch in batches])[:TOTAL]
+    actual = np.concatenate([batch["input_ids"] for batch in batches])[:TOTAL]
     expected = np.concatenate([read_samples(path, 0, size).input_ids for path, size in zip(files, SIZES)])
-    assert sorted(map(bytes, found)) == sorted(map(bytes, expected.astype(np.int32)))
+    assert sorted(map(bytes, actual)) == sorted(map(bytes, expected.astype(np.int32)))
 
 
 def test_a_batch_may_be_larger_than_the_data_set(files):
@@ -367,39 +367,39 @@ def test_the_data_package_imports_without_torch():
 
 
 def packed_stream(files, batch_size, count, **options):
-    found = []
+    actual = []
     with open_loader(files, batch_size, **options) as loader:
         for _ in range(count):
             batch = loader.next()
-            found.append(({name: array.copy() for name, array in batch.arrays.items()}, batch.samples, batch.position))
-    return found
+            actual.append(({name: array.copy() for name, array in batch.arrays.items()}, batch.samples, batch.position))
+    return actual
 
 
 @pytest.mark.parametrize("per_row", [1, 3])
 def test_a_packed_batch_holds_the_samples_of_the_unpacked_one_in_fewer_rows(files, per_row):
     plain = stream(files, 256, 12)
-    for (found, samples, position), expected, index in zip(
+    for (actual, samples, position), expected, index in zip(
         packed_stream(files, 256, 12, packing="samples", samples_per_row=per_row), plain, range(12)
     ):
         assert (samples, position) == (256, 256 * (index + 1))
-        assert samples_of(found) == samples_of(expected)
-        assert len(found["input_ids"]) == 256 if per_row == 1 else len(found["input_ids"]) < 200
+        assert samples_of(actual) == samples_of(expected)
+        assert len(actual["input_ids"]) == 256 if per_row == 1 else len(actual["input_ids"]) < 200
         for name in ("mlm_weights", "nsp_weights"):
-            assert found[name].sum() == pytest.approx(1, abs=1e-5)
+            assert actual[name].sum() == pytest.approx(1, abs=1e-5)
 
 
 def test_fixed_rows_lose_no_sample_and_go_on_from_any_batch(files):
     batches = packed_stream(files, 150, 12, packing="rows", samples_per_row=3)
     position = 0
-    for found, samples, end in batches:
-        assert len(found["input_ids"]) == 150 and end == position + samples and samples > 150
+    for actual, samples, end in batches:
+        assert len(actual["input_ids"]) == 150 and end == position + samples and samples > 150
         expected = unpacked_batch(reference_samples(files, 5, position, samples))
-        assert samples_of(found) == samples_of(expected)
+        assert samples_of(actual) == samples_of(expected)
         position = end
     assert position > TOTAL
     again = packed_stream(files, 150, 3, packing="rows", samples_per_row=3, position=batches[6][2], workers=1)
-    for (found, _, _), (expected, _, _) in zip(again, batches[7:]):
-        assert_same(found, expected)
+    for (actual, _, _), (expected, _, _) in zip(again, batches[7:]):
+        assert_same(actual, expected)
 
 
 def test_bad_shards_are_left_out_where_that_is_asked_for(own_files):
@@ -494,25 +494,28 @@ def test_nvidias_files_are_loaded_as_they_are(files, tmp_path):
     ]
 
 
-@pytest.fixture
-def unmasked_file(tmp_path):
-    path = str(tmp_path / "dynamic.h5")
+def write_unmasked(path, segments=2):
+    """A shard with dynamic masking; of samples of one segment, some have a single token to mask."""
     samples = bert_samples(np.random.default_rng(3), 400, 32, 5)
     for name in ("mlm_positions", "mlm_labels", "mlm_counts"):
         getattr(samples, name)[:] = 0
-    write_shard(
-        path,
-        samples,
-        100,
-        "0" * 64,
-        {},
-        {"masking": "dynamic", "mask_share": 0.15, "special_ids": [0, 1, 2, 3, 4], "continuations": ""},
-    )
+    if segments == 1:
+        samples.lengths[:200], samples.input_ids[:200, 3:] = 3, 0
+        samples.first_lengths[:] = samples.lengths
+    masking = {"masking": "dynamic", "mask_share": 0.15, "special_ids": [0, 1, 2, 3, 4], "continuations": ""}
+    write_shard(path, samples, 100, "0" * 64, {}, masking, segments)
     return path
 
 
+@pytest.fixture
+def unmasked_file(tmp_path):
+    return write_unmasked(str(tmp_path / "dynamic.h5"))
+
+
+@pytest.mark.parametrize("segments", [1, 2])
 @pytest.mark.parametrize("packing", ["off", "samples", "rows"])
-def test_masking_anew_is_a_function_of_epoch_and_sample_alone(unmasked_file, packing):
+def test_masking_anew_is_a_function_of_epoch_and_sample_alone(tmp_path, packing, segments):
+    unmasked_file = write_unmasked(str(tmp_path / "dynamic.h5"), segments)
     info = open_shards([unmasked_file])[0]
     order = Order([400], 5, 32)
     plain = read_samples(unmasked_file, 0, 400)
@@ -537,8 +540,8 @@ def test_masking_anew_is_a_function_of_epoch_and_sample_alone(unmasked_file, pac
 
 def test_evaluation_masks_unmasked_samples_the_same_each_time(unmasked_file):
     shards = open_shards([unmasked_file])
-    one, other = [[samples_of(batch.arrays) for batch in batches_in_order(shards, 400)] for _ in range(2)]
-    assert one == other and all(sample[2] for sample in one[0])
+    first, second = [[samples_of(batch.arrays) for batch in batches_in_order(shards, 400)] for _ in range(2)]
+    assert first == second and all(sample[2] for sample in first[0])
 
 
 def test_where_the_samples_of_a_window_are():
@@ -547,6 +550,31 @@ def test_where_the_samples_of_a_window_are():
     block, numbers = locate(Window(blocks, np.array([0, 43, 44, 58, 54, 53])), np.array([0, 10, 10, 15]))
     assert block.tolist() == [0, 0, 1, 2, 2, 1]
     assert numbers.tolist() == [15 + 256, 15 + 299, 0, 14, 10, 9]
+
+
+def test_the_loaders_process_imports_what_a_notebook_can(unmasked_file, tmp_path, monkeypatch):
+    # A notebook has "" on its path, for the folder that it is in.
+    (tmp_path / "fork.py").write_text(
+        "import numpy as np\n"
+        "from data.masking import CHOICES, choose_tokens\n"
+        "def choose_mine(candidates):\n    return choose_tokens(candidates)\n"
+        "CHOICES['tokens'] = choose_mine\n"
+    )
+    code = NOTEBOOK.format(project=PROJECT, file=unmasked_file)
+    assert (
+        b"64" in subprocess.run([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, check=True).stdout
+    )
+
+
+NOTEBOOK = """
+import sys
+sys.path.append({project!r})
+import fork
+from data.loading.loader import Loader, LoaderSettings
+from data.loading.shard_files import open_shards
+with Loader(open_shards([{file!r}]), LoaderSettings(64, 5)) as loader:
+    print(loader.next().samples)
+"""
 
 
 def choose_first_tokens(candidates):

@@ -15,12 +15,12 @@ SIZES = st.lists(st.integers(0, 700), min_size=1, max_size=5).filter(sum)
 
 def numbers(order, sizes, samples_seen, count):
     """The plain reading of an order: the numbers, in file order, of the `count` samples that follow `samples_seen`."""
-    firsts, found = np.cumsum([0] + list(sizes)), []
+    firsts, actual = np.cumsum([0] + list(sizes)), []
     for window in order.windows(samples_seen):
         members = np.concatenate([firsts[shard] + np.arange(start, stop) for shard, start, stop in window.blocks])
-        found.extend(members[window.rows].tolist())
-        if len(found) >= count:
-            return found[:count]
+        actual.extend(members[window.rows].tolist())
+        if len(actual) >= count:
+            return actual[:count]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -36,8 +36,8 @@ def small_windows():
 @settings(deadline=None, max_examples=50)
 def test_each_epoch_is_a_permutation_of_all_samples(sizes, seed, sequence_length, epoch):
     total = sum(sizes)
-    found = numbers(Order(sizes, seed, sequence_length), sizes, epoch * total, total)
-    assert sorted(found) == list(range(total))
+    actual = numbers(Order(sizes, seed, sequence_length), sizes, epoch * total, total)
+    assert sorted(actual) == list(range(total))
 
 
 @given(SIZES, st.integers(0, 2**40), st.data())
@@ -80,9 +80,9 @@ def test_the_order_stays_the_same_from_version_to_version():
 
 
 def test_neighbours_on_disk_are_not_neighbours_in_the_order():
-    found = np.array(numbers(Order([5000, 5000], 0, 8), [5000, 5000], 0, 10000))
-    assert np.mean(np.abs(np.diff(found)) < 16) < 0.15
-    assert abs(np.corrcoef(found, np.arange(10000))[0, 1]) < 0.2
+    actual = np.array(numbers(Order([5000, 5000], 0, 8), [5000, 5000], 0, 10000))
+    assert np.mean(np.abs(np.diff(actual)) < 16) < 0.15
+    assert abs(np.corrcoef(actual, np.arange(10000))[0, 1]) < 0.2
 
 
 def test_windows_are_of_equal_size():

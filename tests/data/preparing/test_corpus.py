@@ -17,9 +17,9 @@ def write(path, content):
 
 
 def test_documents_end_at_blank_lines_and_at_the_end_of_a_file(tmp_path):
-    one = write(tmp_path / "1.txt", "\n\na b\r\n  c\t\n \n\nd")
-    two = write(tmp_path / "2.txt", "\ufeffe\n")
-    assert list(documents([one, two])) == [Document(0, ["a b", "c"]), Document(1, ["d"]), Document(2, ["e"])]
+    first = write(tmp_path / "1.txt", "\n\na b\r\n  c\t\n \n\nd")
+    second = write(tmp_path / "2.txt", "\ufeffe\n")
+    assert list(documents([first, second])) == [Document(0, ["a b", "c"]), Document(1, ["d"]), Document(2, ["e"])]
 
 
 def test_wikitext_documents_begin_at_titles_and_headings_lose_their_signs(tmp_path):
@@ -52,11 +52,11 @@ def test_reading_in_blocks_of_any_size_gives_every_line_of_every_document(tmp_pa
             list(real(str(path), patch_bytes.append))
             == "\n\n".join("\n".join(lines) for lines in groups).split("\n")[: None if groups else 0]
         )
-        found = {}
+        lines_of = {}
         for number, lines in documents([str(path)]):
             assert lines and sum(map(len, lines[:-1])) < 8
-            found.setdefault(number, []).extend(lines)
-    assert list(found.values()) == groups and list(found) == list(range(len(groups)))
+            lines_of.setdefault(number, []).extend(lines)
+    assert list(lines_of.values()) == groups and list(lines_of) == list(range(len(groups)))
     assert sum(patch_bytes) == path.stat().st_size
 
 
