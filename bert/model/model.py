@@ -29,14 +29,9 @@ class Model(nn.Module):
     architecture = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute"}
     """What transformers' config.json says of a model that computes as this one does."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        embeddings: Type[nn.Module] = Embeddings,
-        layer: Type[nn.Module] = EncoderLayer,
-    ):
+    def __init__(self, config: ModelConfig, embeddings: Type[nn.Module] = Embeddings):
         super().__init__()
-        layers = nn.ModuleList(layer(config) for _ in range(config.num_hidden_layers))
+        layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))
         self.bert = nn.ModuleDict({"embeddings": embeddings(config), "encoder": nn.ModuleDict({"layer": layers})})
         self.blocks: List[Tuple[str, nn.Module]] = [("embeddings", self.bert["embeddings"])]
         self.blocks += [(f"layer{i}", module) for i, module in enumerate(layers)]

@@ -5,7 +5,7 @@ from typing import Callable, Dict, Type
 from torch import nn
 
 from bert.config import Config
-from bert.model.blocks import Embeddings, EncoderLayer
+from bert.model.blocks import Embeddings
 from bert.model.model import Model
 from bert.tasks.pretraining import Pretraining
 from bert.tasks.task import Panel, Task
@@ -23,14 +23,8 @@ def make_task(config: Config) -> Task:
     return TASKS[config.task.name](config)
 
 
-def make_model(
-    config: Config,
-    task: Task,
-    embeddings: Type[nn.Module] = Embeddings,
-    layer: Type[nn.Module] = EncoderLayer,
-) -> Model:
-    """The model of `config` with the heads of `task`; a fork may give its own embeddings and layers, made of
-    ModelConfig."""
-    model = Model(config.model, embeddings, layer)
+def make_model(config: Config, task: Task, embeddings: Type[nn.Module] = Embeddings) -> Model:
+    """The model of `config` with the heads of `task`; a fork may give embeddings of its own, made of ModelConfig."""
+    model = Model(config.model, embeddings)
     task.add_heads(model, config)
     return model

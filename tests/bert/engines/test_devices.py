@@ -179,6 +179,10 @@ def test_auto_takes_cuda_where_there_is_no_ipu_and_says_why(install, monkeypatch
     assert choose_device("auto", 16) == ("cuda", "cuda (H200: PopTorch finds no IPU)")
 
 
+def test_the_device_of_a_fork_is_taken_at_its_word():
+    assert choose_device("mps") == ("mps", "mps")
+
+
 def test_cuda_without_a_device_or_with_the_torch_of_ipus_is_a_clear_error(install, monkeypatch):
     install()
     with pytest.raises(InputError, match="finds no CUDA device.*--device auto"):

@@ -4,7 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from bert.config import Config, ModelConfig, TrainingConfig
+from bert.engines import make_engine
 from bert.engines.micro_batch import full_rows, largest_that_fits
+from bert.engines.torch_devices import Cpu
+from data.errors import InputError
 from data.rows import RowShape, unpad
 
 
@@ -46,3 +50,68 @@ def test_full_rows_use_every_slot():
     assert (batch["sample_ids"][rows, batch["cls_positions"]] == [[1, 2, 3, 4, 5, 6]] * 3).all()
     tokens = unpad(batch, static=True)
     assert len(tokens["input_ids"]) == 60 and len(tokens["mlm_labels"]) == 21 and len(tokens["cu_seqlens"]) == 3 * 7 + 1
+
+
+class Card(Cpu):
+    """The CPU, with a memory that counts the bytes of a micro-batch."""
+
+    def __init__(self, size):
+        self.memory, self.size, self.sent, self.most = self, size, 0, 0
+
+    def card(self):
+        return "card of tests"
+
+    def available_bytes(self):
+        return self.size
+
+    def reset_peak(self):
+        self.most = 0
+
+    def peak_bytes(self):
+        return self.most
+
+    def fork_random(self):
+        self.sent = 0
+        return super().fork_random()
+
+    def to_device(self, tensor):
+        self.sent += tensor.numel() * tensor.element_size()
+        self.most = max(self.most, self.sent // 2)  # a try is two passes
+        return tensor
+
+
+def engine_on(card, monkeypatch, **training):
+    monkeypatch.setattr("bert.engines.Cpu", lambda: card)
+    model = ModelConfig(
+        vocab_size=100,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=32,
+    )
+    config = Config(model=model, training=TrainingConfig(**training))
+    config.data.sequence_length, config.data.mask_tokens = 32, 4
+    return make_engine(config, "cpu")
+
+
+def test_an_engine_takes_the_most_rows_that_fit_beside_the_optimizers_state(monkeypatch):
+    whole = engine_on(Card(10**9), monkeypatch)
+    assert whole.micro_batch_size == Cpu.hidden_values // (32 * 16)
+    state = 8 * sum(weight.numel() for weight in whole.weights().values())  # LAMB's two moments
+    assert whole.optimizer.state_bytes() == state
+    card = Card(state + 100_000)
+    engine = engine_on(card, monkeypatch)
+    assert 0.8 * 100_000 < card.most <= 100_000 and 8 < engine.micro_batch_size < 1000
+    assert all(weight.grad is None for weight in engine.model.parameters())
+    rows = engine.micro_batch_size
+    engine.expect_rows(3 * rows // 2)  # cut into two of about the same size
+    assert 3 * rows // 4 <= engine.micro_batch_size < 3 * rows // 4 + 16
+    set_by_hand = engine_on(Card(state), monkeypatch, micro_batch_size=4)
+    set_by_hand.expect_rows(5)
+    assert set_by_hand.micro_batch_size == 4
+
+
+def test_where_not_even_one_row_fits_the_error_names_the_card(monkeypatch):
+    with pytest.raises(InputError, match="not even a micro-batch of one row of 32 tokens fits .* card of tests"):
+        engine_on(Card(1000), monkeypatch)
