@@ -163,7 +163,6 @@ def test_one_global_batch_gives_the_same_gradients_for_any_micro_batch(tmp_path,
     [
         {},
         pytest.param({"training__compile": "on"}, marks=pytest.mark.slow),
-        {"threads": 2},
         {"data__packing": "off"},
         {"data__packing": "rows"},
         {"training__log_every": 4},
@@ -179,7 +178,6 @@ def test_one_global_batch_gives_the_same_gradients_for_any_micro_batch(tmp_path,
 )
 def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, shards, options):
     options, log_every = {"training__max_steps": 8, **options}, options.get("training__log_every", 1)
-    torch.set_num_threads(options.pop("threads", 1))
     if options.get("training__compile") and Cpu().find_compiler() is None:
         pytest.skip("no C++ compiler")
     if options.get("optimizer__name") == "muon" and not hasattr(torch.optim, "Muon"):
