@@ -76,7 +76,7 @@ def has_varlen_kernel(device: str, dtype: torch.dtype, head_size: int) -> bool:
     """Whether `attention` takes `CuSeqlens`: in C++ on the CPU, in CUDA's flash attention in half precision."""
     if device == "cpu":
         return is_native(torch.empty(0, dtype=dtype))
-    fits = dtype in (torch.float16, torch.bfloat16) and head_size % 8 == 0 and head_size <= 256
+    fits = device == "cuda" and dtype in (torch.float16, torch.bfloat16) and head_size % 8 == 0 and head_size <= 256
     return fits and torch.cuda.get_device_capability() >= (8, 0)
 
 
