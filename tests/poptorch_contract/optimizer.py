@@ -131,7 +131,9 @@ class AdamW(Optimizer, torch.optim.AdamW):
         types = {name: value for name, value in others.items() if name.endswith("accum_type")}
         unused = sorted(name for name in set(others) - set(types) if others[name] is not None)
         if unused:
-            raise NotImplementedError(f"AdamW's {', '.join(unused)}: nothing has used it yet; give it a model first")
+            raise ValueError(
+                f"AdamW's {', '.join(unused)}: the stand-in has no model of it; its first user gives it one"
+            )
         given = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         self._begin()
         torch.optim.AdamW.__init__(self, params, **{name: v for name, v in given.items() if v is not None})
