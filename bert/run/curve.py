@@ -25,8 +25,8 @@ def draw_curve(metrics: List[Dict], task: Task, path: str, title: str) -> None:
     pictures = [(panel.title, panel.loss, "nats") for panel in task.panels] + [("learning rate", "learning_rate", "")]
     figure, row = pyplot.subplots(1, len(pictures), figsize=(11 / 3 * len(pictures), 3.2), layout="constrained")
     steps = [line["step"] for line in metrics]
-    for axes, colour, (name, key, unit) in zip(row, ("tab:blue", "tab:orange", "tab:green"), pictures):
-        axes.plot(steps, [line[key] for line in metrics], color=colour)
+    for number, (axes, (name, key, unit)) in enumerate(zip(row, pictures)):
+        axes.plot(steps, [line[key] for line in metrics], color=f"C{number}")
         axes.set(title=name, ylabel=unit, xlabel="step")
         axes.grid(alpha=0.3)
     figure.suptitle(title)
