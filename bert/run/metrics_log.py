@@ -90,10 +90,10 @@ class MetricsLog:
             self.due = None
         for name in [name for name in values if name not in NOT_IN_TENSORBOARD]:
             self.board.add_scalar(name, values[name], values["step"])
-        self.say(values, (self.last_step - values["step"]) * seconds_a_step)
+        self.show(values, (self.last_step - values["step"]) * seconds_a_step)
         self.since, self.waited = time.perf_counter(), 0.0
 
-    def say(self, values: Dict[str, Any], seconds_left: float) -> None:
+    def show(self, values: Dict[str, Any], seconds_left: float) -> None:
         """The line for people."""
         skipped = values["skipped_updates"]
         logger.info(

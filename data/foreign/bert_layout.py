@@ -55,13 +55,13 @@ def to_samples(arrays: Dict[str, np.ndarray], vocab_size: int, path: str, first:
     differ = positions[:, :-1] != positions[:, 1:]
     stop_at_fault(
         [
-            ("input_ids", ids, known, within(ids, vocab_size)),
-            ("masked_lm_ids", labels, known, within(labels, vocab_size)),
+            ("input_ids", ids, known, in_range(ids, vocab_size)),
+            ("masked_lm_ids", labels, known, in_range(labels, vocab_size)),
             ("input_mask", mask, "ones for the sample's tokens, then zeros", ones),
-            ("segment_ids", segments, two_segments, ~inside | within(segments, 2)),
+            ("segment_ids", segments, two_segments, ~inside | in_range(segments, 2)),
             ("segment_ids", segments[:, 1:], two_segments, ~falling),
-            ("next_sentence_labels", nsp_labels, "0 or 1", within(nsp_labels, 2)),
-            ("masked_lm_positions", positions, "a place in the sample", ~used | within(positions, lengths[:, None])),
+            ("next_sentence_labels", nsp_labels, "0 or 1", in_range(nsp_labels, 2)),
+            ("masked_lm_positions", positions, "a place in the sample", ~used | in_range(positions, lengths[:, None])),
             ("masked_lm_positions", positions[:, 1:], "each place once", ~used[:, 1:] | differ),
         ],
         path,
@@ -136,7 +136,7 @@ def check_shapes(arrays: Mapping[str, Any], path: str) -> None:
             raise InputError(f"{path}: {name} has the shape {arrays[name].shape}, expected {expected_shape}")
 
 
-def within(values: np.ndarray, end: Union[int, np.ndarray]) -> np.ndarray:
+def in_range(values: np.ndarray, end: Union[int, np.ndarray]) -> np.ndarray:
     return (values >= 0) & (values < end)
 
 
