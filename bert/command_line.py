@@ -108,6 +108,8 @@ def find_config(name: str, based: str = "") -> str:
     """The path of a config: `name` is a path, from the folder of the file `based` on it, or a bare name in configs/."""
     candidates = [os.path.join(os.path.dirname(based), name)]
     candidates += [os.path.join(folder, name + ending) for folder in FOLDERS for ending in ("", ".json")]
+    if os.path.dirname(os.path.abspath(candidates[0])) == CONFIG_FOLDER:  # where the PODs' configs were before
+        candidates.append(os.path.join(CONFIG_FOLDER, "ipu", os.path.basename(name)))
     for path in candidates:
         if os.path.isfile(path):
             return os.path.relpath(path) if os.path.isabs(path) and not os.path.isabs(name) else path

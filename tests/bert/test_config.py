@@ -167,6 +167,14 @@ def test_other_configs_are_valid_and_found_by_bare_name(name):
     assert parse_command_line(["--config", name]).training.max_steps > 0
 
 
+@pytest.mark.parametrize("name", ["configs/pod16_phase1.json", "configs/ipu/pod16_phase1.json", "pod16_phase1"])
+def test_a_pods_config_is_found_where_it_is_and_where_it_was(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert parse_command_line(["--config", name]) == parse_command_line(["--config", "pod16_phase1.json"])
+    absolute = os.path.join(ROOT, "configs", "pod64_phase2.json")
+    assert parse_command_line(["--config", absolute]).training.output == os.path.join("runs", "pod64_phase2")
+
+
 def test_command_line_overrides_the_file(tmp_path):
     path = write_config(tmp_path, training={"max_steps": 7, "log_every": 3}, data={"files": "a/*.h5"})
     config = parse_command_line(
