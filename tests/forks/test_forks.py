@@ -24,7 +24,7 @@ from data.rows import packed_batch, unpacked_batch
 from data.samples import check_samples
 from data.shards import read_samples
 from tests import ROOT
-from tests.bert.run.test_training import (
+from tests.bert.run.runs import (
     LENGTH,
     MASKS,
     VOCAB,

@@ -20,7 +20,8 @@ from bert.run.checkpoint import list_checkpoints, read_safetensors
 from data.errors import InputError
 from data.rows import unpacked_batch
 from run_pretraining import main
-from tests.bert.run.test_training import LENGTH, MASKS, ROOT, VOCAB, arguments, make_shards, read_lines
+from tests import ROOT
+from tests.bert.run.runs import LENGTH, MASKS, VOCAB, arguments, make_shards, read_lines
 from tests.make_samples import random_samples
 from tests.poptorch_contract import python_path, sdk
 

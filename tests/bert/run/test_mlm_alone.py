@@ -13,7 +13,7 @@ from bert.run.checkpoint import read_safetensors
 from data.shards import write_shard
 from data.tokenizer import read_vocab, vocab_sha256
 from run_pretraining import main
-from tests.bert.run.test_training import LENGTH, MASKS, VOCAB, arguments, checkpoints, make_shards, read_lines
+from tests.bert.run.runs import LENGTH, MASKS, VOCAB, arguments, checkpoints, make_shards, read_lines
 from tests.make_samples import random_samples
 
 NSP_ALONE = {
