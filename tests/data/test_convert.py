@@ -20,7 +20,7 @@ from data.preparing.staging import Staging
 from data.samples import FIELDS, Samples
 from data.shards import read_samples, write_shard
 from data.tokenizer import vocab_sha256
-from tests import ROOT
+from tests import ROOT, assert_help_teaches
 from tests.data.foreign_formats import (
     bert_arrays,
     example,
@@ -558,12 +558,8 @@ def test_a_run_killed_after_its_files_moved_is_reported_as_done_but_not_for_othe
 
 
 def test_help_teaches_with_examples_and_needs_no_pyarrow():
-    shown = subprocess.run(
-        [sys.executable, "-m", "data.convert", "--help"], cwd=ROOT, stdout=subprocess.PIPE, check=True
-    )
-    assert b"python -m data.convert --to nvidia --input" in shown.stdout
     code = "import sys, data.convert; sys.exit('torch' in sys.modules or 'pyarrow' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+    assert_help_teaches("data.convert", "python -m data.convert --to nvidia --input", code)
 
 
 def text_and_labels(samples):

@@ -1,8 +1,6 @@
 import json
 import os
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -16,7 +14,7 @@ from data.rows import RowShape
 from data.samples import Samples
 from data.shards import write_shard
 from data.tokenizer import vocab_sha256
-from tests import ROOT
+from tests import ROOT, assert_help_teaches
 from tests.make_samples import WORDS, bert_samples
 
 SHARED = os.path.join(os.path.dirname(ROOT), "shared", "data")
@@ -250,12 +248,8 @@ def test_the_command_prints_text_or_json_and_draws(tmp_path, capsys):
 
 
 def test_help_teaches_with_an_example_and_hides_no_module_of_python():
-    shown = subprocess.run(
-        [sys.executable, "-m", "data.inspect", "--help"], cwd=ROOT, stdout=subprocess.PIPE, check=True
-    )
-    assert b"python -m data.inspect 'shards/wikipedia-128/train-*.h5'" in shown.stdout
     code = "import data.inspect, inspect, sys; sys.exit('torch' in sys.modules or not hasattr(inspect, 'signature'))"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+    assert_help_teaches("data.inspect", "python -m data.inspect 'shards/wikipedia-128/train-*.h5'", code)
 
 
 @pytest.mark.skipif(not os.path.isdir(SHARED), reason="development data is not there")

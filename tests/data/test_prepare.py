@@ -26,7 +26,7 @@ from data.rows import unpacked_batch
 from data.samples import FIELDS, check_samples
 from data.shards import read_samples
 from data.tokenizer import SPECIAL_TOKENS, read_vocab, vocab_sha256
-from tests import ROOT
+from tests import ROOT, assert_help_teaches
 
 SHARED = os.path.join(os.path.dirname(ROOT), "shared", "data")
 SIZES = dict(sequence_length=32, mask_tokens=5)
@@ -666,12 +666,8 @@ def test_an_interrupt_says_how_to_go_on_and_exits_130(corpus, tmp_path, monkeypa
 
 
 def test_help_teaches_with_an_example_and_preparing_needs_no_torch():
-    shown = subprocess.run(
-        [sys.executable, "-m", "data.prepare", "--help"], cwd=ROOT, stdout=subprocess.PIPE, check=True
-    )
-    assert b"python -m data.prepare --input 'corpus/*.txt'" in shown.stdout
     code = "import sys, data.prepare; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+    assert_help_teaches("data.prepare", "python -m data.prepare --input 'corpus/*.txt'", code)
 
 
 @pytest.mark.skipif(not os.path.isdir(SHARED), reason="development data is not there")

@@ -2,15 +2,13 @@
 own."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_plain
-from tests import ROOT
 from tests.cuda import on_cuda
+from tests.ops.interpreter import run_in_tritons_interpreter
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -83,15 +81,7 @@ def test_linear_cross_entropy_with_the_kernel_is_the_plain_one(monkeypatch, dtyp
 
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the kernel is tested in this process")
 def test_the_kernel_in_tritons_interpreter():
-    pytest.importorskip("triton", reason="Triton is not installed")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "tests/ops/test_cross_entropy_triton.py"],
-        cwd=ROOT,
-        text=True,
-        capture_output=True,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-    )
-    assert done.returncode == 0, done.stdout
+    run_in_tritons_interpreter("tests/ops/test_cross_entropy_triton.py")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")

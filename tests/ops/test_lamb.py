@@ -19,6 +19,7 @@ from ops.lamb import Lamb, lamb_groups
 from ops.native import native
 from tests import ROOT
 from tests.cuda import on_cuda
+from tests.ops.interpreter import run_in_tritons_interpreter
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 FUSED = ["native", pytest.param("triton", marks=[] if INTERPRETED else on_cuda)]
@@ -329,15 +330,7 @@ def test_kernels_are_built_once_for_processes_that_start_together(tmp_path):
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="Triton's form is tested in this process")
 @pytest.mark.slow
 def test_triton_form_in_its_interpreter():
-    pytest.importorskip("triton", reason="Triton is not installed")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-k", "triton", "tests/ops/test_lamb.py"],
-        cwd=ROOT,
-        text=True,
-        capture_output=True,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-    )
-    assert done.returncode == 0, done.stdout
+    run_in_tritons_interpreter("tests/ops/test_lamb.py", "-k", "triton")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
