@@ -15,12 +15,15 @@ from bert.engines.torch_engine import TorchEngine
 from bert.geometry import row_shape
 from bert.model.model import Model, initialize
 from bert.tasks import Task, make_model, make_task
+from data.errors import InputError
 
 __all__ = ["ENGINES", "Engine", "find_device", "has_static_shapes", "make_engine", "process_of"]
 
 
 def make_engine(config: Config, device: str, make_model: Callable[[Config, Task], Model] = make_model) -> Engine:
-    """The engine for `device` ("cpu", "cuda", "ipu"), its model initialised from the seed."""
+    """The engine for `device`, one of ENGINES, its model initialised from the seed. Raises InputError for another."""
+    if device not in ENGINES:
+        raise InputError(f'device is "{device}", expected one of {", ".join(ENGINES)}')
     task = make_task(config)
     model = make_model(config, task)
     initialize(model, config.model.initializer_range, config.training.seed)

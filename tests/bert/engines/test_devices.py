@@ -6,6 +6,8 @@ import sys
 import pytest
 import torch
 
+from bert.config import Config
+from bert.engines import make_engine
 from bert.engines.choosing import choose_device
 from data.errors import InputError
 
@@ -192,3 +194,8 @@ def test_cuda_without_a_device_or_with_the_torch_of_ipus_is_a_clear_error(instal
     with pytest.raises(InputError, match="older than requirements.txt"):
         choose_device("cuda")
     assert choose_device("auto")[0] == "cpu"
+
+
+def test_a_device_without_an_engine_is_an_error_that_names_those_there_are():
+    with pytest.raises(InputError, match='device is "tpu", expected one of cpu, cuda, ipu'):
+        make_engine(Config(), "tpu")
