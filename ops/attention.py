@@ -75,7 +75,7 @@ def same_sample_mask(sample_ids: torch.Tensor) -> torch.Tensor:
 def has_varlen_kernel(device: str, dtype: torch.dtype, head_size: int) -> bool:
     """Whether `attention` takes `CuSeqlens`: in C++ on the CPU, in CUDA's flash attention in half precision."""
     if device == "cpu":
-        return is_native(torch.empty(0, dtype=dtype))
+        return is_native(torch.empty(0, dtype=dtype)) and (dtype == torch.float32 or head_size % 2 == 0)
     fits = device == "cuda" and dtype in (torch.float16, torch.bfloat16) and head_size % 8 == 0 and head_size <= 256
     return fits and torch.cuda.get_device_capability() >= (8, 0)
 
@@ -91,9 +91,11 @@ def attention(query, key, value, segments: Segments, heads: int, dropout: float)
     if isinstance(segments, CuSeqlens):
         if query.device.type != "cpu":
             return _flash_attention(query, key, value, segments, heads, dropout)
-        if not is_native(query, key, value) or segments.cu_seqlens.dtype != torch.int32:
-            takes = "attention within cu_seqlens on the CPU takes float32, int32 cu_seqlens and a C++ compiler"
-            raise ValueError(f"{takes}, not {query.dtype} and {segments.cu_seqlens.dtype}")
+        fits = has_varlen_kernel("cpu", query.dtype, query.shape[1] // heads) and is_native(query, key, value)
+        if not fits or segments.cu_seqlens.dtype != torch.int32:
+            takes = "float32, or bfloat16 of even heads, int32 cu_seqlens and a C++ compiler"
+            found = f"{query.dtype} of heads of {query.shape[1] // heads} and {segments.cu_seqlens.dtype}"
+            raise ValueError(f"attention within cu_seqlens on the CPU takes {takes}, not {found}")
         tensors = query.contiguous(), key.contiguous(), value.contiguous()
         return _VarlenAttention.apply(*tensors, segments.cu_seqlens, heads, dropout)
     query, key, value = [tensor.unflatten(-1, (heads, -1)).transpose(1, 2) for tensor in (query, key, value)]
@@ -125,7 +127,7 @@ def _flash_attention(query, key, value, segments, heads, dropout):
 class _VarlenAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, cu_seqlens, heads, dropout):
-        context, normalizers = torch.empty_like(query), query.new_empty(len(query), heads)
+        context, normalizers = torch.empty_like(query), torch.empty(len(query), heads)
         ctx.sizes = len(cu_seqlens) - 1, heads, query.shape[1] // heads, float(dropout), draw_seed() if dropout else 0
         call("attention_forward", query, key, value, cu_seqlens, context, normalizers, *ctx.sizes)
         ctx.save_for_backward(query, key, value, cu_seqlens, context, normalizers)

@@ -101,7 +101,7 @@ def _backward(ctx, gradient, x, weight) -> Optional[torch.Tensor]:
     return native.linear_input_grad(gradient, weight) if ctx.needs_input_grad[0] else None
 
 
-# The Functions below return no gradients of parameters: they add them to `parameter.grad`.
+# The Functions below return no gradients of parameters: they add them up as ops/native.py says.
 
 
 class _Linears(torch.autograd.Function):
@@ -117,12 +117,9 @@ class _Linears(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         x_gradient = None
         for gradient, weight, bias in zip(gradients, ctx.weights, ctx.biases):
-            native.grad_of(bias).add_(gradient.sum(dim=0))
-            if x_gradient is None:
-                x_gradient = _backward(ctx, gradient, x, weight)
-            else:
-                native.accumulate_weight_grad(weight, gradient, x)
-                x_gradient.addmm_(gradient, weight)
+            native.accumulate_bias_grad(bias, gradient)
+            part = _backward(ctx, gradient, x, weight)
+            x_gradient = part if x_gradient is None else x_gradient.add_(part)
         return (x_gradient, None) + (None,) * 2 * len(gradients)
 
 
@@ -149,7 +146,7 @@ class _LinearDropoutAddNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, residual, norm_weight, norm_bias, eps, dropout):
         total = native.linear(x, weight, bias)  # becomes what is normalised
-        normal, statistics = torch.empty_like(total), total.new_empty(len(total), 2)
+        normal, statistics = torch.empty_like(total), torch.empty(len(total), 2)
         ctx.dropout = float(dropout), native.draw_seed() if dropout else 0
         outputs = normal, statistics, *total.shape
         native.call("dropout_add_norm_forward", total, residual, norm_weight, norm_bias, *outputs, eps, *ctx.dropout)

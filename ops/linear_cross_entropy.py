@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from ops.ipu import is_lowering, matmul_memory, serialized_matmul
-from ops.native import call, grad_of, is_native, linear, linear_input_grad
+from ops.native import accumulate_bias_grad, accumulate_weight_grad, call, is_native, linear, linear_input_grad
 
 __all__ = ["linear_cross_entropy", "linear_cross_entropy_lowered", "linear_cross_entropy_plain"]
 
@@ -40,8 +40,9 @@ def linear_cross_entropy(
         logit_bytes = LOGIT_BYTES["cpu" if hidden.device.type == "cpu" else "cuda"]
         factor = max(1, -(-4 * len(hidden) * len(decoder) // logit_bytes))
     if torch.is_grad_enabled() and hidden.requires_grad:
-        native = is_native(hidden, weights, parameters=(decoder, bias))
-        return _LinearCrossEntropy.apply(hidden, decoder, bias, labels, weights, factor, native)
+        if is_native(hidden, parameters=(decoder, bias)):
+            return _NativeLinearCrossEntropy.apply(hidden, decoder, bias, labels, weights, factor)
+        return _LinearCrossEntropy.apply(hidden, decoder, bias, labels, weights, factor)
     parts = _parts(factor, hidden, labels, weights)
     sums = [linear_cross_entropy_plain(x, decoder, bias, y, w) for x, y, w in parts]
     loss, correct = (sum(parts[1:], parts[0]) for parts in zip(*sums))
@@ -94,13 +95,6 @@ def _cross_entropy(logits, labels, weights) -> Tuple[torch.Tensor, torch.Tensor,
     return losses, correct, gradient.to(dtype)
 
 
-def _cross_entropy_native(logits, labels, weights) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The same in C++, of float32 on the CPU."""
-    losses, correct = torch.empty_like(weights), torch.empty_like(weights)
-    call("cross_entropy", logits, labels, weights, losses, correct, *logits.shape)
-    return losses, correct, logits
-
-
 def _add_product(total: Optional[torch.Tensor], gradient, x) -> torch.Tensor:
     """`total`, None for 0, plus gradient [T, V] transposed times x [T, H], in float32."""
     if total is None:
@@ -112,24 +106,21 @@ def _add_product(total: Optional[torch.Tensor], gradient, x) -> torch.Tensor:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     # The gradients for a loss gradient of 1 are made in the forward pass, part by part, and scaled in the backward one.
-    # `native`: with the C++ kernel; parameters' gradients are then added to `parameter.grad` in place.
     @staticmethod
-    def forward(ctx, hidden, decoder, bias, labels, weights, factor, native):
-        ctx.parameters, vocab = (decoder, bias) if native else (), len(decoder)
-        product, input_grad = (linear, linear_input_grad) if native else (F.linear, torch.mm)
-        kernel = _cross_entropy_native if native else _kernel(hidden.device.type)
-        if kernel is not None and not native:
+    def forward(ctx, hidden, decoder, bias, labels, weights, factor):
+        vocab, kernel = len(decoder), _kernel(hidden.device.type)
+        if kernel is not None:
             # Rows of whole cache lines, which the matrix units and the kernel take several values of at a time; the
             # tokens that fill them up have probability 0.
             decoder, bias = F.pad(decoder, (0, 0, 0, -vocab % 64)), F.pad(bias, (0, -vocab % 64), value=-math.inf)
         losses, correct, hidden_gradients = [], [], []
         decoder_gradient, bias_gradient = None, torch.zeros_like(bias, dtype=torch.float32)
         for x, y, w in _parts(factor, hidden, labels, weights):
-            logits = product(x, decoder, bias.to(decoder.dtype))
+            logits = F.linear(x, decoder, bias.to(decoder.dtype))
             part_losses, part_correct, gradient = (kernel or _cross_entropy)(logits, y.long(), w)
             losses.append(part_losses)
             correct.append(part_correct)
-            hidden_gradients.append(input_grad(gradient, decoder))
+            hidden_gradients.append(gradient @ decoder)
             decoder_gradient = _add_product(decoder_gradient, gradient, x)
             bias_gradient += gradient.sum(dim=0, dtype=torch.float32)
         decoder_gradient = decoder_gradient[:vocab].to(decoder.dtype)
@@ -141,9 +132,37 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, loss_gradient, _):
-        hidden, *gradients = ctx.saved_tensors
-        if not ctx.parameters:
-            return (hidden * loss_gradient, *(gradient * loss_gradient for gradient in gradients)) + (None,) * 4
-        for parameter, gradient in zip(ctx.parameters, gradients):
-            grad_of(parameter).add_(gradient, alpha=loss_gradient.item())
-        return (hidden * loss_gradient,) + (None,) * 6
+        return (*(gradient * loss_gradient for gradient in ctx.saved_tensors),) + (None,) * 3
+
+
+class _NativeLinearCrossEntropy(torch.autograd.Function):
+    # On the CPU the logits' gradients are kept, in the tensors' type, until the backward pass, which adds the
+    # parameters' in place: they are smaller than a gradient of the decoder.
+    @staticmethod
+    def forward(ctx, hidden, decoder, bias, labels, weights, factor):
+        ctx.decoder, ctx.bias = decoder, bias
+        losses, correct = torch.empty_like(weights), torch.empty_like(weights)
+        logit_gradients, hidden_gradients = [], []
+        for x, y, w, loss, right in _parts(factor, hidden, labels, weights, losses, correct):
+            logits = linear(x, decoder, bias)
+            call("cross_entropy", logits, y.long(), w, loss, right, *logits.shape)
+            logit_gradients.append(logits)
+            hidden_gradients.append(linear_input_grad(logits, decoder))
+        ctx.save_for_backward(hidden, torch.cat(hidden_gradients), *logit_gradients)
+        weighted_correct = torch.dot(weights, correct)
+        ctx.mark_non_differentiable(weighted_correct)
+        return torch.dot(weights, losses), weighted_correct
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, loss_gradient, _):
+        hidden, hidden_gradient, *logit_gradients = ctx.saved_tensors
+        scale, first = loss_gradient.item(), 0
+        for gradient in logit_gradients:
+            x = hidden[first : first + len(gradient)]
+            first += len(gradient)
+            if scale != 1.0:
+                gradient = gradient * scale
+            accumulate_weight_grad(ctx.decoder, gradient, x)
+            accumulate_bias_grad(ctx.bias, gradient)
+        return (hidden_gradient * scale,) + (None,) * 5

@@ -1,13 +1,20 @@
 """The C++ kernels beside this file, built at first use; plain C functions, called through ctypes.
 
 They take pointers and sizes, not tensors, and include nothing of torch: they build in seconds and work with any torch.
-The operations that use them add the gradients of parameters to `parameter.grad` in place, as part of the matrix
-product. torch's own extension loader is not used: it needs ninja, and a process killed while it builds leaves a lock
-for which all others wait for ever.
+There is one library for each type of activations. torch's own extension loader is not used: it needs ninja, and a
+process killed while it builds leaves a lock for which all others wait for ever.
+
+The operations that use them add the gradients of parameters in place, as part of the matrix product: to
+`parameter.grad`, in float32. A bfloat16 parameter has a float32 `master`, an attribute, whose `.grad` that is.
+
+Which product serves where is a rule, not a measurement, so that a run that is resumed computes the same bits
+(benchmarks/ops.py shows the rates): oneDNN's for outputs and the gradients of inputs, with weights that are packed once
+for all micro-batches of a step; this project's for the gradients of weights, which adds to them and packs on the way.
 
 Shape letters: T tokens, I input features, O output features.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -17,13 +24,14 @@ import shlex
 import subprocess
 import tempfile
 import warnings
-from typing import Optional
+from typing import Dict, Optional, Tuple
 
 import torch
 
 from ops.ipu import is_lowering
 
 __all__ = [
+    "accumulate_bias_grad",
     "accumulate_weight_grad",
     "call",
     "draw_seed",
@@ -31,35 +39,39 @@ __all__ = [
     "is_native",
     "linear",
     "linear_input_grad",
+    "multiplies_bfloat16",
     "native",
+    "packed_weights",
     "pointer",
 ]
 
 _IS_TORCH_2_0 = not hasattr(torch, "compiler")  # its oneDNN product is always fused with an activation
 _is_compiling = getattr(getattr(torch, "compiler", None), "is_compiling", lambda: False)
 
-SOURCES = ("encoder.cpp", "lamb.cpp")
+HERE = os.path.dirname(os.path.abspath(__file__))
+ENCODER = ("attention.cpp", "encoder.cpp", "product.cpp")
+LIBRARIES = {torch.float32: (*ENCODER, "lamb.cpp"), torch.bfloat16: ("-DREAL=bfloat16", *ENCODER)}
+PACKING_USES = 4  # from how many products on of one weight it pays to pack it
 # Sums may be reordered, so that loops vectorise; NaN and infinity keep their meaning (-ffast-math takes it away, for
-# the whole process).
+# the whole process). Pairs of bfloat16 are read as one number: no strict aliasing.
 FLAGS = (
     "-std=c++17 -O3 -march=native -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math "
-    "-fopenmp -shared -fPIC"
+    "-fno-strict-aliasing -fopenmp -shared -fPIC"
 )
 
 
 @functools.lru_cache(maxsize=None)
-def native() -> Optional[ctypes.CDLL]:
-    """The library of the kernels; None, with one warning that says why, where it cannot be built.
+def native(dtype: torch.dtype = torch.float32) -> Optional[ctypes.CDLL]:
+    """The library of the kernels for activations of a type, LAMB among them in float32's; None, with one warning that
+    says why, where it cannot be built.
 
     Built once for each version of the sources, in the folder TORCH_EXTENSIONS_DIR or ~/.cache/torch_extensions.
     """
-    here = os.path.dirname(os.path.abspath(__file__))
-    sources = [os.path.join(here, source) for source in SOURCES]
-    command = shlex.split(os.environ.get("CXX", "g++")) + FLAGS.split() + sources
+    command = shlex.split(os.environ.get("CXX", "g++")) + FLAGS.split() + list(LIBRARIES[dtype])
     # The code is for this very processor: machines that share a home directory do not share it.
     key = hashlib.sha256("\n".join([*command, _processor()]).encode())
-    for source in sources:
-        with open(source, "rb") as file:
+    for source in ("kernels.h", *(name for name in LIBRARIES[dtype] if name.endswith(".cpp"))):
+        with open(os.path.join(HERE, source), "rb") as file:
             key.update(file.read())
     folder = os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.expanduser("~/.cache/torch_extensions")
     library = os.path.join(folder, f"bert_kernels_{key.hexdigest()[:16]}.so")
@@ -69,7 +81,7 @@ def native() -> Optional[ctypes.CDLL]:
             # Built elsewhere and moved: the file is whole or absent, even if others build it too or this is killed.
             with tempfile.TemporaryDirectory(dir=folder) as place:
                 built = os.path.join(place, "kernels.so")
-                subprocess.run([*command, "-o", built], check=True, text=True, capture_output=True)
+                subprocess.run([*command, "-o", built], cwd=HERE, check=True, text=True, capture_output=True)
                 os.replace(built, library)
         return ctypes.CDLL(library)
     except (OSError, subprocess.CalledProcessError) as error:
@@ -89,28 +101,44 @@ def _processor() -> str:
         return platform.platform()
 
 
-def is_native(*tensors: torch.Tensor, parameters=()) -> bool:
-    """Whether the kernels take these tensors: float32 on the CPU, not while anything traces the model.
+def multiplies_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 natively: AVX512-BF16, which all that have AMX have as well."""
+    return "avx512_bf16" in _processor().split()
 
-    `parameters` get their gradients in place, so they must be leaves: what is computed from others takes PyTorch's
-    operations.
+
+def is_native(*tensors: torch.Tensor, parameters=()) -> bool:
+    """Whether the kernels take these tensors: all float32 or all bfloat16, on the CPU, not while anything traces the
+    model.
+
+    `parameters` get their gradients in place, so they must be leaves, and those of bfloat16 have a float32 `master`:
+    what is computed from others takes PyTorch's operations.
     """
+    everything = (*tensors, *parameters)
+    dtype = everything[0].dtype
     return (
         not is_lowering()
         and not _is_compiling()
-        and all(parameter.is_leaf for parameter in parameters)
-        and all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in (*tensors, *parameters))
-        and native() is not None
+        and dtype in LIBRARIES
+        and all(tensor.device.type == "cpu" and tensor.dtype == dtype for tensor in everything)
+        and all(parameter.is_leaf and _has_float32(parameter) for parameter in parameters)
+        and native(dtype) is not None
     )
 
 
-def call(name: str, *arguments) -> None:
-    """Calls a kernel: tensors as pointers, int as long, float as double. Floating-point tensors must be float32."""
-    for argument in arguments:
-        if isinstance(argument, torch.Tensor) and argument.is_floating_point() and argument.dtype != torch.float32:
-            raise ValueError(f"{name} takes float32, not {argument.dtype}")
+def _has_float32(parameter) -> bool:
+    return parameter.dtype == torch.float32 or hasattr(parameter, "master") or not parameter.requires_grad
+
+
+def call(name: str, first: torch.Tensor, *others) -> None:
+    """Calls a kernel of the library for `first`'s type: tensors as pointers, int as long, float as double. Other
+    floating-point tensors are of that type or float32."""
+    for argument in (first, *others):
+        is_float = isinstance(argument, torch.Tensor) and argument.is_floating_point()
+        if is_float and argument.dtype not in {first.dtype, torch.float32} & LIBRARIES.keys():
+            raise ValueError(f"{name} of {first.dtype} takes that and float32, not {argument.dtype}")
     convert = {int: ctypes.c_long, float: ctypes.c_double}
-    getattr(native(), name)(*(convert.get(type(argument), pointer)(argument) for argument in arguments))
+    function = getattr(native(first.dtype), name)
+    function(pointer(first), *(convert.get(type(argument), pointer)(argument) for argument in others))
 
 
 def pointer(tensor: Optional[torch.Tensor]) -> ctypes.c_void_p:
@@ -128,31 +156,65 @@ def draw_seed() -> int:
     return int(torch.randint(2**62, ()))
 
 
+_packed: Optional[Dict[Tuple[torch.Tensor, bool], torch.Tensor]] = None
+
+
+@contextlib.contextmanager
+def packed_weights(uses: int):
+    """While open, weights do not change, and each is used `uses` times or so: packed once, oneDNN's products of it are
+    up to a quarter faster."""
+    global _packed
+    before, _packed = _packed, {} if uses >= PACKING_USES else None
+    try:
+        yield
+    finally:
+        _packed = before
+
+
+def _product(x, weight, bias, transposed: bool):
+    """x times the weight [O, I] transposed, or times the weight itself where it is to be `transposed`, and the bias."""
+    matrix = weight.t() if transposed else weight
+    if not torch.backends.mkldnn.is_available() or not x.numel() or _IS_TORCH_2_0:
+        return torch.nn.functional.linear(x, matrix, bias)
+    if _packed is not None:
+        key = weight, transposed
+        if key not in _packed:
+            with torch.no_grad():
+                _packed[key] = torch.ops.mkldnn._reorder_linear_weight(matrix.contiguous(), len(x))
+        matrix = _packed[key]
+    return torch.ops.mkldnn._linear_pointwise(x, matrix, bias, "none", [], "")
+
+
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:
-    """x [T, I], weight [O, I], bias [O] -> [T, O], without autograd: oneDNN's product, the fastest with AVX-512."""
-    if torch.backends.mkldnn.is_available() and x.numel() > 0 and not _IS_TORCH_2_0:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return torch.nn.functional.linear(x, weight, bias)
+    """x [T, I], weight [O, I], bias [O] -> [T, O], without autograd."""
+    return _product(x, weight, bias, transposed=False)
 
 
 def linear_input_grad(gradient: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """The gradient of a linear layer's input: gradient [T, O], weight [O, I] -> [T, I]."""
-    return linear(gradient, weight.t())
+    return _product(gradient, weight, None, transposed=True)
 
 
 def accumulate_weight_grad(weight: torch.Tensor, gradient: torch.Tensor, x: torch.Tensor) -> None:
-    """Adds to `weight.grad` [O, I], from gradient [T, O] and x [T, I] of a linear layer, unless `weight` is frozen."""
+    """Adds to the gradient of `weight` [O, I], from gradient [T, O] and x [T, I] of a linear layer, unless `weight` is
+    frozen."""
     if weight.requires_grad:
-        if weight.grad is None:
-            weight.grad = torch.mm(gradient.t(), x)
-        else:
-            weight.grad.addmm_(gradient.t(), x)
+        sizes = len(x), *weight.shape
+        call("weight_gradient", gradient.contiguous(), x.contiguous(), grad_of(weight), *sizes)
+
+
+def accumulate_bias_grad(bias: torch.Tensor, gradient: torch.Tensor) -> None:
+    """Adds to the gradient of `bias` [O] the sum over the tokens of gradient [T, O], unless `bias` is frozen."""
+    if bias.requires_grad:
+        call("add_token_sums", gradient.contiguous(), grad_of(bias), *gradient.shape)
 
 
 def grad_of(parameter: torch.Tensor) -> torch.Tensor:
-    """`parameter.grad`, to be added to: zeros if there was none. For a frozen parameter, zeros that nothing reads."""
+    """The float32 gradient of a parameter, to be added to: zeros if there was none. For a frozen parameter, zeros that
+    nothing reads."""
+    master = getattr(parameter, "master", parameter)
     if not parameter.requires_grad:
-        return torch.zeros_like(parameter)
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    return parameter.grad
+        return torch.zeros_like(parameter, dtype=torch.float32)
+    if master.grad is None:
+        master.grad = torch.zeros_like(master)
+    return master.grad

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from data.errors import InputError
+from ops.native import multiplies_bfloat16
 
 __all__ = ["Cpu", "Cuda", "Memory", "TorchDevice", "choose_precision", "wants_compile"]
 
@@ -104,7 +105,7 @@ class Cpu:
         return tensor, None
 
     def has_bfloat16(self) -> bool:
-        return False
+        return multiplies_bfloat16()
 
     def why_no_float8(self) -> str:
         return ""

@@ -1,7 +1,7 @@
 """The engine for CPUs and GPUs: a step is a loop over micro-batches."""
 
 import time
-from typing import Any, Callable, Dict, Iterator, Mapping, Tuple
+from typing import Any, Callable, ContextManager, Dict, Iterator, Mapping, Tuple
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from bert.signals import cancellable, protected
 from bert.tasks.task import Task
 from data.rows import unpad
 from ops.attention import has_varlen_kernel
+from ops.native import packed_weights
 
 __all__ = ["TorchEngine"]
 
@@ -47,6 +48,9 @@ class TorchEngine:
             masters = {name: nn.Parameter(weight.detach().clone()) for name, weight in model.named_parameters()}
             model.to(torch.bfloat16)
             compute_weights = {masters[name]: weight.detach() for name, weight in model.named_parameters()}
+            for name, weight in model.named_parameters():
+                # To its gradient the CPU's kernels add (ops/native.py).
+                weight.master = masters[name]  # type: ignore[attr-defined]
             self.master_weights = masters
         self.optimizer = make_optimizer(self.master_weights.items(), config.optimizer, compute_weights)
         self.steps_done = 0
@@ -82,7 +86,7 @@ class TorchEngine:
         self.model.train()
         self.clear_gradients()
         totals: Metrics = {}
-        with cancellable(), self.device.fork_random():
+        with cancellable(), self.device.fork_random(), self.packed_weights(batch):
             for first, micro_batch in self.micro_batches(batch):
                 key = np.random.SeedSequence([self.seed, step, first]).generate_state(1, np.uint64)[0]
                 torch.manual_seed(int(key >> np.uint64(1)))
@@ -98,9 +102,14 @@ class TorchEngine:
     def evaluate(self, batch: Arrays) -> Metrics:
         self.model.eval()
         totals: Metrics = {}
-        for _, micro_batch in self.micro_batches(batch):
-            self.forward(micro_batch, totals)
+        with self.packed_weights(batch):
+            for _, micro_batch in self.micro_batches(batch):
+                self.forward(micro_batch, totals)
         return totals
+
+    def packed_weights(self, batch: Arrays) -> ContextManager:
+        """While open, the weights stay as they are, for the micro-batches of this batch."""
+        return packed_weights(-(-len(batch["input_ids"]) // self.micro_batch_size))
 
     def forward(self, micro_batch: Batch, totals: Metrics) -> torch.Tensor:
         """The loss of one micro-batch; adds its metrics to `totals`."""
@@ -193,12 +202,13 @@ class TorchEngine:
         self.model.train()
         self.clear_gradients()
         micro_batches = self.micro_batches(batch)
-        while True:
-            item = timed("data", next, micro_batches, None)
-            if item is None:
-                break
-            loss = timed("forward", self.forward, item[1], {})
-            timed("backward", self.backward, loss)
+        with self.packed_weights(batch):
+            while True:
+                item = timed("data", next, micro_batches, None)
+                if item is None:
+                    break
+                loss = timed("forward", self.forward, item[1], {})
+                timed("backward", self.backward, loss)
         timed("optimizer", self.update, 0.0)
         return seconds
 

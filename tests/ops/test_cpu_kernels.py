@@ -1,5 +1,5 @@
-"""The C++ kernels against plain PyTorch, on fresh random inputs, dropout included: its mask is read from the kernel
-itself."""
+"""The C++ kernels in both types against plain PyTorch in float64, on fresh random inputs, dropout included: its mask is
+read from the kernel itself."""
 
 import math
 import os
@@ -22,40 +22,91 @@ from ops.linear import (
     linears,
     linears_plain,
 )
-from ops.native import call, is_native, native
+from ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_plain
+from ops.native import call, is_native, native, packed_weights
 from tests import ROOT
 from tests.ops.test_ops import gradients, relative_error
 
+TYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+# Norm of the error by norm of the tensor. Inputs, outputs and what is in between are rounded to 8 bits in bfloat16.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
-def mask_of(shape, p, seed):
+
+def mask_of(shape, p, seed, dtype=torch.float32):
     """What dropout multiplies a tensor of this shape by, drawn after torch.manual_seed(seed)."""
     torch.manual_seed(seed)
-    return dropout(torch.ones(shape), p)
+    return (dropout(torch.ones(shape, dtype=dtype), p) != 0).double() / (1 - p)
 
 
-def assert_agree(fast, slow, inputs, tolerance=1e-5):
-    assert relative_error(fast, slow) < tolerance
-    direction = torch.randn_like(slow)
-    expected = gradients(slow, inputs, direction)
-    for got, wanted in zip(gradients(fast, inputs, direction), expected):
-        assert relative_error(got, wanted) < tolerance
+def random(*shape, dtype=torch.float32, std=1.0, parameter=False):
+    """A leaf that wants gradients; a parameter of bfloat16 has a float32 master."""
+    tensor = (std * torch.randn(shape)).to(dtype).requires_grad_()
+    if parameter and dtype != torch.float32:
+        tensor.master = tensor.detach().float().requires_grad_()
+    return tensor
 
 
-def test_the_kernels_are_built_here():
-    assert native() is not None and is_native(torch.zeros(1))
-    assert not is_native(torch.zeros(1, dtype=torch.bfloat16))
+def doubles(tensors):
+    return [tensor.detach().double().requires_grad_() for tensor in tensors]
 
 
-@pytest.mark.parametrize("tokens, width, out", [(1, 1, 16), (37, 24, 40), (130, 64, 200)])
+def assert_agree(fast, slow, tensors, tolerance=1e-5):
+    """`fast`, made of `tensors`, and its gradients are those of `slow`, a function of the same in float64."""
+    inputs = doubles(tensors)
+    expected = slow(*inputs)
+    assert relative_error(fast, expected) < tolerance
+    direction = torch.randn_like(fast)
+    wanted = gradients(expected, inputs, direction.double())
+    fast.backward(direction)
+    for tensor, gradient in zip(tensors, wanted):
+        leaf = getattr(tensor, "master", tensor)
+        assert relative_error(leaf.grad, gradient) < tolerance
+        leaf.grad = None
+
+
+@TYPES
+def test_the_kernels_are_built_here(dtype):
+    assert native(dtype) is not None and is_native(torch.zeros(1, dtype=dtype))
+    assert not is_native(torch.zeros(1, dtype=torch.float64)) and not is_native(
+        torch.zeros(1), torch.zeros(1).bfloat16()
+    )
+
+
+def test_a_bfloat16_parameter_without_a_master_takes_pytorchs_operations():
+    x, weight, bias = (random(*shape, dtype=torch.bfloat16) for shape in ((9, 6), (8, 6), (8,)))
+    assert is_native(x) and not is_native(x, parameters=(weight, bias))
+    linear(x, weight, bias).sum().backward()
+    assert weight.grad.dtype == torch.bfloat16
+
+
+@TYPES
+@pytest.mark.parametrize("tokens, width, out", [(1, 1, 16), (37, 24, 40), (130, 64, 200), (2051, 70, 9)])
 @pytest.mark.parametrize("rows", [False, True])
-def test_linear_layers_agree(tokens, width, out, rows):
-    x = torch.randn((2, tokens, width) if rows else (tokens, width), requires_grad=True)
-    parameters = [torch.randn(shape, requires_grad=True) for shape in ((out, width), (out, width), (out,), (out,))]
-    fast, slow = (form(x, parameters[:2], parameters[2:]) for form in (linears, linears_plain))
-    assert_agree(fast[0] * fast[1].cos(), slow[0] * slow[1].cos(), [x] + parameters)
+def test_linear_layers_agree(tokens, width, out, rows, dtype):
+    x = random(*(2, tokens, width) if rows else (tokens, width), dtype=dtype)
+    shapes = (out, width), (out, width), (out,), (out,)
+    parameters = [random(*shape, dtype=dtype, std=width**-0.5, parameter=True) for shape in shapes]
+
+    def both(form):
+        return lambda x, *parameters: torch.cat(form(x, parameters[:2], parameters[2:]), -1)
+
+    assert_agree(both(linears)(x, *parameters), both(linears_plain), [x] + parameters, TOLERANCE[dtype])
     inputs = [x, parameters[0], parameters[2]]
-    assert_agree(linear(*inputs), linear_plain(*inputs), inputs)
-    assert_agree(linear_gelu(*inputs), linear_gelu_plain(*inputs), inputs)
+    assert_agree(linear(*inputs), linear_plain, inputs, TOLERANCE[dtype])
+    assert_agree(linear_gelu(*inputs), linear_gelu_plain, inputs, TOLERANCE[dtype])
+
+
+@TYPES
+def test_weights_packed_for_several_products_give_what_they_give_unpacked(dtype):
+    x, weight = random(50, 64, dtype=dtype), random(96, 64, dtype=dtype, std=0.1, parameter=True)
+    bias = random(96, dtype=dtype, parameter=True)
+    with packed_weights(uses=4):
+        for tokens in (50, 50, 7, 33):  # packed for the first number of tokens, right for any
+            inputs = [x[:tokens].detach().requires_grad_(), weight, bias]
+            assert_agree(linear(*inputs), linear_plain, inputs, TOLERANCE[dtype])
+    with torch.no_grad():
+        weight.mul_(2.0)
+    assert_agree(linear(x, weight, bias), linear_plain, [x, weight, bias], TOLERANCE[dtype])
 
 
 def test_gradients_add_to_those_that_are_there_and_frozen_parameters_get_none():
@@ -68,17 +119,19 @@ def test_gradients_add_to_those_that_are_there_and_frozen_parameters_get_none():
 
 def test_what_is_computed_from_parameters_takes_pytorchs_operations():
     x, weight, bias = torch.randn(9, 5), torch.randn(7, 5, requires_grad=True), torch.randn(7, requires_grad=True)
-    assert_agree(linear_gelu(x, 2 * weight, bias), linear_gelu_plain(x, 2 * weight, bias), [weight, bias])
+    assert_agree(linear_gelu(x, 2 * weight, bias), lambda w, b: linear_gelu_plain(x.double(), 2 * w, b), [weight, bias])
 
 
 def test_other_types_are_refused_not_misread():
-    segments = cu_seqlens_of([4, 5])
-    with pytest.raises(ValueError, match="bfloat16"):
-        attention(*[torch.randn(9, 16).bfloat16() for _ in range(3)], segments, 2, 0.0)
+    segments, rows = cu_seqlens_of([4, 5]), [torch.randn(9, 16) for _ in range(3)]
+    with pytest.raises(ValueError, match="float64"):
+        attention(*[tensor.double() for tensor in rows], segments, 2, 0.0)
+    with pytest.raises(ValueError, match="even heads"):
+        attention(*[torch.randn(9, 9).bfloat16() for _ in range(3)], segments, 3, 0.0)
     with pytest.raises(ValueError, match="int64"):
-        attention(
-            *[torch.randn(9, 16) for _ in range(3)], segments._replace(cu_seqlens=segments.cu_seqlens.long()), 2, 0.0
-        )
+        attention(*rows, segments._replace(cu_seqlens=segments.cu_seqlens.long()), 2, 0.0)
+    with pytest.raises(ValueError, match="bfloat16"):
+        call("gelu_forward", rows[0], rows[1].bfloat16(), 9)
 
 
 def test_gelu_and_its_derivative_are_right_to_1e_6_everywhere():
@@ -95,17 +148,21 @@ def test_gelu_and_its_derivative_are_right_to_1e_6_everywhere():
     assert y[:3].isnan().all()
 
 
+@TYPES
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.6])
 @pytest.mark.parametrize("tokens, width, out", [(1, 3, 8), (50, 64, 33), (128, 40, 96)])
-def test_linear_dropout_add_norm_agrees(tokens, width, out, p):
-    x, residual = torch.randn(tokens, width, requires_grad=True), torch.randn(tokens, out, requires_grad=True)
-    parameters = [torch.randn(shape, requires_grad=True) for shape in ((out, width), (out,), (out,), (out,))]
-    weight, bias, norm_weight, norm_bias = parameters
-    mask = mask_of((tokens, out), p, seed=3)
+def test_linear_dropout_add_norm_agrees(tokens, width, out, p, dtype):
+    x, residual = random(tokens, width, dtype=dtype), random(tokens, out, dtype=dtype)
+    shapes = (out, width), (out,), (out,), (out,)
+    parameters = [random(*shape, dtype=dtype, parameter=True) for shape in shapes]
+    mask = mask_of((tokens, out), p, 3, dtype)
+
+    def exact(x, weight, bias, residual, norm_weight, norm_bias):
+        return F.layer_norm(F.linear(x, weight, bias) * mask + residual, (out,), norm_weight, norm_bias, 1e-3)
+
+    inputs = [x, *parameters[:2], residual, *parameters[2:]]
     torch.manual_seed(3)
-    fast = linear_dropout_add_norm(x, weight, bias, residual, norm_weight, norm_bias, 1e-3, p)
-    slow = F.layer_norm(F.linear(x, weight, bias) * mask + residual, (out,), norm_weight, norm_bias, 1e-3)
-    assert_agree(fast, slow, [x, residual] + parameters)
+    assert_agree(linear_dropout_add_norm(*inputs, 1e-3, p), exact, inputs, TOLERANCE[dtype])
 
 
 def test_layer_norm_survives_a_mean_far_from_zero():
@@ -125,7 +182,7 @@ def attention_with_mask(query, key, value, lengths, heads, mask=None):
         )
         weights = torch.softmax(q @ k.transpose(1, 2) / math.sqrt(q.shape[-1]), dim=-1)
         if mask is not None:
-            weights = weights * mask[start : start + n, :, :n].transpose(0, 1)
+            weights = weights * mask[start : start + n, :, :n].transpose(0, 1).to(weights.dtype)
         parts.append((weights @ v).transpose(0, 1).flatten(1))
         start += n
     return torch.cat(parts)
@@ -135,13 +192,13 @@ def cu_seqlens_of(lengths):
     return CuSeqlens(torch.tensor([0] + list(lengths)).cumsum(0).int(), max(lengths))
 
 
+@TYPES
 @pytest.mark.parametrize("lengths", [[2, 1], [5, 1, 17, 16], [128, 100, 49, 48, 47], [512, 3, 370]])
 @pytest.mark.parametrize("heads, size", [(2, 64), (3, 8), (1, 20)])
-def test_unpadded_attention_agrees(lengths, heads, size):
-    inputs = [torch.randn(sum(lengths), heads * size, requires_grad=True) for _ in range(3)]
-    assert_agree(
-        attention(*inputs, cu_seqlens_of(lengths), heads, 0.0), attention_with_mask(*inputs, lengths, heads), inputs
-    )
+def test_unpadded_attention_agrees(lengths, heads, size, dtype):
+    inputs = [random(sum(lengths), heads * size, dtype=dtype) for _ in range(3)]
+    fast = attention(*inputs, cu_seqlens_of(lengths), heads, 0.0)
+    assert_agree(fast, lambda *tensors: attention_with_mask(*tensors, lengths, heads), inputs, TOLERANCE[dtype])
 
 
 def test_unpadded_attention_leaves_out_samples_without_tokens():
@@ -150,8 +207,9 @@ def test_unpadded_attention_leaves_out_samples_without_tokens():
     assert relative_error(attention(*inputs, segments, 2, 0.0), attention_with_mask(*inputs, [4, 5], 2)) < 1e-5
 
 
+@TYPES
 @pytest.mark.parametrize("p", [0.1, 0.5])
-def test_unpadded_attention_agrees_with_dropout(p):
+def test_unpadded_attention_agrees_with_dropout(p, dtype):
     lengths, heads, size = [64, 31, 64, 50], 2, 64
     tokens = sum(lengths)
     # Equal scores and values that are unit vectors: the context is the mask, divided by the length.
@@ -162,14 +220,15 @@ def test_unpadded_attention_agrees_with_dropout(p):
     mask = context * torch.cat([torch.full((n,), float(n)) for n in lengths])[:, None, None]
     used = torch.cat([(torch.arange(size) < n).expand(n, heads, size) for n in lengths])
     assert abs((mask[used] == 0).float().mean() - p) < 0.02 and torch.allclose(mask.max(), torch.tensor(1 / (1 - p)))
-    inputs = [torch.randn(tokens, heads * size, requires_grad=True) for _ in range(3)]
+    inputs = [random(tokens, heads * size, dtype=dtype) for _ in range(3)]
     torch.manual_seed(5)
-    assert_agree(attention(*inputs, segments, heads, p), attention_with_mask(*inputs, lengths, heads, mask), inputs)
+    fast = attention(*inputs, segments, heads, p)  # masks do not depend on the type
+    assert_agree(fast, lambda *tensors: attention_with_mask(*tensors, lengths, heads, mask), inputs, TOLERANCE[dtype])
 
 
 def test_dropout_masks_are_independent_of_each_other():
     p, shape = 0.1, (512, 768)
-    masks = [(mask_of(shape, p, seed) == 0).float() for seed in (0, 1)]
+    masks = [(mask_of(shape, p, seed) == 0).double() for seed in (0, 1)]
     for mask in masks:
         assert abs(mask.mean() - p) < 4 * math.sqrt(p * (1 - p) / mask.numel())
         assert (mask.mean(dim=0) - p).abs().max() < 6 * math.sqrt(p * (1 - p) / shape[0])
@@ -184,10 +243,46 @@ def test_dropout_masks_are_independent_of_each_other():
     assert torch.equal(y != 0, x.grad != 0) and torch.allclose(x.grad[x.grad != 0], torch.tensor(1 / 0.7))
 
 
-def test_embedding_gradients_are_added_in_place():
-    weight = torch.randn(50, 8, requires_grad=True)
+@TYPES
+def test_embedding_gradients_are_added_in_place(dtype):
+    weight = random(50, 8, dtype=dtype, parameter=True)
     ids = torch.randint(0, 50, (4, 30), dtype=torch.int32)
-    assert_agree(embed(ids, weight), F.embedding(ids, weight), [weight])
+    assert_agree(embed(ids, weight), lambda weight: F.embedding(ids, weight), [weight], TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("factor", [None, 1, 3])
+def test_the_mlm_loss_agrees_in_bfloat16(factor):
+    hidden = random(60, 32, dtype=torch.bfloat16)
+    decoder, bias = (random(*shape, dtype=torch.bfloat16, parameter=True) for shape in ((501, 32), (501,)))
+    labels, weights = torch.randint(0, 501, (60,)).int(), torch.rand(60) / 60
+    loss, correct = linear_cross_entropy(hidden, decoder, bias, labels, weights, factor)
+    logits = F.linear(hidden, decoder, bias)  # of equal highest logits, which are common in bfloat16, the first counts
+    assert torch.isclose(correct, (weights * (logits.argmax(-1) == labels)).sum())
+    inputs = [hidden, decoder, bias]
+    assert_agree(loss, lambda *exact: linear_cross_entropy_plain(*exact, labels, weights.double())[0], inputs, 1e-2)
+    with torch.no_grad():
+        evaluated = linear_cross_entropy(hidden, decoder, bias, labels, weights, factor)
+    assert torch.isclose(evaluated[0], loss, rtol=1e-2) and torch.isclose(evaluated[1], correct)
+
+
+def test_of_equal_highest_logits_the_first_counts():
+    logits = torch.tensor([[1.0, 2.0, 2.0], [2.0, 1.0, 2.0]])
+    for dtype in (torch.float32, torch.bfloat16):
+        correct = torch.empty(2)
+        labels, weights = torch.tensor([2, 0]), torch.ones(2)
+        call("cross_entropy", logits.clone().to(dtype), labels, weights, torch.empty(2), correct, 2, 3)
+        assert correct.tolist() == [0.0, 1.0]
+
+
+def test_rounding_to_bfloat16_is_pytorchs_for_all_numbers():
+    x = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)[None]
+    torch.manual_seed(3)
+    y = dropout(x, 0.1)
+    kept = mask_of(x.shape, 0.1, 3, torch.bfloat16) != 0
+    expected = (x.float() * torch.tensor(1 / 0.9)).bfloat16()
+    assert kept.float().mean() > 0.89
+    assert torch.equal(y[kept].isnan(), expected[kept].isnan())
+    assert torch.equal(y[kept].nan_to_num(7.0, 8.0, 9.0), expected[kept].nan_to_num(7.0, 8.0, 9.0))
 
 
 def test_without_a_compiler_one_warning_says_so_and_training_goes_on(tmp_path):
