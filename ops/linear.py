@@ -1,5 +1,5 @@
-"""Linear layers, alone and with what follows them: PyTorch's, and on the CPU with fewer passes over memory. `float8()`
-makes them float8.
+"""Linear layers, alone and with what follows them: PyTorch's, and on the CPU and CUDA with fewer passes over memory.
+`float8()` makes them float8.
 
 Shape letters: T tokens (any leading dimensions), I input features, O output features. `name` is that of the matrix
 product, for its memory on IPUs: one of ops.ipu.MATMULS, or None.
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from ops import native
+from ops.cuda import takes_triton
 from ops.float8 import float8_linear, is_float8
 from ops.ipu import is_lowering, matmul_memory
 
@@ -59,12 +60,19 @@ def linear_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, name:
     """GELU (the exact one, arXiv 1606.08415) of a linear layer: x [T, I], weight [O, I], bias [O] -> [T, O]."""
     if _is_native(x, parameters=(weight, bias)):
         return _LinearGelu.apply(x.flatten(0, -2), weight, bias).view(x.shape[:-1] + weight.shape[:1])
-    return linear_gelu_plain(x, weight, bias, name)
+    return (_linear_gelu_triton if takes_triton(x) else linear_gelu_plain)(x, weight, bias, name)
 
 
 def linear_gelu_plain(x, weight, bias, name: Optional[str] = None) -> torch.Tensor:
     """The same in PyTorch's operations."""
     return F.gelu(linear_plain(x, weight, bias, name))
+
+
+def _linear_gelu_triton(x, weight, bias, name) -> torch.Tensor:
+    from ops.gelu_triton import gelu
+
+    output = linear_plain(x, weight, bias.detach(), name)  # the kernel gives the bias's gradient
+    return gelu(output.flatten(0, -2), bias).view(output.shape)
 
 
 def linear_dropout_add_norm(
@@ -76,7 +84,8 @@ def linear_dropout_add_norm(
     `dropout` is the probability that an element is dropped: 0 where the model is not in training.
     """
     if not _is_native(x, residual, parameters=(weight, bias, norm_weight, norm_bias)):
-        return linear_dropout_add_norm_plain(x, weight, bias, residual, norm_weight, norm_bias, eps, dropout, name)
+        form = _linear_dropout_add_norm_triton if takes_triton(x) else linear_dropout_add_norm_plain
+        return form(x, weight, bias, residual, norm_weight, norm_bias, eps, dropout, name)
     flat = residual.flatten(0, -2).contiguous()
     normal = _LinearDropoutAddNorm.apply(x.flatten(0, -2), weight, bias, flat, norm_weight, norm_bias, eps, dropout)
     return normal.view(residual.shape)
@@ -89,6 +98,14 @@ def linear_dropout_add_norm_plain(
     output = linear_plain(x, weight, bias, name)
     total = (F.dropout(output, dropout) if dropout else output) + residual
     return F.layer_norm(total, norm_weight.shape, norm_weight, norm_bias, eps)
+
+
+def _linear_dropout_add_norm_triton(x, weight, bias, residual, norm_weight, norm_bias, eps, dropout, name):
+    from ops.norm_triton import dropout_add_norm
+
+    output = linear_plain(x, weight, bias.detach(), name).flatten(0, -2)  # the kernel gives the bias's gradient
+    normal = dropout_add_norm(output, bias, residual.flatten(0, -2), norm_weight, norm_bias, eps, dropout)
+    return normal.view(residual.shape)
 
 
 def _is_native(*tensors: torch.Tensor, parameters) -> bool:
