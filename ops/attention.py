@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from ops.cuda import takes_triton
 from ops.ipu import is_lowering, matmul_memory
 from ops.native import call, draw_seed, is_native
 
@@ -47,8 +48,11 @@ class CuSeqlens(NamedTuple):
     cu_seqlens: torch.Tensor
     """[N + 1] int32, from 0 to T"""
     max_seqlen: int
-    """tokens of the longest sample, at least"""
+    """tokens of the longest sample, at least: a bound that stays from batch to batch, or compiled layers are compiled
+    anew"""
 
+
+TRITON_LONGEST, TRITON_LARGEST = 128, 128  # tokens of a sample and head size that ops/attention_triton.py has room for
 
 Segments = Union[SampleIds, SampleMask, CuSeqlens]
 
@@ -89,6 +93,10 @@ def attention(query, key, value, segments: Segments, heads: int, dropout: float)
     outside of training.
     """
     if isinstance(segments, CuSeqlens):
+        if takes_triton(query) and segments.max_seqlen <= TRITON_LONGEST and query.shape[1] <= TRITON_LARGEST * heads:
+            from ops.attention_triton import varlen_attention
+
+            return varlen_attention(query, key, value, *segments, heads, dropout)
         if query.device.type != "cpu":
             return _flash_attention(query, key, value, segments, heads, dropout)
         fits = has_varlen_kernel("cpu", query.dtype, query.shape[1] // heads) and is_native(query, key, value)
