@@ -27,7 +27,7 @@ NEW_TENSOR_NAMES = TENSOR_NAMES - NAMES["torch.Tensor"] - {"index"}  # which lis
 # Only CPU and CUDA run what is in them, but the training loop imports them: what is done at import counts.
 IMPORTED_ONLY = {"bert/engines/torch_engine.py", "bert/engines/micro_batch.py", "ops/float8.py"}
 # Imported where Triton is found, by CUDA alone.
-NEVER_IMPORTED = {"ops/lamb_triton.py", "ops/cross_entropy_triton.py"}
+NEVER_IMPORTED = {f"ops/{name}_triton.py" for name in ("attention", "cross_entropy", "dropout", "gelu", "lamb", "norm")}
 FILES = [path for path in [*sources("ops", "data", "bert"), "run_pretraining.py"] if path not in NEVER_IMPORTED]
 
 

@@ -87,9 +87,10 @@ def same_draws(attend, seed=5):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_flash_attention_drops_the_same_weights_in_both_passes(compiled):
+@pytest.mark.parametrize("longest", [128, 512])  # Triton's attention and flash attention
+def test_attention_drops_the_same_weights_in_both_passes(longest, compiled):
     lengths, heads, size, p = [64, 31, 64, 50], 2, 64, 0.25
-    spans = CuSeqlens(torch.tensor([0] + lengths).cumsum(0).int().cuda(), 64)
+    spans = CuSeqlens(torch.tensor([0] + lengths).cumsum(0).int().cuda(), longest)
     attend = torch.compile(attention) if compiled else attention
     # Equal scores and values that are unit vectors: the context is the mask of the weights, divided by the length.
     units = torch.cat([torch.eye(n, size) for n in lengths]).repeat(1, heads).cuda().bfloat16()
@@ -113,7 +114,8 @@ def test_flash_attention_drops_the_same_weights_in_both_passes(compiled):
         assert (fast.float() - slow).norm() < 0.02 * slow.norm()
 
 
-def test_flash_attention_over_tokens_laid_end_to_end_agrees_with_the_mask():
+@pytest.mark.parametrize("longest", [128, 512])
+def test_attention_over_tokens_laid_end_to_end_agrees_with_the_mask(longest):
     lengths, heads = [100, 28, 128, 1, 60, 0, 67], 4
     starts = torch.tensor([0] + lengths).cumsum(0).int().cuda()
     ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).cuda()
@@ -122,7 +124,7 @@ def test_flash_attention_over_tokens_laid_end_to_end_agrees_with_the_mask():
         torch.randn(sum(lengths), heads * 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)
     ]
     direction = torch.randn_like(inputs[0])
-    flat = attention(*inputs, CuSeqlens(starts, 128), heads, 0.0)
+    flat = attention(*inputs, CuSeqlens(starts, longest), heads, 0.0)
     rows = attention(*[tensor[None].float() for tensor in inputs], mask, heads, 0.0)[0]
     fast, slow = torch.autograd.grad(flat, inputs, direction), torch.autograd.grad(rows, inputs, direction.float())
     for found, expected in zip((flat, *fast), (rows, *slow)):

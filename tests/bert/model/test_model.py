@@ -241,9 +241,14 @@ def test_tokens_laid_end_to_end_give_the_same_losses_and_gradients(static):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_the_forms_that_cuda_takes_trace_in_bfloat16_forward_and_backward(compiled):
+@pytest.mark.parametrize("triton", [False, True])
+def test_the_forms_that_cuda_takes_trace_in_bfloat16_forward_and_backward(monkeypatch, compiled, triton):
     """On the meta device, which knows the shapes and types of CUDA's operations, flash attention's among them, but has
     no data."""
+    if triton:
+        pytest.importorskip("triton", reason="Triton is not installed")
+        for file in ("ops.linear", "ops.attention"):
+            monkeypatch.setattr(f"{file}.takes_triton", lambda tensor: True)
     graph = make_perturbed_model(small_config(dropout=0.1), parts=2).to("meta", torch.bfloat16).train()
     if compiled:
         for layer in graph.layers.values():
