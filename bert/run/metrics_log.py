@@ -1,6 +1,7 @@
 """The lines of a run: metrics.jsonl, TensorBoard and the console. A fork that logs elsewhere too does it in `write`."""
 
 import contextlib
+import importlib.util
 import json
 import logging
 import math
@@ -39,13 +40,13 @@ class MetricsLog:
     """
 
     def __init__(self, folder: str, engine: Engine, last_step: int):
-        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
-
         self.engine, self.last_step = engine, last_step
         self.closing = contextlib.ExitStack()
-        path, board = os.path.join(folder, "metrics.jsonl"), os.path.join(folder, "tensorboard")
+        path = os.path.join(folder, "metrics.jsonl")
         self.file = self.closing.enter_context(open(path, "a", encoding="utf-8"))  # noqa: SIM115
-        self.board = self.closing.enter_context(SummaryWriter(board, purge_step=engine.steps_done + 1))
+        self.board = open_board(os.path.join(folder, "tensorboard"), engine.steps_done + 1)
+        if self.board:
+            self.closing.enter_context(self.board)
         self.due: Optional[Line] = None
         self.samples, self.waited, self.since = 0, 0.0, time.perf_counter()
 
@@ -88,7 +89,7 @@ class MetricsLog:
             self.file.write(json.dumps(values) + "\n")
             self.file.flush()
             self.due = None
-        for name in [name for name in values if name not in NOT_IN_TENSORBOARD]:
+        for name in [name for name in values if self.board and name not in NOT_IN_TENSORBOARD]:
             self.board.add_scalar(name, values[name], values["step"])
         self.show(values, (self.last_step - values["step"]) * seconds_a_step)
         self.since, self.waited = time.perf_counter(), 0.0
@@ -102,6 +103,16 @@ class MetricsLog:
             f"data wait {100 * values['data_wait_fraction']:.1f} %"
             f"{f'  {skipped} updates skipped' if skipped else ''}  {duration(seconds_left)} left"
         )
+
+
+def open_board(folder: str, first_step: int) -> Any:
+    """TensorBoard's writer; None, and a line that says so, where it is not installed."""
+    if importlib.util.find_spec("tensorboard") is None:
+        logger.info("tensorboard is not installed: its files are left out; metrics.jsonl has all that they would show")
+        return None
+    from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
+    return SummaryWriter(folder, purge_step=first_step)
 
 
 def line_of(due: Line, task: Task, seconds: float, waited: float) -> Dict[str, Any]:

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import signal
+import sys
 
 import h5py
 import numpy as np
@@ -161,6 +162,13 @@ def test_metrics_have_every_field_and_mean_what_they_say(tmp_path, shards):
     assert main(arguments(tmp_path, shards, training__output=tmp_path / "every", training__log_every=1)) == 0
     every = read_lines(tmp_path, "every")
     assert lines[1]["mlm_loss"] == pytest.approx(np.mean([line["mlm_loss"] for line in every[4:8]]))
+
+
+def test_without_tensorboard_a_run_says_so_and_logs_the_rest(tmp_path, shards, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    assert main(arguments(tmp_path, shards, training__max_steps=2)) == 0
+    assert capsys.readouterr().out.count("tensorboard is not installed") == 1
+    assert len(read_lines(tmp_path)) == 2 and not (tmp_path / "run" / "tensorboard").exists()
 
 
 def test_only_the_newest_checkpoints_stay(tmp_path, shards):
