@@ -9,7 +9,7 @@ import statistics
 import sys
 from typing import Any, Dict, List, Optional, Sequence
 
-__all__ = ["make_parser", "median", "print_table", "write_json"]
+__all__ = ["about", "make_parser", "median", "print_table", "write_json"]
 
 
 def make_parser(description: Optional[str]) -> argparse.ArgumentParser:
@@ -32,11 +32,9 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         print("  ".join([first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:]))]))
 
 
-def write_json(path: Optional[str], results: Dict[str, Any], **versions: str) -> None:
-    """Writes `results` with device, software, command and date; nothing where `path` is None."""
-    if path is None:
-        return
-    about = {
+def about(**versions: str) -> Dict[str, Any]:
+    """Machine, software, command and date."""
+    return {
         "date": datetime.date.today().isoformat(),
         "command": " ".join(["python", *sys.argv]),
         "cpu": cpu_name(),
@@ -44,8 +42,14 @@ def write_json(path: Optional[str], results: Dict[str, Any], **versions: str) ->
         "python": platform.python_version(),
         **versions,
     }
+
+
+def write_json(path: Optional[str], results: Dict[str, Any], **versions: str) -> None:
+    """Writes `results` with device, software, command and date; nothing where `path` is None."""
+    if path is None:
+        return
     with open(path, "w", encoding="utf-8") as file:
-        json.dump({"about": about, "results": results}, file, indent=2)
+        json.dump({"about": about(**versions), "results": results}, file, indent=2)
         file.write("\n")
 
 
