@@ -1,15 +1,12 @@
 """The benchmarks run and print what they measured; how fast that is, is not a test's business."""
 
-import argparse
 import json
 import os
-import shlex
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-import torch
 
 from benchmarks.processes import Worker
 from benchmarks.synthetic import random_samples, write_data_set
@@ -126,53 +123,6 @@ def test_the_data_wait_benchmark_runs_the_command(tmp_path, tiny):
     results, printed = run(tmp_path, "benchmarks/data_wait.py", "--config", tiny, "--steps", 3)
     assert "step 3/3" in printed and len(results["steps"]["data_wait_fraction"]) == 2
     assert 0 <= results["data_wait_fraction"] < 1 and results["sequences_per_second"] > 0
-
-
-STUB = """#!/bin/sh
-[ "$1" = - ] && { echo some-gpu; exit 0; }
-echo "called: $*"
-[ "$1" = benchmarks/ops.py ] && exit 3
-for word; do [ "$before" = --json ] && echo '{}' > "$word"; before=$word; done
-exit 0
-"""
-
-
-def run_gpu_sh(**environment):
-    return subprocess.run(
-        ["bash", "benchmarks/gpu.sh"], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
-    )
-
-
-def test_gpu_sh_runs_every_part_goes_on_after_one_that_fails_and_names_it(tmp_path):
-    (tmp_path / "python").write_text(STUB)
-    (tmp_path / "python").chmod(0o755)
-    done = run_gpu_sh(PYTHON=str(tmp_path / "python"), OUT=str(tmp_path))
-    assert done.returncode == 1 and done.stdout.rstrip().endswith("failed: ops")
-    assert (tmp_path / "log.txt").read_text() == done.stdout
-    called = [line.split()[1:3] for line in done.stdout.splitlines() if line.startswith("called: ")]
-    assert ["-m", "pytest"] in called and [program for program, _ in called].count("benchmarks/pretraining.py") == 4
-    merged = done.stdout.split("called: benchmarks/merge.py")[1].splitlines()[0]
-    assert "/phase1.json" in merged and "/lamb.json" in merged and "/ops.json" not in merged
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_gpu_sh_says_what_is_missing():
-    done = run_gpu_sh(PYTHON=sys.executable)
-    assert done.returncode == 2 and "error: " in done.stderr
-
-
-def test_every_option_in_gpu_sh_is_one_that_its_program_has():
-    from bert.command_line import parse_command_line
-
-    with open(os.path.join(ROOT, "benchmarks", "gpu.sh"), encoding="utf-8") as file:
-        text = file.read().replace("\\\n", " ")
-    for line in text.splitlines():
-        if line.strip().startswith("pretraining phase") and "float8" not in line:
-            options = argparse.ArgumentParser()
-            options.add_argument("--against")
-            options.add_argument("--samples")
-            options.add_argument("--peer-compile", action="store_true")
-            parse_command_line(options.parse_known_args(shlex.split(line)[3:])[1])
 
 
 def test_the_loader_benchmark_measures_every_way(tmp_path):
