@@ -10,6 +10,7 @@ import contextlib
 import faulthandler
 import gc
 import hashlib
+import importlib.util
 import os
 import signal
 import sys
@@ -196,12 +197,18 @@ def run_item(item: Item, bench: Bench, results: Results, limit: float) -> None:
     try:
         with interrupted_after(limit, stop):
             line = item.run(bench, figures)
+            if bench.device == "cuda":
+                torch.cuda.synchronize()  # an error that is still to come is this item's
         put("done", line)
         return
     except Skip as reason:
         put("skipped", str(reason))
         return
     except (Exception, TooLong) as error:
+        package = (getattr(error, "name", None) or "").split(".")[0]
+        if isinstance(error, ModuleNotFoundError) and importlib.util.find_spec(package) is None:
+            put("skipped", f"needs {package}, which is not installed")
+            return
         text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         put("failed", text, error=str(error), traceback=last_lines(traceback.format_exception(*sys.exc_info())))
     with interrupted_after(2 * GRACE, stop):

@@ -85,6 +85,8 @@ ITEMS = """
 
     def bad(bench, figures):
         figures["value"] = 2
+        if kind == "lacks a package":
+            import no_such_package.part
         if kind == "poisons":
             Bench.recover = lambda bench: False
         if kind in ("hangs", "hangs in a call"):
@@ -137,6 +139,14 @@ def test_an_item_that_is_slow_fails_and_the_next_goes_on_while_its_time_is_left(
     done, results = run_bad_item(tmp_path / "gpu.json", "is slow", 3)
     assert done.returncode == 1 and results["bad"]["status"] == "failed" and "took longer" in results["bad"]["line"]
     assert "last: not begun" in done.stdout and "last" not in results
+
+
+def test_an_item_that_lacks_a_package_is_skipped_and_tried_again(tmp_path):
+    path = tmp_path / "gpu.json"
+    done, results = run_bad_item(path, "lacks a package")
+    assert done.returncode == 0 and results["bad"]["status"] == "skipped"
+    assert results["bad"]["line"] == "needs no_such_package, which is not installed"
+    assert run_bad_item(path, "fails")[1]["bad"]["status"] == "failed"
 
 
 def test_results_of_another_device_are_not_gone_on_with(tmp_path):
