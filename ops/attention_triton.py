@@ -45,7 +45,7 @@ def _store(tensor, tokens, length, stride, values, D: tl.constexpr, BLOCK_D: tl.
 
 
 @triton.jit
-def _forward_kernel(
+def _attention_forward_kernel(
     query,
     key,
     value,
@@ -85,7 +85,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _attention_backward_kernel(
     gradient,
     query,
     key,
@@ -183,7 +183,9 @@ def _attention(
     context, normalizers = _attention_shapes(query, key, value, cu_seqlens, seed, max_seqlen, heads, dropout)
     tensors, sizes = (query, key, value, cu_seqlens), _sizes(query, key, value, max_seqlen, heads, dropout)
     with on_device(query):
-        _forward_kernel[((len(cu_seqlens) - 1) * heads,)](*tensors, seed, context, normalizers, *sizes, num_warps=8)
+        _attention_forward_kernel[((len(cu_seqlens) - 1) * heads,)](
+            *tensors, seed, context, normalizers, *sizes, num_warps=8
+        )
     return context, normalizers
 
 
@@ -210,7 +212,7 @@ def _attention_backward(
     sizes = _sizes(query, key, value, max_seqlen, heads, dropout)
     grid, queries = ((len(cu_seqlens) - 1) * heads,), _queries(query, sizes[-1])
     with on_device(query):
-        _backward_kernel[grid](*tensors, *sizes, queries, num_warps=8, num_stages=1)
+        _attention_backward_kernel[grid](*tensors, *sizes, queries, num_warps=8, num_stages=1)
     return gradients
 
 

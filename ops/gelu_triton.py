@@ -33,7 +33,7 @@ def _normal_distribution(x):
 
 
 @triton.jit
-def _forward_kernel(x, y, size, BLOCK: tl.constexpr):
+def _gelu_forward_kernel(x, y, size, BLOCK: tl.constexpr):
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     values = tl.load(x + offsets, mask=offsets < size, other=0.0).to(tl.float32)
     below, _ = _normal_distribution(values)
@@ -41,7 +41,7 @@ def _forward_kernel(x, y, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _backward_kernel(
+def _gelu_backward_kernel(
     gradient,
     x,
     x_gradient,
@@ -76,7 +76,7 @@ def gelu(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
 def _gelu(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     with on_device(x):
-        _forward_kernel[(triton.cdiv(x.numel(), BLOCK),)](x.contiguous(), y, x.numel(), BLOCK)
+        _gelu_forward_kernel[(triton.cdiv(x.numel(), BLOCK),)](x.contiguous(), y, x.numel(), BLOCK)
     return y
 
 
@@ -93,7 +93,7 @@ def _gelu_backward(gradient: torch.Tensor, x: torch.Tensor, bias: torch.Tensor) 
     sums = x.new_empty(grid[0], features, dtype=torch.float32)
     tensors, sizes = (gradient.contiguous(), x.contiguous(), x_gradient, sums), (TOKENS, FEATURES, TILES)
     with on_device(x):
-        _backward_kernel[grid](*tensors, tokens, features, *sizes)
+        _gelu_backward_kernel[grid](*tensors, tokens, features, *sizes)
     return x_gradient, sums.sum(dim=0).to(bias.dtype)
 
 

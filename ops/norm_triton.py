@@ -28,7 +28,7 @@ def _tile(first, T, H: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _forward_kernel(
+def _norm_forward_kernel(
     x,
     residual,
     weight,
@@ -64,7 +64,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _norm_backward_kernel(
     gradient,
     total,
     statistics,
@@ -137,7 +137,7 @@ def _norm(
     tensors, (tokens, block) = (x.contiguous(), residual.contiguous(), weight, bias, seed), _tiling(x.shape[1])
     sizes = len(x), eps, threshold(dropout), x.shape[1], tokens, block
     with on_device(x):
-        _forward_kernel[(triton.cdiv(len(x), tokens),)](*tensors, *outputs, *sizes)
+        _norm_forward_kernel[(triton.cdiv(len(x), tokens),)](*tensors, *outputs, *sizes)
     return outputs
 
 
@@ -161,7 +161,7 @@ def _norm_backward(
     sums = total.new_empty(programs, 3, width, dtype=torch.float32)
     tensors, sizes = (gradient.contiguous(), total, statistics, weight, seed), (width, tokens, block, TILES)
     with on_device(total):
-        _backward_kernel[(programs,)](*tensors, *gradients, sums, len(total), threshold(dropout), *sizes)
+        _norm_backward_kernel[(programs,)](*tensors, *gradients, sums, len(total), threshold(dropout), *sizes)
     return (*gradients, sums.sum(dim=0).to(weight.dtype))
 
 

@@ -316,12 +316,12 @@ def kernels(capability):
     spans = {"SCALE": 0.18, "A": 12, "D": 64, "BLOCK_D": 64, "BLOCK": 128, **drops}
     queries = 128 if capability == 90 else attention_triton.QUERIES
     tile = {"F": 3072, **{name: getattr(gelu_triton, name) for name in ("TOKENS", "FEATURES", "TILES")}}
-    yield attention_triton._forward_kernel, spans, {"num_warps": 8}
-    yield attention_triton._backward_kernel, {**spans, "QUERIES": queries}, {"num_warps": 8, "num_stages": 1}
-    yield norm_triton._forward_kernel, {**hidden, **drops}, {"num_warps": 4}
-    yield norm_triton._backward_kernel, {**hidden, **drops, "TILES": norm_triton.TILES}, {"num_warps": 4}
-    yield gelu_triton._forward_kernel, {"BLOCK": gelu_triton.BLOCK}, {"num_warps": 4}
-    yield gelu_triton._backward_kernel, tile, {"num_warps": 4}
+    yield attention_triton._attention_forward_kernel, spans, {"num_warps": 8}
+    yield attention_triton._attention_backward_kernel, {**spans, "QUERIES": queries}, {"num_warps": 8, "num_stages": 1}
+    yield norm_triton._norm_forward_kernel, {**hidden, **drops}, {"num_warps": 4}
+    yield norm_triton._norm_backward_kernel, {**hidden, **drops, "TILES": norm_triton.TILES}, {"num_warps": 4}
+    yield gelu_triton._gelu_forward_kernel, {"BLOCK": gelu_triton.BLOCK}, {"num_warps": 4}
+    yield gelu_triton._gelu_backward_kernel, tile, {"num_warps": 4}
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
