@@ -54,6 +54,7 @@ def arguments(tmp_path, shards, **changes):
             "max_steps": 12,
             "log_every": 1,
             "save_every": 100,
+            "precision": "float32",
             "compile": "off",
             "output": str(tmp_path / "run"),
         },
