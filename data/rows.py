@@ -167,8 +167,8 @@ def unpad(rows: Arrays, static: bool, targets: Sequence[Target] = (MLM, NSP)) ->
         max_seqlen: an int that no sample's length exceeds
         of each target: positions [K] int32, which are among the T; labels [K] int32; weights [K] float32
 
-    Targets of weight 0 are left out, and so is padding. With `static` padding stays, so that T = R L and N = R (S + 1)
-    depend on the rows' shape alone: a row's padding is a sample, and empty samples make up the number.
+    Targets of weight 0 are left out, and so is padding. With `static` padding stays, so that T = R L depends on the
+    rows' shape alone: a row's padding is a sample.
     """
     return (static_batch if static else unpadded_batch)(rows, targets)
 
@@ -187,12 +187,10 @@ def unpadded_batch(rows: Arrays, targets: Sequence[Target]) -> Dict[str, Any]:
 
 def static_batch(rows: Arrays, targets: Sequence[Target]) -> Dict[str, Any]:
     count, length = rows["sample_ids"].shape
-    cu_seqlens = np.full(count * (rows["cls_positions"].shape[1] + 1) + 1, count * length, np.int32)
     starts = np.flatnonzero(first_slots(rows["sample_ids"]))
-    cu_seqlens[: len(starts)] = starts
     return {
         **{name: rows[name].flatten() for name in TOKEN_FIELDS},
-        "cu_seqlens": cu_seqlens,
+        "cu_seqlens": np.append(starts, count * length).astype(np.int32),
         "max_seqlen": length,
         **target_fields(rows, targets, np.arange(count * length)),
     }

@@ -60,7 +60,8 @@ class TorchEngine:
         dtype = next(model.parameters()).dtype
         has_kernels = device.compiles_kernels or not self.compiled
         self.unpads = has_kernels and has_varlen_kernel(device.name, dtype, head_size)
-        # One shape for all micro-batches, or each would be compiled anew, and a float8 product takes tokens by 16.
+        # One number of tokens for all micro-batches, or each would be compiled anew, and a float8 product takes them by
+        # 16.
         self.static = self.compiled or model.float8
         self.cuts_evenly = device.memory is not None and not training.micro_batch_size
         if self.compiled:
@@ -147,7 +148,10 @@ class TorchEngine:
             if missing and self.static:
                 rows = add_empty_rows(rows, missing)
             if self.unpads:
-                yield first, Batch.of_unpadded(self.to_device(unpad(rows, self.static, self.task.targets)))
+                fields = self.to_device(unpad(rows, self.static, self.task.targets))
+                if self.compiled:  # for any number of samples
+                    torch._dynamo.mark_dynamic(fields["cu_seqlens"], 0)
+                yield first, Batch.of_unpadded(fields)
                 continue
             for target in self.task.targets:
                 if target.used:  # on the host, where it costs no wait for the device

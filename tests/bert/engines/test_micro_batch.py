@@ -49,7 +49,7 @@ def test_full_rows_use_every_slot():
     rows = np.arange(3)[:, None]
     assert (batch["sample_ids"][rows, batch["cls_positions"]] == [[1, 2, 3, 4, 5, 6]] * 3).all()
     tokens = unpad(batch, static=True)
-    assert len(tokens["input_ids"]) == 60 and len(tokens["mlm_labels"]) == 21 and len(tokens["cu_seqlens"]) == 3 * 7 + 1
+    assert len(tokens["input_ids"]) == 60 and len(tokens["mlm_labels"]) == 21 and len(tokens["cu_seqlens"]) == 3 * 6 + 1
 
 
 class Card(Cpu):
