@@ -25,7 +25,8 @@ TENSOR_NAMES = {name for name in dir(torch.Tensor) if not name.startswith("__")}
 NEW_TENSOR_NAMES = TENSOR_NAMES - NAMES["torch.Tensor"] - {"index"}  # which lists have too
 
 # Only CPU and CUDA run what is in them, but the training loop imports them: what is done at import counts.
-IMPORTED_ONLY = {"bert/engines/torch_engine.py", "bert/engines/micro_batch.py", "ops/float8.py"}
+IMPORTED_ONLY = {f"bert/engines/{name}.py" for name in ("torch_devices", "torch_engine", "micro_batch")}
+IMPORTED_ONLY.add("ops/float8.py")
 # Imported where Triton is found, by CUDA alone.
 NEVER_IMPORTED = {f"ops/{name}_triton.py" for name in ("attention", "cross_entropy", "dropout", "gelu", "lamb", "norm")}
 FILES = [path for path in [*sources("ops", "data", "bert"), "run_pretraining.py"] if path not in NEVER_IMPORTED]

@@ -137,7 +137,13 @@ class Cuda:
     compiler_name, auto_compile, compiles_kernels = "Triton", True, True
 
     def start(self) -> None:
-        pass
+        """Has the allocator grow its segments, unless the environment configures it: the number of masked tokens
+        varies, and memory in pieces of a few sizes would be full before it is used up. And has no product add up
+        parts that are rounded to bfloat16: a weight's gradient is a sum over all tokens of a micro-batch."""
+        if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
+            # The variable would be read too late: asking for the card's name has started the allocator.
+            torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
     def synchronize(self) -> None:
         torch.cuda.synchronize()
@@ -158,7 +164,7 @@ class Cuda:
         return host, event
 
     def has_bfloat16(self) -> bool:
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
 
     def why_no_float8(self) -> str:
         major, minor = torch.cuda.get_device_capability()

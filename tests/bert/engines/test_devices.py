@@ -2,6 +2,7 @@
 error's words."""
 
 import sys
+import types
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 from bert.config import Config
 from bert.engines import make_engine
 from bert.engines.choosing import choose_device
+from bert.engines.torch_devices import Cuda, choose_precision
 from data.errors import InputError
 
 POPTORCH = """
@@ -199,3 +201,34 @@ def test_cuda_without_a_device_or_with_the_torch_of_ipus_is_a_clear_error(instal
 def test_a_device_without_an_engine_is_an_error_that_names_those_there_are():
     with pytest.raises(InputError, match='device is "tpu", expected one of cpu, cuda, ipu'):
         make_engine(Config(), "tpu")
+
+
+@pytest.mark.parametrize(
+    "capability, precision", [((7, 0), "float32"), ((7, 5), "float32"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16")]
+)
+def test_auto_takes_bfloat16_where_the_card_multiplies_it_and_not_where_it_is_emulated(
+    monkeypatch, capability, precision
+):
+    card = types.SimpleNamespace(major=capability[0], minor=capability[1])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)
+    assert choose_precision(Cuda(), "auto") == precision
+
+
+@pytest.mark.parametrize("variable", ["", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_segments_grow_unless_the_environment_configures_the_allocator(monkeypatch, variable):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    if variable:
+        monkeypatch.setenv(variable, "max_split_size_mb:512")
+    matmul, settings = torch.backends.cuda.matmul, []
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", settings.append)
+    before = matmul.allow_bf16_reduced_precision_reduction
+    try:
+        Cuda().start()
+        assert settings == ([] if variable else ["expandable_segments:True"])
+        assert not matmul.allow_bf16_reduced_precision_reduction
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction = before
