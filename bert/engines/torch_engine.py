@@ -1,7 +1,9 @@
 """The engine for CPUs and GPUs: a step is a loop over micro-batches."""
 
+import gc
+import logging
 import time
-from typing import Any, Callable, ContextManager, Dict, Iterator, Mapping, Tuple
+from typing import Any, Callable, ContextManager, Dict, Iterator, Mapping, Optional, Tuple, TypeVar
 
 import numpy as np
 import torch
@@ -9,7 +11,7 @@ from torch import nn
 
 from bert.config import Config
 from bert.engines.engine import Arrays, ignore_progress
-from bert.engines.torch_devices import TorchDevice, choose_precision, wants_compile
+from bert.engines.torch_devices import Memory, TorchDevice, choose_precision, wants_compile
 from bert.model.batch import Batch
 from bert.model.model import Model
 from bert.optimizers import make_optimizer
@@ -21,16 +23,20 @@ from ops.native import packed_weights
 
 __all__ = ["TorchEngine"]
 
+logger = logging.getLogger(__name__)
+
 Metrics = Dict[str, torch.Tensor]
+T = TypeVar("T")
 
 
 class TorchEngine:
     """Trains `model` on one device; `bert.engines.engine.Engine` says what its methods do.
 
-    The model's parameters are in the type that it computes in. `master_weights`, which the optimizer updates, are
-    float32: in float32 the same tensors, else each update rounds them into the model's. Dropout draws from a generator
-    state of its own: a function of (seed, step, first row of the micro-batch), so that a run is repeatable whatever
-    else draws random numbers.
+    The model's parameters are in the type that it computes in, LayerNorms' too: what they give is rounded to it anyway.
+    `master_weights`, which the optimizer updates, are float32: in float32 the same tensors, else each update rounds
+    them into the model's. Dropout draws from a generator state of its own: a function of (seed, step, first row of the
+    micro-batch), so that a run is repeatable whatever else draws random numbers. On CUDA it is so to rounding: flash
+    attention adds up the gradients of the queries in any order, unless torch.use_deterministic_algorithms(True) is set.
     """
 
     steps_per_call, rank, world_size = 1, 0, 1
@@ -84,23 +90,39 @@ class TorchEngine:
     def step(
         self, batch: Arrays, learning_rate: float, step: int, progress: Callable[[int], None] = ignore_progress
     ) -> Metrics:
-        self.model.train()
-        self.clear_gradients()
-        totals: Metrics = {}
-        with cancellable(), self.device.fork_random(), self.packed_weights(batch):
-            for first, micro_batch in self.micro_batches(batch):
-                key = np.random.SeedSequence([self.seed, step, first]).generate_state(1, np.uint64)[0]
-                torch.manual_seed(int(key >> np.uint64(1)))
-                self.backward(self.forward(micro_batch, totals))
-                progress(min(self.micro_batch_size, len(batch["input_ids"]) - first))
+        with cancellable(), self.device.fork_random():
+            totals = self.until_it_fits(self.passes, batch, step, progress)
         with protected():
             self.update(learning_rate)
             self.steps_done = step
             totals["skipped_updates"] = self.optimizer.skipped.clone()
             return self.to_host(totals, step)
 
+    def passes(self, batch: Arrays, step: int, progress: Callable[[int], None]) -> Metrics:
+        """The forward and backward passes of a step."""
+        self.model.train()
+        self.clear_gradients()
+        totals: Metrics = {}
+        rows_done = 0
+        try:
+            with self.packed_weights(batch):
+                for first, micro_batch in self.micro_batches(batch):
+                    key = np.random.SeedSequence([self.seed, step, first]).generate_state(1, np.uint64)[0]
+                    torch.manual_seed(int(key >> np.uint64(1)))
+                    self.backward(self.forward(micro_batch, totals))
+                    rows = min(self.micro_batch_size, len(batch["input_ids"]) - first)
+                    rows_done += rows
+                    progress(rows)
+        except Exception:  # `until_it_fits` may begin again
+            progress(-rows_done)
+            raise
+        return totals
+
     @torch.no_grad()
     def evaluate(self, batch: Arrays) -> Metrics:
+        return self.until_it_fits(self.evaluation, batch)
+
+    def evaluation(self, batch: Arrays) -> Metrics:
         self.model.eval()
         totals: Metrics = {}
         with self.packed_weights(batch):
@@ -111,6 +133,42 @@ class TorchEngine:
     def packed_weights(self, batch: Arrays) -> ContextManager:
         """While open, the weights stay as they are, for the micro-batches of this batch."""
         return packed_weights(-(-len(batch["input_ids"]) // self.micro_batch_size))
+
+    def until_it_fits(self, passes: Callable[..., T], *arguments) -> T:
+        """passes(*arguments), from the beginning again with smaller micro-batches where memory runs out, and without
+        compiled layers where the compiler fails.
+
+        All of a step is done again, for gradients are added up wherever `backward` adds them, and a pass that failed
+        may have added some of its own.
+        """
+        while True:
+            try:
+                return passes(*arguments)
+            except torch.OutOfMemoryError:
+                memory = self.device.memory
+                if memory is None or self.micro_batch_size == 1:
+                    raise
+            except Exception as error:
+                reason = compiler_error(error) if self.compiled else None
+                if reason is None:
+                    raise
+                self.leave_uncompiled(reason)
+                continue
+            self.shrink_micro_batch(memory)  # here, where no error holds the tensors of its frames any more
+
+    def shrink_micro_batch(self, memory: Memory) -> None:
+        rows = self.micro_batch_size * 3 // 4
+        rows = rows // 8 * 8 or rows
+        logger.warning(f"out of memory: micro-batches of {rows} rows from now on, not {self.micro_batch_size}")
+        self.micro_batch_size = rows
+        gc.collect()
+        memory.reset_peak()
+
+    def leave_uncompiled(self, reason: str) -> None:
+        logger.warning(f"encoder layers cannot be compiled, and are slower without: {reason}")
+        for layer in self.model.layers.values():
+            layer._compiled_call_impl = None  # as Module.compile set it
+        self.compiled, self.compile_line = False, "not compiled (the compiler fails)"
 
     def forward(self, micro_batch: Batch, totals: Metrics) -> torch.Tensor:
         """The loss of one micro-batch; adds its metrics to `totals`."""
@@ -195,6 +253,9 @@ class TorchEngine:
 
     def measure(self, batch: Arrays) -> Dict[str, float]:
         """Of data, forward, backward and optimizer; the optimizer's learning rate is 0."""
+        return self.until_it_fits(self.measure_passes, batch)
+
+    def measure_passes(self, batch: Arrays) -> Dict[str, float]:
         seconds = dict.fromkeys(("data", "forward", "backward", "optimizer"), 0.0)
 
         def timed(part: str, function: Callable, *arguments):
@@ -220,6 +281,16 @@ class TorchEngine:
         """Seconds, when the device is done with all that it was given."""
         self.device.synchronize()
         return time.perf_counter()
+
+
+def compiler_error(error: Optional[BaseException]) -> Optional[str]:
+    """What torch.compile or Triton says, in a line, where `error` comes from them; a layer's backward pass is compiled
+    as it first runs. Not where torch was told to raise an error rather than compile anew."""
+    while error is not None and not type(error).__module__.startswith(("torch._dynamo", "torch._inductor", "triton")):
+        error = error.__cause__ or error.__context__
+    if error is None or isinstance(error, torch._dynamo.exc.RecompileError):
+        return None
+    return f"{type(error).__name__}: {' '.join(str(error).splitlines()[:2])}"
 
 
 def add_empty_rows(rows: Arrays, count: int) -> Dict[str, np.ndarray]:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._inductor.runtime.triton_heuristics import NoTritonConfigsError
 
 from bert.command_line import parse_command_line
 from bert.engines import make_engine
@@ -73,3 +74,42 @@ def test_layers_are_compiled_once_for_any_number_of_samples(engine):
             compiled.step(batch, 0.0, step)
             plain.step(batch, 0.0, step)
             assert_close(gradients(compiled), gradients(plain))
+
+
+def fails(graph, inputs):
+    raise NoTritonConfigsError("no code for this")
+
+
+def fails_in_backward(graph, inputs):
+    """A backend whose code for the backward pass fails as it is made, when the first backward pass runs."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    return aot_autograd(fw_compiler=lambda graph, inputs: graph.forward, bw_compiler=fails)(graph, inputs)
+
+
+@pytest.mark.parametrize("backend", [fails, fails_in_backward])
+def test_a_layer_that_cannot_be_compiled_runs_uncompiled_and_says_so_once(engine, backend, caplog):
+    expected, broken = engine("off"), engine("on", backend)
+    assert "encoder layers compiled" in broken.describe()
+    batch, done = batch_of(40, 0), []
+    with caplog.at_level(logging.WARNING, logger="bert"):
+        found = [broken.step(batch, 0.01, step, done.append) for step in (1, 2)]
+    assert found[0].keys() == found[1].keys()
+    for step in (1, 2):
+        metrics = expected.step(batch, 0.01, step)
+        assert all(torch.isclose(found[step - 1][name], metrics[name], rtol=1e-4) for name in metrics)
+    assert_close(gradients(broken), gradients(expected))
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "encoder layers cannot be compiled" in line and "no code for this" in line and "\n" not in line
+    assert "not compiled (the compiler fails)" in broken.describe()
+    assert sum(done) == 2 * len(batch["input_ids"])
+
+
+def test_an_error_that_is_not_the_compilers_is_raised(engine, monkeypatch):
+    def breaks(*arguments):
+        raise ValueError("a bug")
+
+    for setting in ("off", "on"):
+        monkeypatch.setattr("bert.model.blocks.attention", breaks)
+        with pytest.raises(ValueError, match="a bug"):
+            engine(setting).step(batch_of(8, 0), 0.0, 1)

@@ -1,4 +1,6 @@
-"""The search for the largest micro-batch that fits."""
+"""The search for the largest micro-batch that fits, and what happens where it does not after all."""
+
+import logging
 
 import numpy as np
 import pytest
@@ -9,7 +11,8 @@ from bert.engines import make_engine
 from bert.engines.micro_batch import full_rows, largest_that_fits
 from bert.engines.torch_devices import Cpu
 from data.errors import InputError
-from data.rows import RowShape, unpad
+from data.rows import RowShape, unpacked_batch, unpad
+from tests.make_samples import random_samples
 
 
 @pytest.mark.parametrize(
@@ -115,3 +118,50 @@ def test_an_engine_takes_the_most_rows_that_fit_beside_the_optimizers_state(monk
 def test_where_not_even_one_row_fits_the_error_names_the_card(monkeypatch):
     with pytest.raises(InputError, match="not even a micro-batch of one row of 32 tokens fits .* card of tests"):
         engine_on(Card(1000), monkeypatch)
+
+
+def batch_of(samples, length=32, masks=4):
+    return unpacked_batch(random_samples(np.random.default_rng(3), samples, length, masks, 100))
+
+
+def run_out_of_memory_beyond(rows, engine, monkeypatch):
+    """A micro-batch of more rows fails when it has added its gradients already."""
+    backward = engine.backward
+
+    def fail(loss):
+        backward(loss)
+        if engine.micro_batch_size > rows:
+            raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(engine, "backward", fail)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_step_that_runs_out_of_memory_is_that_of_smaller_micro_batches(monkeypatch, caplog, precision):
+    batch, done = batch_of(70), []
+    expected, engine = [
+        engine_on(Card(10**9), monkeypatch, micro_batch_size=size, precision=precision) for size in (24, 64)
+    ]
+    run_out_of_memory_beyond(30, engine, monkeypatch)
+    with caplog.at_level(logging.WARNING, logger="bert"):
+        for step in (1, 2):
+            found, right = engine.step(batch, 0.01, step, done.append), expected.step(batch, 0.01, step)
+            assert found.keys() == right.keys() and all(torch.equal(found[name], right[name]) for name in right)
+    weights = expected.weights()
+    assert all(torch.equal(weight, weights[name]) for name, weight in engine.weights().items())
+    assert sum(done) == 2 * 70 and engine.micro_batch_size == 24
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines == [
+        "out of memory: micro-batches of 48 rows from now on, not 64",
+        "out of memory: micro-batches of 32 rows from now on, not 48",
+        "out of memory: micro-batches of 24 rows from now on, not 32",
+    ]
+
+
+def test_where_one_row_does_not_fit_or_memory_is_not_the_devices_the_error_is_raised(monkeypatch):
+    for card, size in ((Card(10**9), 3), (Cpu(), 64)):
+        engine = engine_on(card, monkeypatch, micro_batch_size=size)
+        run_out_of_memory_beyond(0, engine, monkeypatch)
+        with pytest.raises(torch.OutOfMemoryError):
+            engine.step(batch_of(8), 0.01, 1)
+        assert engine.micro_batch_size == (1 if card.memory else 64) and engine.steps_done == 0
