@@ -12,6 +12,8 @@ from ops.native import grad_of, is_native
 
 __all__ = ["embed", "gather_tokens", "gather_tokens_one_hot"]
 
+ONE_HOT_ROWS = 1024  # of an embedding, at most, whose gradient is a one-hot product on CUDA
+
 
 def gather_tokens(hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """hidden [R, L, H] at positions [R, K] (integers in 0..L-1) -> [R, K, H]; [T, H] at positions [K] -> [K, H]."""
@@ -35,6 +37,8 @@ def embed(ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     On the IPU, PopART's TiedGather pattern cuts the gather into as many parts as the decoder's product of the same
     weight; written out in parts here it would not match, and each part would get a dense gradient.
     """
+    if weight.is_cuda and len(weight) <= ONE_HOT_ROWS:
+        return _EmbedOneHot.apply(ids, weight)
     return _Embed.apply(ids, weight) if is_native(parameters=(weight,)) else F.embedding(ids, weight)
 
 
@@ -51,3 +55,21 @@ class _Embed(torch.autograd.Function):
     def backward(ctx, gradient):
         grad_of(ctx.weight).index_add_(0, ctx.saved_tensors[0].flatten(), gradient.flatten(0, -2).float())
         return None, None
+
+
+class _EmbedOneHot(torch.autograd.Function):
+    # F.embedding's gradient on CUDA adds up a row's tokens one after the other, and of two token types each has half of
+    # all tokens.
+    @staticmethod
+    def forward(ctx, ids, weight):
+        ctx.save_for_backward(ids)
+        ctx.rows = len(weight)
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        (ids,) = ctx.saved_tensors
+        rows = torch.arange(-(-ctx.rows // 8) * 8, device=ids.device)  # the matrix units take multiples of 8
+        one_hot = (ids.flatten()[:, None] == rows).to(gradient.dtype)
+        return None, (one_hot.t() @ gradient.flatten(0, -2))[: ctx.rows]
