@@ -17,10 +17,6 @@ from ops.native import accumulate_bias_grad, accumulate_weight_grad, call, is_na
 
 __all__ = ["linear_cross_entropy", "linear_cross_entropy_lowered", "linear_cross_entropy_plain"]
 
-# Bytes of a part's float32 logits where the factor is left open. On the CPU they stay near the caches, on CUDA the
-# matrix units are busy.
-LOGIT_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
-
 
 def linear_cross_entropy(
     hidden, decoder, bias, labels, weights, factor: Optional[int] = None
@@ -31,15 +27,18 @@ def linear_cross_entropy(
     Returns sum(weights * cross-entropy) and sum(weights * (argmax == label)), float32 scalars; the second has no
     gradient.
 
-    In training, each part's logits become its gradients at once and are dropped: one pass, T/factor x V logits at a
-    time. The matrix products are in the tensors' type; the softmax and the sums are float32 always.
+    In training, each part's logits become its gradients at once and are dropped (on the CPU in the backward pass): one
+    pass, T/factor x V logits at a time. The matrix products are in the tensors' type; the softmax and the sums are
+    float32 always.
     """
     if is_lowering():
         return linear_cross_entropy_lowered(hidden, decoder, bias, labels, weights, factor or 1)
+    training = torch.is_grad_enabled() and hidden.requires_grad
     if factor is None:
-        logit_bytes = LOGIT_BYTES["cpu" if hidden.device.type == "cpu" else "cuda"]
-        factor = max(1, -(-4 * len(hidden) * len(decoder) // logit_bytes))
-    if torch.is_grad_enabled() and hidden.requires_grad:
+        in_place = training and _kernel(hidden.device.type) is not None
+        logit_bytes = (hidden.element_size() if in_place else 4) * len(hidden) * len(decoder)
+        factor = max(1, -(-logit_bytes // _part_bytes(hidden.device)))
+    if training:
         if is_native(hidden, parameters=(decoder, bias)):
             return _NativeLinearCrossEntropy.apply(hidden, decoder, bias, labels, weights, factor)
         return _LinearCrossEntropy.apply(hidden, decoder, bias, labels, weights, factor)
@@ -66,6 +65,16 @@ def linear_cross_entropy_lowered(
     losses = F.cross_entropy(logits, labels.long(), reduction="none").float()
     correct = (logits.argmax(dim=-1) == labels).float()
     return (weights * losses).sum(), (weights * correct).sum()
+
+
+def _part_bytes(device: torch.device) -> int:
+    """Bytes of a part's logits where the factor is left open."""
+    if device.type == "cpu":
+        return 32 * 2**20  # they stay near the caches
+    if device.type != "cuda":
+        return 512 * 2**20
+    # The larger the products, the better. Beside the activations of a micro-batch this is little.
+    return min(2**31, torch.cuda.get_device_properties(device).total_memory // 40)
 
 
 def _parts(factor: int, *tensors: torch.Tensor) -> Iterable[Tuple[torch.Tensor, ...]]:
@@ -97,6 +106,10 @@ def _cross_entropy(logits, labels, weights) -> Tuple[torch.Tensor, torch.Tensor,
 
 def _add_product(total: Optional[torch.Tensor], gradient, x) -> torch.Tensor:
     """`total`, None for 0, plus gradient [T, V] transposed times x [T, H], in float32."""
+    if x.is_cuda and x.dtype != torch.float32 and "dtype" in torch.ops.aten.addmm.overloads():
+        if total is None:
+            return torch.mm(gradient.t(), x, out_dtype=torch.float32)
+        return torch.addmm(total, gradient.t(), x, out_dtype=torch.float32)
     if total is None:
         return (gradient.t() @ x).float()
     if x.dtype == torch.float32:

@@ -1,12 +1,14 @@
 """Each fast form of an operation against its plain one, on fresh random inputs."""
 
 import contextlib
+import types
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from ops.attention import CuSeqlens, SampleIds, SampleMask, attention, attention_plain, for_layers, same_sample_mask
-from ops.gather import gather_tokens, gather_tokens_one_hot
+from ops.gather import ONE_HOT_ROWS, _EmbedOneHot, embed, gather_tokens, gather_tokens_one_hot
 from ops.ipu import (
     block,
     is_lowering,
@@ -17,7 +19,8 @@ from ops.ipu import (
     recompute_from,
     serialized_matmul,
 )
-from ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_plain
+from ops.linear_cross_entropy import _part_bytes, linear_cross_entropy, linear_cross_entropy_plain
+from tests.cuda import on_cuda
 
 
 def relative_error(actual, expected):
@@ -80,6 +83,40 @@ def test_gather_forms_agree():
         torch.autograd.grad(expected, hidden, direction)[0],
         atol=1e-6,
     )
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_cuda)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)])
+@pytest.mark.parametrize("rows, shape", [(2, (5000,)), (37, (3, 50)), (ONE_HOT_ROWS, (7,))])
+def test_an_embeddings_gradient_as_a_one_hot_product_is_the_gathers(device, dtype, tolerance, rows, shape):
+    weight, ids = torch.randn(rows, 24), torch.randint(rows, shape, dtype=torch.int32)
+    direction = torch.randn(*shape, 24).to(dtype)
+    exact = weight.double().requires_grad_()
+    expected = F.embedding(ids, exact)
+    (expected_gradient,) = torch.autograd.grad(expected, exact, direction.double())
+    fast = weight.to(device, dtype).requires_grad_()
+    way = embed if device == "cuda" else _EmbedOneHot.apply
+    found = way(ids.to(device), fast)
+    assert torch.equal(found.cpu(), expected.to(dtype))
+    (gradient,) = torch.autograd.grad(found, fast, direction.to(device))
+    assert gradient.shape == weight.shape and gradient.dtype == dtype
+    assert (gradient.cpu().double() - expected_gradient).norm() < tolerance * expected_gradient.norm()
+    assert way is not embed or found.grad_fn.name() == "_EmbedOneHotBackward"
+
+
+@pytest.mark.parametrize("gigabytes, parts", [(16, 4), (24, 3), (80, 1), (141, 1)])
+def test_the_logits_of_a_part_are_a_fortieth_of_the_card_and_at_most_two_gigabytes(monkeypatch, gigabytes, parts):
+    card = types.SimpleNamespace(total_memory=gigabytes * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    tokens = 20 * 1076  # of phase 1's micro-batch on a large card, in bfloat16
+    assert -(-2 * tokens * 30522 // _part_bytes(torch.device("cuda"))) == parts
+    assert _part_bytes(torch.device("cuda")) <= 2**31
+
+
+def test_products_of_bfloat16_add_up_in_float32_where_torch_has_it():
+    a, total = torch.empty(8, 4, device="meta", dtype=torch.bfloat16), torch.empty(4, 4, device="meta")
+    assert torch.mm(a.t(), a, out_dtype=torch.float32).dtype == torch.float32
+    assert torch.addmm(total, a.t(), a, out_dtype=torch.float32).dtype == torch.float32
 
 
 @pytest.mark.parametrize("factor", [None, 1, 2, 3, 6, 100])
