@@ -1,8 +1,10 @@
 """Linear layers whose three products are float8: activations and weights e4m3, gradients e5m2, one scale a tensor
 (arXiv 2209.05433).
 
-A scale is taken from the tensor it is for, on the device: the host waits for nothing and no history is kept. Weights,
-biases and their gradients have the types that they have elsewhere.
+A scale is the power of two that brings the largest value of the tensor itself into range; no history is kept. Of a
+large tensor it is taken from a fiftieth, with room for values 4 times as large as those. A pass over all of it would
+cost a third of what float8 gains, by estimate, and scales of earlier steps would have to be in checkpoints for a
+resumed run to be the same. Weights, biases and their gradients have the types that they have elsewhere.
 
 Shape letters: T tokens (any leading dimensions), I input features, O output features.
 """
@@ -13,9 +15,13 @@ from typing import Tuple
 import torch
 import torch.nn.functional as F
 
-__all__ = ["float8", "float8_linear", "float8_linear_plain", "is_float8"]
+__all__ = ["float8", "float8_linear", "float8_linear_plain", "is_float8", "pays"]
 
 MULTIPLE = 16  # what each dimension of a float8 product must be a multiple of
+SMALL = 2**23  # values of a tensor, at most, whose scale is taken from all of them
+ROOM = 4.0  # for larger ones beside those that a scale is taken from
+# I * O / (I + O) of a layer, at least: what its products gain grows with I * O, what its float8 costs with I + O.
+PAYS = 256
 
 _float8 = False
 
@@ -36,6 +42,12 @@ def is_float8() -> bool:
     return _float8
 
 
+def pays(weight: torch.Tensor) -> bool:
+    """Whether float8 makes a layer of this weight [O, I] faster; the CPU, which emulates it, takes it for all."""
+    outputs, inputs = weight.shape
+    return weight.device.type == "cpu" or inputs * outputs >= PAYS * (inputs + outputs)
+
+
 def float8_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """x [T, I], weight [O, I], bias [O] -> [T, O] in x's type, rounded to bfloat16.
 
@@ -51,43 +63,68 @@ def float8_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> 
 
 def float8_linear_plain(x, weight, bias) -> torch.Tensor:
     """The same in float32 products of float8 values, with autograd: the fast form is tested against it."""
-    product = F.linear(_round(x), _round(weight))
+    product = F.linear(_round_through(x), _round_through(weight))
     if product.requires_grad:
-        product.register_hook(lambda gradient: _dequantize(*_quantize(gradient, torch.float8_e5m2)))
+        product.register_hook(lambda gradient: _round(gradient, torch.float8_e5m2))
     return (product + bias).to(x.dtype)
 
 
-def _quantize(tensor: torch.Tensor, dtype: torch.dtype) -> Tuple[torch.Tensor, torch.Tensor]:
-    """`tensor` in float8, row-major, and the scale, a float32 scalar, that gives it back. Anything not finite makes all
-    of it NaN."""
+def _quantize(
+    x: torch.Tensor, dtype: torch.dtype, with_sums: bool = False
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x [T, F] in float8, [T, F]; its transpose, [F, T]; the sums of x's columns, [F] float32, if asked for; and the
+    scale."""
+    x = x.contiguous()
+    scale = _scale(x, dtype)
+    if x.device.type != "cpu":
+        from ops.float8_triton import quantize
+
+        return (*quantize(x, scale, dtype, with_sums), scale)
+    quantized = _cast(x, scale, dtype)
+    return quantized, quantized.t().contiguous(), x.sum(dim=0, dtype=torch.float32) if with_sums else scale, scale
+
+
+def _scale(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What x [T, F], contiguous, is divided by: a power of two, which rounds nothing, as a float32 scalar."""
+    room, step = 1.0, max(1, x.shape[-1] // MULTIPLE - 1)
+    if x.numel() > SMALL and step > 1:
+        # Of each row 16 values, and others of the next row: along diagonals, so that no row and no column is left out.
+        room, x = ROOM, x.view(-1, MULTIPLE)[::step]
+    largest = x.abs().amax().float().clamp(min=1e-30)  # above 0 for a tensor of zeros too
+    return torch.exp2(torch.ceil(torch.log2(largest * (room / torch.finfo(dtype).max))))
+
+
+def _cast(x, scale, dtype) -> torch.Tensor:
     largest = torch.finfo(dtype).max
-    scale = tensor.abs().amax().float().clamp(min=1e-30) / largest  # above 0 for a tensor of zeros too
-    # Clamped: the largest value may be rounded to beyond what the type has, which is NaN in e4m3.
-    return (tensor.float() / scale).clamp(-largest, largest).to(dtype).contiguous(), scale
+    scaled = x.float() / scale
+    # Cut off: beyond what it has, e4m3 has NaN only. What is not finite stays so, for the update to be left out.
+    return torch.where(scaled.isfinite(), scaled.clamp(-largest, largest), torch.nan).to(dtype)
 
 
 def _dequantize(tensor, scale) -> torch.Tensor:
     return tensor.float() * scale
 
 
-def _round(tensor):
+def _round(tensor, dtype):
+    scale = _scale(tensor.contiguous(), dtype)
+    return _dequantize(_cast(tensor, scale, dtype), scale)
+
+
+def _round_through(tensor):
     """To float8 and back; the gradient goes straight through."""
-    return tensor.float() + (_dequantize(*_quantize(tensor, torch.float8_e4m3fn)) - tensor.float()).detach()
-
-
-def _column_major(tensor):
-    return tensor.t().contiguous().t()
+    return tensor.float() + (_round(tensor, torch.float8_e4m3fn) - tensor.float()).detach()
 
 
 class _Float8Linear(torch.autograd.Function):
-    # Tensor cores take the first operand of a float8 product row-major and the second column-major, in no other way.
+    # Of what the backward pass needs only the transpose is kept, half of bfloat16's memory. Tensor cores take the first
+    # operand of a float8 product row-major and the second column-major, in no other way.
 
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.dtypes = x.dtype, weight.dtype, bias.dtype
-        x, x_scale = _quantize(x, torch.float8_e4m3fn)
-        weight, weight_scale = _quantize(weight, torch.float8_e4m3fn)
-        ctx.save_for_backward(x, x_scale, weight, weight_scale)
+        x, x_transposed, _, x_scale = _quantize(x, torch.float8_e4m3fn)
+        weight, weight_transposed, _, weight_scale = _quantize(weight, torch.float8_e4m3fn)
+        ctx.save_for_backward(x_transposed, x_scale, weight_transposed, weight_scale)
         # Partial sums are kept in fewer bits in the forward product only: gradients need them all.
         return torch._scaled_mm(
             x, weight.t(), x_scale, weight_scale, bias.to(torch.bfloat16), out_dtype=torch.bfloat16, use_fast_accum=True
@@ -96,10 +133,8 @@ class _Float8Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         x, x_scale, weight, weight_scale = ctx.saved_tensors
-        bias_gradient = gradient.sum(dim=0, dtype=torch.float32)
-        gradient, scale = _quantize(gradient, torch.float8_e5m2)
-        x_gradient = torch._scaled_mm(gradient, _column_major(weight), scale, weight_scale, out_dtype=torch.bfloat16)
-        gradient = gradient.t().contiguous()
-        weight_gradient = torch._scaled_mm(gradient, _column_major(x), scale, x_scale, out_dtype=torch.bfloat16)
+        gradient, transposed, bias_gradient, scale = _quantize(gradient, torch.float8_e5m2, with_sums=True)
+        x_gradient = torch._scaled_mm(gradient, weight.t(), scale, weight_scale, out_dtype=torch.bfloat16)
+        weight_gradient = torch._scaled_mm(transposed, x.t(), scale, x_scale, out_dtype=torch.bfloat16)
         gradients = x_gradient, weight_gradient, bias_gradient
         return tuple(tensor.to(dtype) for tensor, dtype in zip(gradients, ctx.dtypes))

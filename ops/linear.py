@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from ops import native
 from ops.cuda import takes_triton
-from ops.float8 import float8_linear, is_float8
+from ops.float8 import float8_linear, is_float8, pays
 from ops.ipu import is_lowering, matmul_memory
 
 __all__ = [
@@ -37,7 +37,7 @@ def linear_plain(x, weight, bias, name: Optional[str] = None) -> torch.Tensor:
     """The same in PyTorch's operations."""
     if is_lowering():
         return matmul_memory(x @ weight.t(), name) + bias
-    return (float8_linear if is_float8() else F.linear)(x, weight, bias)
+    return (float8_linear if is_float8() and pays(weight) else F.linear)(x, weight, bias)
 
 
 def linears(

@@ -28,7 +28,8 @@ NEW_TENSOR_NAMES = TENSOR_NAMES - NAMES["torch.Tensor"] - {"index"}  # which lis
 IMPORTED_ONLY = {f"bert/engines/{name}.py" for name in ("torch_devices", "torch_engine", "micro_batch")}
 IMPORTED_ONLY.add("ops/float8.py")
 # Imported where Triton is found, by CUDA alone.
-NEVER_IMPORTED = {f"ops/{name}_triton.py" for name in ("attention", "cross_entropy", "dropout", "gelu", "lamb", "norm")}
+TRITON = "attention", "cross_entropy", "dropout", "float8", "gelu", "lamb", "norm"
+NEVER_IMPORTED = {f"ops/{name}_triton.py" for name in TRITON}
 FILES = [path for path in [*sources("ops", "data", "bert"), "run_pretraining.py"] if path not in NEVER_IMPORTED]
 
 

@@ -169,7 +169,7 @@ class Cuda:
     def why_no_float8(self) -> str:
         major, minor = torch.cuda.get_device_capability()
         if (major, minor) >= (8, 9):
-            return ""
+            return "" if self.find_compiler() else "there is no Triton, which its kernel needs"
         name = torch.cuda.get_device_name()
         return f"{name} has compute capability {major}.{minor}, and only 8.9 and newer (Ada, Hopper) multiply it"
 

@@ -9,7 +9,7 @@ from bert.model.batch import Batch, State
 from bert.model.model import initialize
 from bert.tasks import make_model, make_task
 from ops.attention import SampleMask
-from ops.float8 import float8, float8_linear, float8_linear_plain, is_float8
+from ops.float8 import PAYS, ROOM, _cast, _scale, float8, float8_linear, float8_linear_plain, is_float8, pays
 from ops.linear import linear_dropout_add_norm_plain, linear_gelu_plain, linears_plain
 from tests.cuda import on_cuda
 
@@ -70,6 +70,54 @@ def test_zeros_give_the_bias_and_no_gradient_and_what_is_not_finite_shows():
     for bad in (float("inf"), float("nan")):
         direction[3, 5] = bad
         assert not output_and_gradients(float8_linear, x, weight, bias, direction)[2].isfinite().any()
+
+
+@pytest.fixture
+def large(monkeypatch):
+    monkeypatch.setattr("ops.float8.SMALL", 0)
+
+
+@pytest.mark.parametrize("tokens, features", [(16, 32), (48, 96), (1024, 768), (64, 3072), (32, 16), (4096, 48)])
+def test_a_large_tensors_scale_sees_every_row_and_column_and_not_all_values(large, tokens, features):
+    tiny = _scale(torch.zeros(tokens, features), torch.float8_e4m3fn)
+    seen = torch.zeros(tokens, features)
+    row, column = int(torch.randint(tokens, ())), int(torch.randint(features, ()))
+    for index in ((row, slice(None)), (slice(None), column)):
+        x = seen.clone()
+        x[index] = 1
+        assert tokens < features // 16 or _scale(x, torch.float8_e4m3fn) > tiny, index
+    touched = torch.arange(tokens * features, dtype=torch.float).view(tokens, features)
+    scales = [_scale((touched == touched[i, j]).float(), torch.float8_e4m3fn) > tiny for i in (0, 1) for j in range(16)]
+    assert all(scales[:16]) and (features <= 32 or not any(scales[16:]))
+
+
+def test_values_beyond_the_room_are_cut_off_and_those_within_are_not(large):
+    x = torch.rand(512, 768) + 1
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        exact = torch.finfo(dtype).eps / 2
+        for factor in (1.0, ROOM / 2):
+            x[7, 100] = 2 * factor
+            scale = _scale(x, dtype)
+            assert torch.allclose(_cast(x, scale, dtype).float() * scale, x, rtol=exact)
+        x[7, 100] = 100 * ROOM
+        scale = _scale(x, dtype)
+        assert (_cast(x, scale, dtype).float() * scale)[7, 100] < 4 * ROOM
+
+
+def test_with_a_large_tensors_scale_float8_linear_is_the_plain_one_and_what_is_not_finite_shows(large):
+    tensors = layer(256, 768, 384)
+    results = [output_and_gradients(way, *tensors) for way in (float8_linear, float8_linear_plain)]
+    assert all(relative_error(fast, slow) < 5e-3 for fast, slow in zip(*results))
+    exact = output_and_gradients(F.linear, *tensors)
+    assert all(relative_error(fast, slow) < 6.5e-2 for fast, slow in zip(results[0], exact))
+    tensors[3][200, 5] = float("inf")
+    assert not output_and_gradients(float8_linear, *tensors)[2][5].isfinite().any()
+
+
+def test_on_cuda_layers_that_are_too_small_to_gain_are_not_float8():
+    for hidden, fits in ((256, False), (512, True), (768, True), (1024, True)):
+        assert pays(torch.empty(4 * hidden, hidden, device="meta")) == (4 * hidden / 5 >= PAYS) == fits
+    assert pays(torch.empty(16, 16))  # on the CPU, which only shows what float8 does
 
 
 def test_leading_dimensions_and_any_strides_are_taken():
