@@ -5,6 +5,7 @@ maker takes the named parameters and the config's optimizer section, and returns
 parameters' `names` beside `params`. It tells parameters apart by name and number of dimensions, not by size.
 """
 
+import dataclasses
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Tuple
 
 import torch
@@ -21,8 +22,9 @@ NamedParameters = List[Tuple[str, Parameter]]
 
 
 def make_lamb(named_parameters: NamedParameters, config: OptimizerConfig) -> List[Optimizer]:
-    """LAMB without bias correction (ops/lamb.py), in the recipe's groups."""
-    groups = lamb_groups(named_parameters, config.weight_decay)
+    """LAMB without bias correction (ops/lamb.py), in the recipe's groups; the word embedding has as many trust ratios
+    as the config says."""
+    groups = lamb_groups(named_parameters, config.weight_decay, config.trust_ratio_slices)
     return [Lamb(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps)]
 
 
@@ -146,7 +148,8 @@ class NamedOptimizer:
         tiny = [(name, Parameter(p.detach().new_zeros([2] * p.dim()))) for name, p in self.named_parameters]
         for _, parameter in tiny:
             parameter.grad = torch.zeros_like(parameter)
-        optimizers = OPTIMIZERS[self.config.name](tiny, self.config)
+        whole = dataclasses.replace(self.config, trust_ratio_slices=1)  # no state goes by slices
+        optimizers = OPTIMIZERS[self.config.name](tiny, whole)
         for optimizer in optimizers:
             optimizer.step()
         shapes, layout = {name: p.shape for name, p in self.named_parameters}, {}

@@ -36,6 +36,11 @@ def validate(config: Config, source: str = "config") -> None:
         left = f"at most what optimizer.warmup_ratio, {optimizer.warmup_ratio}, leaves of 1"
         both = round(optimizer.warmup_ratio + optimizer.decay_ratio, 9)  # 0.7 + 0.2 + 0.1 is not 1 in floating point
         expect(both <= 1, "optimizer.decay_ratio", left)
+    if optimizer.trust_ratio_slices > 1:
+        lamb = f'1 where optimizer.name is {json.dumps(optimizer.name)}: trust ratios are "lamb"\'s'
+        expect(optimizer.name == "lamb", "optimizer.trust_ratio_slices", lamb)
+        divides = f"a number that divides model.vocab_size, {model.vocab_size}: {divisors_of(model.vocab_size)}"
+        expect(model.vocab_size % optimizer.trust_ratio_slices == 0, "optimizer.trust_ratio_slices", divides)
     if config.training.precision == "float8":
         for key in ("model.hidden_size", "model.intermediate_size", "data.sequence_length"):
             expect(attrgetter(key)(config) % 16 == 0, key, "a multiple of 16, as training.precision is float8")
@@ -68,10 +73,12 @@ def validate_for_ipu(config: Config, source: str = "config") -> None:
     expect(config.data.packing != "samples", "data.packing", packings)
     expect(training.precision in ("auto", "float32"), "training.precision", '"auto" (float16) or "float32" on IPUs')
     parts = ipu.embedding_serialization_factor or 1
-    divisors = ", ".join(str(number) for number in range(1, 33) if vocabulary % number == 0)
     padded = f"a vocabulary padded by unused tokens: --model.vocab_size {-(-vocabulary // parts) * parts}"
-    divides = f"a number that divides model.vocab_size, {vocabulary}: {divisors}. Or begin with {padded}"
+    divides = f"a number that divides model.vocab_size, {vocabulary}: {divisors_of(vocabulary)}. Or begin with {padded}"
     expect(vocabulary % parts == 0, "ipu.embedding_serialization_factor", divides)
+    slices = parts if accumulation > 1 else 1  # without accumulation the decoder's update is not cut
+    either = f"1 or {slices}, the parts of the decoder's update on IPUs" if slices > 1 else "1, as one part is updated"
+    expect(config.optimizer.trust_ratio_slices in (1, slices), "optimizer.trust_ratio_slices", either)
     expect(all(ipu.layers_per_ipu[1:]), "ipu.layers_per_ipu", "at least one layer on each IPU but the first")
     stages = 2 * len(ipu.layers_per_ipu) + 1 if len(ipu.layers_per_ipu) > 1 else 1
     filled = f"at least {stages}, the stages of the pipeline forward and backward"
@@ -84,6 +91,10 @@ def validate_for_ipu(config: Config, source: str = "config") -> None:
     for name in ("max_steps", "stop_at_step", "save_every", "log_every"):
         whole_calls = (getattr(training, name) or 0) % ipu.device_iterations == 0
         expect(whole_calls, f"training.{name}", f"a multiple of ipu.device_iterations, {ipu.device_iterations}")
+
+
+def divisors_of(vocabulary: int) -> str:
+    return ", ".join(str(number) for number in range(1, 33) if vocabulary % number == 0)
 
 
 def _expect(config: Config, source: str, good: bool, key: str, expected: str) -> None:

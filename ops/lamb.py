@@ -6,6 +6,9 @@ For one parameter w with gradient g:
     u = m / (sqrt(v) + eps) + decay w
     w = w - lr * ratio * u         ratio = ||w|| / ||u||, 1 where either norm is 0 or the group has no trust ratio
 
+In a group of several `trust_ratio_slices`, each of that many equal slices of a parameter's first dimension is a w with
+a ratio of its own, in every form.
+
 An update is skipped as a whole where a gradient is not finite. The fast forms, in C++ (lamb.cpp) and Triton
 (lamb_triton.py), take all parameters at once; they write no update to memory, but compute it again once its norm is
 known.
@@ -23,24 +26,31 @@ __all__ = ["Lamb", "lamb_groups", "lamb_native", "lamb_plain"]
 
 
 def lamb_groups(
-    named_parameters: Iterable[Tuple[str, torch.nn.Parameter]], weight_decay: float
+    named_parameters: Iterable[Tuple[str, torch.nn.Parameter]], weight_decay: float, slices: int = 1
 ) -> List[Dict[str, Any]]:
     """The recipe's groups: matrices and embeddings decay; biases neither decay nor have a trust ratio (the LayerNorms'
-    among them); LayerNorm weights do not decay and have one. Each group lists its parameters' names beside them."""
+    among them); LayerNorm weights do not decay and have one. Each group lists its parameters' names beside them. With
+    several `slices`, the word embedding, which the decoder is tied to, has a group of its own with so many trust
+    ratios."""
     groups: List[Dict[str, Any]] = [
         {"params": [], "names": [], "weight_decay": weight_decay, "trust_ratio": True},
         {"params": [], "names": [], "weight_decay": 0.0, "trust_ratio": False},
         {"params": [], "names": [], "weight_decay": 0.0, "trust_ratio": True},
     ]
+    if slices > 1:
+        groups.append({**groups[0], "params": [], "names": [], "trust_ratio_slices": slices})
     for name, parameter in named_parameters:
         kind = 1 if name.endswith("bias") else 2 if "LayerNorm" in name else 0
+        if slices > 1 and name.endswith("word_embeddings.weight"):
+            kind = 3
         groups[kind]["params"].append(parameter)
         groups[kind]["names"].append(name)
     return groups
 
 
 class Lamb(torch.optim.Optimizer):
-    """LAMB over groups with `lr`, `betas`, `eps`, `weight_decay` and `trust_ratio`, all on one device.
+    """LAMB over groups with `lr`, `betas`, `eps`, `weight_decay`, `trust_ratio` and `trust_ratio_slices`, all on one
+    device.
 
     `implementation` is "native" (C++, for the CPU), "triton" (for CUDA), "plain", or "auto": Triton on CUDA and C++ on
     the CPU, where they are there, else plain. The first two take contiguous float32 tensors and raise ValueError for
@@ -60,10 +70,11 @@ class Lamb(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.01,
         trust_ratio: bool = True,
+        trust_ratio_slices: int = 1,
         implementation: str = "auto",
     ):
         defaults = dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, trust_ratio=trust_ratio)
-        super().__init__(params, defaults)
+        super().__init__(params, dict(defaults, trust_ratio_slices=trust_ratio_slices))
         device = self.param_groups[0]["params"][0].device
         self.compute_weights: Dict[torch.Tensor, torch.Tensor] = {}
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
@@ -92,7 +103,7 @@ class Lamb(torch.optim.Optimizer):
         tensors = weights, [w.grad for w in weights], *moments, [self.compute_weights.get(w) for w in weights]
         if self.implementation != "plain":
             self._check(tensors)
-        self._update(*tensors, groups, self.skipped)
+        self._update(*self._sliced(*tensors, groups), self.skipped)
         if self.implementation != "plain":
             for w in weights:  # so that autograd notices; torch 2.0 has no increment_version
                 w.view(-1)[:0].zero_()
@@ -117,6 +128,26 @@ class Lamb(torch.optim.Optimizer):
                     f"{self._name(w)}: its compute weight has to be a contiguous bfloat16 tensor on {device} of shape "
                     f"{tuple(w.shape)}, not {_describe(rounded)}"
                 )
+
+    def _sliced(self, *columns: Sequence) -> List[List]:
+        """The columns, tensors and last their groups, with a row for each slice that has a trust ratio of its own.
+
+        Raises ValueError, with the parameter's name, where a first dimension is not to be cut into equal slices.
+        """
+        rows: List[Tuple] = []
+        for *tensors, group in zip(*columns):
+            w, slices = tensors[0], group["trust_ratio_slices"]
+            if slices == 1:
+                rows.append((*tensors, group))
+                continue
+            if w.dim() == 0 or len(w) % slices:
+                raise ValueError(
+                    f"{self._name(w)}: trust_ratio_slices is {slices}, expected a divisor of the first dimension of "
+                    f"its shape {tuple(w.shape)}"
+                )
+            parts = [[None] * slices if tensor is None else tensor.chunk(slices) for tensor in tensors]
+            rows.extend((*row, group) for row in zip(*parts))
+        return [list(column) for column in zip(*rows)]
 
     def _name(self, weight: torch.Tensor) -> str:
         for number, group in enumerate(self.param_groups):

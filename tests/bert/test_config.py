@@ -398,6 +398,26 @@ BAD = [
         {"device": "ipu", "optimizer": {"name": "muon"}},
         ["own.json", 'optimizer.name is "muon"', '"lamb" or "adamw"', "--device cuda"],
     ),
+    (
+        {"optimizer": {"trust_ratio_slices": 4}},
+        ["own.json", "optimizer.trust_ratio_slices is 4", "divides model.vocab_size, 30522: 1, 2, 3, 6"],
+    ),
+    (
+        {"optimizer": {"trust_ratio_slices": 2, "name": "adamw"}},
+        ["own.json", "optimizer.trust_ratio_slices is 2", '1 where optimizer.name is "adamw"'],
+    ),
+    (
+        {
+            "device": "ipu",
+            "optimizer": {"trust_ratio_slices": 3},
+            "ipu": {"embedding_serialization_factor": 2},
+        },
+        ["own.json", "optimizer.trust_ratio_slices is 3", "expected 1 or 2, the parts of the decoder's update on IPUs"],
+    ),
+    (
+        {"device": "ipu", "optimizer": {"trust_ratio_slices": 2}},
+        ["own.json", "optimizer.trust_ratio_slices is 2", "expected 1, as one part is updated"],
+    ),
     ({"base": 3}, ["own.json", "base is 3", "path or name"]),
     ({"base": "nowhere.json"}, ["own.json", 'base is "nowhere.json"', "no such config", "pod16_phase1.json"]),
     ({"base": "own.json"}, ["own.json", 'base is "own.json"', "expected none, as ", "is based on this file"]),

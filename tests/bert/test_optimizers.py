@@ -105,6 +105,32 @@ def test_an_optimizer_is_torchs_own_by_hand(name):
         torch.testing.assert_close(parameter, expected[key], rtol=0 if name == "lamb" else 1e-5, atol=1e-6)
 
 
+def test_trust_ratio_slices_are_of_the_word_embedding_alone_and_leave_the_state_as_it_is():
+    words = next(iter(SHAPES))
+    sliced = OptimizerConfig(**{**vars(CONFIG), "name": "lamb", "trust_ratio_slices": 11})
+    parameters = draw()
+    expected, rows = copies(parameters), parameters[words].detach().clone().split(1)
+    optimizer, whole = make_optimizer(parameters.items(), sliced), make_optimizer(expected.items(), config("lamb"))
+    each = [Parameter(row) for row in rows]
+    own = Lamb(each, lr=0.1, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.05)
+    for _ in range(2):
+        draw_gradients(parameters, expected)
+        for p, gradient in zip(each, parameters[words].grad.split(1)):
+            p.grad = gradient.clone()
+        for step in (optimizer, whole):
+            step.step(0.1)
+        own.step()
+    torch.testing.assert_close(parameters[words].detach(), torch.cat(each).detach())
+    assert not torch.allclose(parameters[words], expected[words], rtol=1e-3)
+    assert all(torch.equal(parameters[name], expected[name]) for name in SHAPES if name != words)
+    states = optimizer.state_dict(), whole.state_dict()
+    assert {key: tensor.shape for key, tensor in states[0].items()} == {
+        key: tensor.shape for key, tensor in states[1].items()
+    }
+    whole.load_state_dict(states[0])  # another number of slices goes on from it
+    assert optimizer.state_bytes() == whole.state_bytes()
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 def test_an_update_with_a_gradient_that_is_not_finite_changes_nothing_and_counts(name, value):

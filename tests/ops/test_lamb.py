@@ -230,6 +230,46 @@ def test_query_key_and_value_have_ratios_of_their_own(implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_each_slice_of_a_parameter_has_a_ratio_of_its_own_and_the_state_is_whole(implementation):
+    rng, device = np.random.default_rng(), device_of(implementation)
+    # The last two: slices that are no multiple of what a kernel takes at once, and not aligned to it.
+    for slices, shape in ((1, (6, 8)), (2, (6, 8)), (3, (9,)), (6, (6, 4)), (3, (9, 29)), (5, (35, 77))):
+        parameters = [torch.nn.Parameter(torch.randn(size, device=device)) for size in (shape, (5, 3))]
+        groups = [{"params": parameters[:1], "trust_ratio_slices": slices}, {"params": parameters[1:]}]
+        optimizer = Lamb(groups, lr=0.03, weight_decay=0.1, implementation=implementation)
+        optimizer.compute_weights[parameters[0]] = torch.empty_like(parameters[0], dtype=torch.bfloat16)
+        expected = [p.detach().cpu().double().numpy().copy() for p in parameters]
+        moments = [[np.zeros_like(w), np.zeros_like(w)] for w in expected]
+        scales = 10.0 ** rng.integers(-2, 3, size=(shape[0],) + (1,) * (len(shape) - 1))
+        for _ in range(3):
+            gradients = [rng.normal(size=shape) * scales, rng.normal(size=(5, 3))]  # in each slice of another size
+            for p, w, m, g, parts in zip(parameters, expected, moments, gradients, (slices, 1)):
+                g = np.float32(g)
+                p.grad = torch.from_numpy(g).to(device)
+                for values in zip(*(np.split(array, parts) for array in (w, g.astype(np.float64), *m))):
+                    for part, new in zip(values[::2] + values[3:], paper(*values, 0.03, 0.9, 0.999, 1e-8, 0.1, True)):
+                        part[...] = new
+            optimizer.step()
+        for p, w, m in zip(parameters, expected, moments):
+            state = optimizer.state[p]
+            assert set(state) == {"exp_avg", "exp_avg_sq"} and state["exp_avg"].shape == p.shape
+            for mine, its in ((p, w), (state["exp_avg"], m[0]), (state["exp_avg_sq"], m[1])):
+                mine = mine.detach().cpu().double().numpy()
+                assert np.linalg.norm(mine - its) <= 1e-5 * np.linalg.norm(its), (slices, shape)
+        assert torch.equal(optimizer.compute_weights[parameters[0]], parameters[0].to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_slices_that_do_not_divide_a_parameter_are_an_error_with_its_name(implementation):
+    parameter = torch.nn.Parameter(torch.ones(7, 4, device=device_of(implementation)))
+    group = {"params": [parameter], "names": ["words"], "trust_ratio_slices": 2}
+    optimizer = Lamb([group], lr=0.1, implementation=implementation)
+    parameter.grad = torch.ones_like(parameter)
+    with pytest.raises(ValueError, match=r"words: trust_ratio_slices is 2, expected a divisor .* \(7, 4\)"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_parameters_without_gradient_are_left_alone(implementation):
     parameters = [torch.nn.Parameter(torch.ones(3, device=device_of(implementation))) for _ in range(2)]
     optimizer = Lamb(parameters, lr=0.1, implementation=implementation)
@@ -391,3 +431,7 @@ def test_groups_are_the_recipes():
     assert options["bert.embeddings.word_embeddings.weight"] == options["cls.seq_relationship.weight"] == (0.01, True)
     assert options["bert.embeddings.LayerNorm.weight"] == options[layer + "output.LayerNorm.weight"] == (0.0, True)
     assert options["bert.embeddings.LayerNorm.bias"] == options["cls.predictions.bias"] == (0.0, False)
+    *others, words = lamb_groups(graph.named_parameters(), 0.01, slices=5)
+    assert words["names"] == ["bert.embeddings.word_embeddings.weight"] and words["trust_ratio_slices"] == 5
+    assert words["trust_ratio"] and words["weight_decay"] == 0.01
+    assert sum(len(group["names"]) for group in others) == len(options) - 1
