@@ -17,7 +17,7 @@ SDK_NAMES = {
     "poptorch": ("Options", "PipelinedExecution", "optim", "trainingModel"),
     "popart": ("AccumulateOuterFragmentSchedule", "SubgraphCopyingStrategy"),
 }
-IPU_KINDS = {2: "Mk2 ", 21: "Bow "}  # as poptorch.ipuHardwareVersion() numbers them
+IPU_KINDS = {2: "Mk2 ", 21: "float8 Mk2 "}  # as poptorch.ipuHardwareVersion() numbers them
 
 
 def choose_device(wanted: str, ipus: int = 1, needs_hardware: bool = True) -> Tuple[str, str]:

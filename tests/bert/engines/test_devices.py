@@ -61,7 +61,12 @@ def pretend_cuda(monkeypatch):
 
 @pytest.mark.parametrize(
     "ipus, version, line",
-    [(16, 2, "ipu (16 Mk2 IPUs)"), (4, 21, "ipu (4 Bow IPUs)"), (1, -1, "ipu (1 IPU)"), (12, 2, "ipu (12 Mk2 IPUs)")],
+    [
+        (16, 2, "ipu (16 Mk2 IPUs)"),
+        (4, 21, "ipu (4 float8 Mk2 IPUs)"),
+        (1, -1, "ipu (1 IPU)"),
+        (12, 2, "ipu (12 Mk2 IPUs)"),
+    ],
 )
 @pytest.mark.parametrize("wanted", ["ipu", "auto"])
 def test_ipus_are_taken_where_poptorch_finds_them(install, wanted, ipus, version, line):
