@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from bert.config import Config, IpuConfig
+from bert.config import Config
 from bert.engines.choosing import process_of
 from bert.engines.engine import Arrays, ignore_progress
 from bert.engines.ipu_optimizer import check_ipu_state, make_ipu_optimizer, read_state, write_state
@@ -83,12 +83,14 @@ class IpuEngine:
         self.half = config.training.precision != "float32"
         if self.half:
             model.half()
-        self.compiled_model = IpuModel(config, task, model, self.stages, self.poptorch)
-        self.inputs = self.compiled_model.inputs
+        self.compiled_model, self.inputs = self.wrap(), inputs_of(task)
         self.optimizer = make_ipu_optimizer(self.poptorch, model.named_parameters(), config, self.half)
         self.training: Any = None
         self.inference: Any = None
         self.loaded: Optional[Dict[str, torch.Tensor]] = None
+
+    def wrap(self) -> IpuModel:
+        return IpuModel(self.config, self.task, self.model, self.stages, self.poptorch)
 
     def check_poprun(self) -> None:
         """Starts PopDist. Raises InputError where poprun was told something else than the config."""
@@ -120,6 +122,7 @@ class IpuEngine:
 
     def compile(self) -> None:
         """Compiles the training executable, into ipu.executable_cache_dir. Takes minutes; may be interrupted."""
+        self.compiled_model = self.wrap()  # PopTorch takes none twice, not even after an interrupted compilation
         self.training = self.poptorch.trainingModel(
             self.compiled_model.train(), options=self.options(True), optimizer=self.optimizer
         )
@@ -139,18 +142,15 @@ class IpuEngine:
             self.inference.detachFromDevice()
         if self.training is None or not self.training.isCompiled():
             self.compile()
+        if not is_attached(self.training):
+            self.training.attachToDevice()
         if self.loaded is not None:
-            # Only now are the state's names known: a serialized weight has its state in parts. PopTorch sends them up
-            # when it attaches.
-            if is_attached(self.training):
-                self.training.detachFromDevice()
+            # Only now are the state's names known: a serialized weight has its state in parts.
             state = self.optimizer.state_dict()
             parameters = dict(self.model.named_parameters())
             state["ipu_state"] = write_state(self.config.optimizer.name, state["ipu_state"], self.loaded, parameters)
-            self.optimizer.load_state_dict(state)
+            self.optimizer.load_state_dict(state)  # the next setOptimizer sends it up
             self.loaded = None
-        if not is_attached(self.training):
-            self.training.attachToDevice()
 
     def step(
         self, batch: Arrays, learning_rate: float, step: int, progress: Callable[[int], None] = ignore_progress
@@ -251,8 +251,8 @@ def is_attached(executor) -> bool:
 
 def make_options(poptorch, stages: Sequence[Stage], config: Config, half: bool, seed: int, training: bool):
     """poptorch.Options for the training executable, or for one that evaluates."""
-    ipu = config.ipu
-    if process_of("ipu")[1] > 1:  # poprun says how many replicas there are
+    ipu, processes = config.ipu, process_of("ipu")[1]
+    if processes > 1:  # poprun says how many replicas there are
         options = importlib.import_module("popdist.poptorch").Options(
             ipus_per_replica=1 + max(stage.ipu for stage in stages)
         )
@@ -260,6 +260,7 @@ def make_options(poptorch, stages: Sequence[Stage], config: Config, half: bool, 
         options = poptorch.Options()
         options.replicationFactor(ipu.replication_factor)
     options.autoRoundNumIPUs(True)
+    options.relaxOptimizerAttributesChecks(True)  # torch gives an optimizer whose state was loaded attributes more
     options.randomSeed(seed)
     options.outputMode(poptorch.OutputMode.Sum)
     options.setExecutionStrategy(
@@ -283,14 +284,14 @@ def make_options(poptorch, stages: Sequence[Stage], config: Config, half: bool, 
         )
     options._Popart.setEngineOptions(engine_options)
     if training:
-        set_training_options(options, poptorch, ipu, half)
+        set_training_options(options, poptorch, config, half, processes)
     else:
         options.deviceIterations(len(stages))  # enough to fill the pipeline
     return options
 
 
-def set_training_options(options, poptorch, ipu: IpuConfig, half: bool) -> None:
-    popart = importlib.import_module("popart")
+def set_training_options(options, poptorch, config: Config, half: bool, processes: int) -> None:
+    popart, ipu = importlib.import_module("popart"), config.ipu
     options.deviceIterations(ipu.device_iterations)
     options.Training.gradientAccumulation(ipu.gradient_accumulation_steps)
     options.Training.accumulationAndReplicationReductionType(poptorch.ReductionType.Mean)
@@ -300,7 +301,7 @@ def set_training_options(options, poptorch, ipu: IpuConfig, half: bool) -> None:
     options.TensorLocations.setOptimizerLocation(
         poptorch.TensorLocationSettings()
         .useOnChipStorage(not ipu.optimizer_state_offchip)
-        .useReplicatedTensorSharding(ipu.replicated_tensor_sharding and ipu.replication_factor > 1)
+        .useReplicatedTensorSharding(ipu.replicated_tensor_sharding and ipu.replication_factor > processes)
     )
     # Accumulators stay on the device, and weights are updated where that needs the least memory, IPU 0's tied embedding
     # apart.
@@ -312,6 +313,12 @@ def set_training_options(options, poptorch, ipu: IpuConfig, half: bool) -> None:
     options._Popart.set("subgraphCopyingStrategy", int(popart.SubgraphCopyingStrategy.JustInTime))
     options._Popart.set("scheduleNonWeightUpdateGradientConsumersEarly", True)
     # The embedding's gather and the decoder share one layout and one accumulator, and are cut into the same parts.
+    # Each part is updated alone: LambSerialisedWeight adds up the squares of their norms, for the trust ratio of all.
     options._Popart.setPatterns(
-        {"TiedGather": True, "TiedGatherAccumulate": True, "UpdateInplacePrioritiesForIpu": True}
+        {
+            "TiedGather": True,
+            "TiedGatherAccumulate": True,
+            "UpdateInplacePrioritiesForIpu": True,
+            "LambSerialisedWeight": config.optimizer.trust_ratio_slices == 1,
+        }
     )

@@ -6,6 +6,7 @@ micro-batches.
 """
 
 import hashlib
+import logging
 import math
 import os
 import pathlib
@@ -27,6 +28,7 @@ from tests.poptorch_contract.processes import add_up
 __all__ = ["PoplarExecutor", "executors", "forget_executors", "ipus_available"]
 
 _made = []  # weak references, in order
+_wrapped = weakref.WeakSet()  # modules that a training executor has made its own
 _INPUT_TYPES = (torch.float32, torch.float16, torch.int32, torch.bool, torch.uint8, torch.int8)
 
 
@@ -38,6 +40,7 @@ def executors():
 def forget_executors():
     """Begins anew: attached executors no longer hold IPUs."""
     _made.clear()
+    _wrapped.clear()
 
 
 def ipus_available() -> int:
@@ -69,10 +72,17 @@ class PoplarExecutor:
             is ENUMS["ReductionType"].Mean
         )
         self._graph = self._optimizer = self._values = None
-        self._attached = self._dirty = False
+        self._attached = self._dirty = self._interrupted = False
+        self._watched = {}
         self._steps, self._trace = 0, []
         self._number = sum(1 for executor in executors() if executor._training)
         if training:
+            if model in _wrapped:
+                raise RuntimeError(
+                    "the model is wrapped in a trainingModel already: destroy() that one, if it was compiled, before "
+                    "the model is wrapped again"
+                )
+            _wrapped.add(model)
             self.setOptimizer(optimizer)
         _made.append(weakref.ref(self))
 
@@ -105,14 +115,33 @@ class PoplarExecutor:
                 self._optimizer.state_dict()
                 self._optimizer._executor = None
             optimizer._executor, self._optimizer = weakref.ref(self), optimizer
-            if self._attached:
-                self._write_state()
+            optimizer._is_loaded = self.isCompiled()
         self._values = values
+        self._warn_of_new_attributes()
+        self._write_loaded_state()
+
+    def _warn_of_new_attributes(self):
+        log = logging.getLogger("poptorch").warning
+        if self._options.called.get("relaxOptimizerAttributesChecks"):
+            log = logging.getLogger("poptorch").debug
+        for kind, names in self._optimizer._attributes():
+            new = names - self._watched.setdefault(kind, names)
+            if new:
+                log("Ignoring unexpected %s in %s optimizer: %s", kind, type(self._optimizer).__name__, sorted(new))
 
     def compile(self, *args, **kwargs):
         if self.isCompiled():
             warnings.warn("compile: the executor is compiled already, and stays as it is", stacklevel=2)
             return
+        if self._interrupted:
+            raise RuntimeError("compile: the compilation was interrupted, which leaves a wrapper of no use")
+        try:
+            self._compile(args, kwargs)
+        except KeyboardInterrupt:
+            self._interrupted = True
+            raise
+
+    def _compile(self, args, kwargs):
         inputs, self._structure = _flatten(args, kwargs)
         self._signature = [(tensor.shape, tensor.dtype) for tensor in inputs]
         names = [name for name, _ in self._model.named_parameters()]
@@ -133,7 +162,11 @@ class PoplarExecutor:
             graph = make_fx(self._step_of(names + list(buffers), strategy), tracing_mode="fake")(
                 weights, torch.ones(()), inputs
             )
-        self._ipus, self._parts = self._round(trace.ipus), trace.parts
+        # PopART updates a serialized weight part by part where micro-batches' gradients are accumulated; the pattern
+        # adds up the squares of the parts' norms, so that all have the trust ratio of the whole.
+        self._ipus, self._parts = self._round(trace.ipus), trace.parts if self._accumulation > 1 else {}
+        patterns = self._options.called.get("_Popart.setPatterns", {})
+        self._ratios = {} if patterns.get("LambSerialisedWeight", True) else self._parts
         if not self._offline:
             self._need_ipus()
         self._trace, self._graph = trace.events, graph
@@ -154,6 +187,7 @@ class PoplarExecutor:
             self.attachToDevice()
         if self._synthetic:
             inputs = [torch.zeros_like(tensor) for tensor in inputs]
+        self._write_loaded_state()
         batches = [self._cut(tensor.float() if tensor.is_floating_point() else tensor) for tensor in inputs]
         outputs = {}
         with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -210,6 +244,8 @@ class PoplarExecutor:
         if self.isCompiled():
             self.copyWeightsToHostIfNeeded()
             self._graph, self._attached = None, False
+            if self._training:
+                _wrapped.discard(self._model)
 
     # Tracing.
 
@@ -318,7 +354,8 @@ class PoplarExecutor:
                     gradient = gradients[name] / (parts * self._values["loss_scaling"])
                     first, second, *steps = self._moments[name]
                     step = steps[0] if steps else None
-                    new = updated(self._device[name], gradient, first, second, step, group)
+                    slices = self._ratios.get(name, 1)
+                    new = updated(self._device[name], gradient, first, second, step, group, slices)
                     for tensor, value in zip((self._device[name], first, second, *steps), new):
                         tensor.copy_(value)
 
@@ -375,6 +412,10 @@ class PoplarExecutor:
         if self._training:
             self._write_state()
 
+    def _write_loaded_state(self):
+        if self._training and self._attached and self._optimizer._is_loaded:
+            self._write_state()
+
     def _write_state(self):
         types = (self._optimizer.first_order_momentum_accum_type, self._optimizer.second_order_momentum_accum_type)
         if self._moments is None:
@@ -383,6 +424,7 @@ class PoplarExecutor:
                 + [torch.zeros(())] * self._optimizer.bias_correction
                 for name in self._trained
             }
+        self._optimizer._is_loaded = False
         if not self._optimizer.has_state():
             self._optimizer._is_stale = True
             return

@@ -21,8 +21,6 @@ _WHOLE = {name.split(".")[0] for name in FACTS["aten_ops_whole"]} - {"item", "_l
 # Read a tensor's value on the host while tracing, or lower to nothing.
 _REFUSED = {"item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__", "scaled_dot_product_attention"}
 _PRODUCT_NAMES = {"mm", "bmm", "addmm", "baddbmm", "mv", "dot"}
-_PRODUCTS = ("MmBackward", "BmmBackward", "AddmmBackward", "BaddbmmBackward", "MvBackward", "DotBackward")
-_VIEWS = ("ViewBackward", "UnsafeViewBackward", "ReshapeAliasBackward", "SqueezeBackward", "UnsqueezeBackward")
 
 
 class Event(NamedTuple):
@@ -49,7 +47,7 @@ class Trace:
         self.losses: List[torch.Tensor] = []
         self.inputs: List[torch.Tensor] = []
         self.places: Dict[int, Set[int]] = {}  # number of an input -> the IPUs whose operators take it
-        self.serialized: List[Tuple[torch.Tensor, int]] = []  # weights whose product is cut, and in how many parts
+        self.serialized: List[Tuple[torch.Tensor, int]] = []  # weights cut into rows, and how many parts
 
     @contextlib.contextmanager
     def open(self):
@@ -169,20 +167,13 @@ def _serialized_matmul(lhs, rhs, mode, factor, keep_precision):
         if factor < 1 or size % factor:
             raise ValueError(f"poptorch.serializedMatMul: factor {factor} does not divide the {size} of {mode.name}")
     _annotate("serializedMatMul", mode=mode, factor=factor, keep_precision=keep_precision)
-    Trace.current.serialized.append((rhs if rhs._base is None else rhs._base, factor))
+    if mode is modes.OutputChannels:
+        Trace.current.serialized.append((rhs if rhs._base is None else rhs._base, factor))
     return torch.matmul(lhs, rhs)
 
 
 def _set_available_memory(tensor, available_memory_proportion):
-    if not 0 < available_memory_proportion <= 1:
-        raise ValueError(f"poptorch.set_available_memory: {available_memory_proportion!r} is no share of 1")
-    node = tensor.grad_fn
-    while node is not None and node.name().startswith(_VIEWS):
-        node = node.next_functions[0][0]
-    if tensor.requires_grad and not (node is not None and node.name().startswith(_PRODUCTS)):
-        raise RuntimeError(
-            "poptorch.set_available_memory takes the result of a matrix product, not of %s" % (node and node.name())
-        )
+    # Of an operation that has no such setting it is the identity, and PopTorch passes on any number.
     _annotate("set_available_memory", available_memory_proportion=available_memory_proportion)
     return tensor
 

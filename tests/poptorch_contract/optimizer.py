@@ -36,18 +36,19 @@ class VariableAttributes:
 
 @from_facts("optim")
 class Optimizer:
-    """The state is fetched from the device when it is asked for, and written to it when an executor compiles or
-    attaches."""
+    """The state is fetched from the device when it is asked for. One that was loaded is written to it when an executor
+    attaches, by setOptimizer, or by the next step."""
 
     def _begin(self):
         self._ipu = {"ipu_state": None, "ipu_param": None}
         self._executor = None  # who has the state on its device: a weak reference
-        self._is_stale = False
+        self._is_stale = self._is_loaded = False
 
     def state_dict(self):
         executor = self._executor() if self._executor else None
         if executor is not None and self._is_stale:
             self.set_state_dict({**executor._read_state(), **torch.optim.Optimizer.state_dict(self)})
+            self._is_loaded = False
         return self.get_state_dict()
 
     def load_state_dict(self, state):
@@ -61,7 +62,7 @@ class Optimizer:
 
     def set_state_dict(self, state):
         self._ipu = {key: state[key] for key in ("ipu_state", "ipu_param")}
-        self._is_stale = False
+        self._is_stale, self._is_loaded = False, True
 
     def has_state(self):
         return self._ipu["ipu_state"] is not None and self._ipu["ipu_param"] is not None
@@ -70,12 +71,7 @@ class Optimizer:
         """What the executor takes over, and nothing that is changed later: the groups' numbers, with their parameters'
         names."""
         groups = []
-        for number, group in enumerate(self.param_groups):
-            unknown = sorted(set(group) - set(self.defaults) - {"params"})
-            if unknown:
-                raise ValueError(
-                    f"group {number} of {self._place} has {', '.join(unknown)}; a group takes {', '.join(self._group)}"
-                )
+        for number, group in enumerate(self.param_groups):  # other keys are left alone
             values = {name: self.defaults[name] if group.get(name) is None else group[name] for name in self._group}
             if not isinstance(values["betas"], tuple) or len(values["betas"]) != 2:
                 raise ValueError(f"group {number} of {self._place}: betas is a pair, not {values['betas']!r}")
@@ -88,6 +84,12 @@ class Optimizer:
             "groups": groups,
             "constants": {name for name in self._group + ("loss_scaling",) if self.variable_attrs.isConstant(name)},
         }
+
+    def _attributes(self):
+        """What PopTorch watches for attributes that come later: what it is, and their names."""
+        yield "default group variable", set(self.defaults)
+        for number, group in enumerate(self.param_groups):
+            yield f"group {number} attribute", set(group) - {"params"}
 
     def _end(
         self, given, bias_correction, accum_type, first_order_momentum_accum_type, second_order_momentum_accum_type
@@ -160,9 +162,10 @@ def check_constants(before, after) -> None:
         raise RuntimeError("setOptimizer: the groups have other parameters than at compilation")
 
 
-def updated(weight, gradient, first, second, step, group):
+def updated(weight, gradient, first, second, step, group, slices=1):
     """One update of one parameter: its new weight, first and second moment, and step where one is kept, all computed in
-    float32. `step` is the number of updates before; None is without bias correction."""
+    float32. `step` is the number of updates before; None is without bias correction. LAMB has a trust ratio for each
+    of `slices` equal parts of the rows."""
     beta1, beta2 = group["betas"]
     weight, gradient = weight.float(), gradient.float()
     first = beta1 * first.float() + (1 - beta1) * gradient
@@ -172,12 +175,12 @@ def updated(weight, gradient, first, second, step, group):
         after = [step + 1]
         m, v = first / (1 - beta1 ** after[0]), second / (1 - beta2 ** after[0])
     update = m / (v**0.5 + group["eps"]) + group["weight_decay"] * weight
-    ratio = 1.0
     if "max_weight_norm" in group:
-        weight_norm, update_norm = float((weight**2).sum() ** 0.5), float((update**2).sum() ** 0.5)
-        if min(weight_norm, group["max_weight_norm"]) > 0 and update_norm > 0:
-            ratio = min(weight_norm, group["max_weight_norm"]) / update_norm
-    return [weight - group["lr"] * ratio * update, first, second, *after]
+        for w, u in zip(weight.chunk(slices), update.chunk(slices)) if slices > 1 else [(weight, update)]:
+            weight_norm, update_norm = float((w**2).sum() ** 0.5), float((u**2).sum() ** 0.5)
+            if min(weight_norm, group["max_weight_norm"]) > 0 and update_norm > 0:
+                u *= min(weight_norm, group["max_weight_norm"]) / update_norm
+    return [weight - group["lr"] * update, first, second, *after]
 
 
 OPTIM = {"VariableAttributes": VariableAttributes, "Optimizer": Optimizer, "LAMB": LAMB, "AdamW": AdamW}

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bert.command_line import parse_command_line
-from bert.config import Config, IpuConfig
+from bert.config import Config, IpuConfig, OptimizerConfig
 from bert.engines import make_engine
 from bert.engines.ipu import make_options
 from bert.engines.ipu_optimizer import read_state, write_state
@@ -91,6 +91,7 @@ def assert_same_run(tmp_path, one, other, tolerance=1e-5):
         {"ipu__layers_per_ipu": "[2]"},
         {"ipu__recompute_checkpoint_every_layer": "false", "ipu__optimizer_state_offchip": "true"},
         {"ipu__operation_proportions.mlm_decoder": 0.1},
+        {"ipu__embedding_serialization_factor": 3, "optimizer__trust_ratio_slices": 3},
         {"task__nsp": "false"},
     ],
     ids=lambda options: " ".join(options) or "as it is",
@@ -377,6 +378,7 @@ def test_the_recipes_options_reach_poptorch(poptorch):
     assert called == {
         "replicationFactor": 4,
         "autoRoundNumIPUs": True,
+        "relaxOptimizerAttributesChecks": True,
         "randomSeed": 42,
         "outputMode": poptorch.OutputMode.Sum,
         "deviceIterations": 1,
@@ -396,6 +398,7 @@ def test_the_recipes_options_reach_poptorch(poptorch):
             "TiedGather": True,
             "TiedGatherAccumulate": True,
             "UpdateInplacePrioritiesForIpu": True,
+            "LambSerialisedWeight": True,
         },
     }
 
@@ -429,6 +432,22 @@ def test_the_place_of_the_moments_reaches_poptorch(poptorch, changes, value):
     )
 
 
+@pytest.mark.parametrize("processes, splits", [(2, True), (4, False)])
+def test_poprun_splits_the_moments_over_the_replicas_of_a_process(poptorch, monkeypatch, processes, splits):
+    for name, value in (("INSTANCES", processes), ("INDEX", 0), ("TOTAL_REPLICAS", 4)):
+        monkeypatch.setenv(f"STAND_IN_POPDIST_{name}", str(value))
+    location = options_of(poptorch, IpuConfig())["TensorLocations.setOptimizerLocation"]
+    assert location.called["useReplicatedTensorSharding"] == splits
+
+
+@pytest.mark.parametrize("slices", [1, 2])
+def test_a_ratio_for_each_slice_is_one_that_no_pattern_adds_up(poptorch, slices):
+    config = Config(optimizer=OptimizerConfig(trust_ratio_slices=slices), ipu=IpuConfig())
+    stages = make_stages(config.ipu.layers_per_ipu, config.ipu.matmul_proportion)
+    called = make_options(poptorch, stages, config, True, 42, True).called
+    assert called["_Popart.setPatterns"]["LambSerialisedWeight"] == (slices == 1)
+
+
 def test_a_profile_is_also_made_of_what_does_not_fit(poptorch):
     engine_options = options_of(poptorch, dataclasses.replace(IpuConfig(), profile_folder="profile"))[
         "_Popart.setEngineOptions"
@@ -454,6 +473,39 @@ def test_a_run_on_made_up_data_is_a_run(tmp_path, shards, poptorch):
     assert [line["step"] for line in read_lines(tmp_path)] == [1, 2, 3]
 
 
+def test_an_interrupted_compilation_is_made_again(tmp_path, shards, poptorch, monkeypatch):
+    batch = unpacked_batch(random_samples(np.random.default_rng(), 24, LENGTH, MASKS, VOCAB))
+    expected, engine = engine_for(tmp_path, shards), engine_for(tmp_path, shards)
+    expected.step(batch, 0.01, 1)
+    wrapped, need_ipus = poptorch.PoplarExecutor, poptorch.PoplarExecutor._need_ipus
+
+    def interrupt(executor):
+        monkeypatch.setattr(wrapped, "_need_ipus", need_ipus)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(wrapped, "_need_ipus", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        engine.step(batch, 0.01, 1)
+    engine.step(batch, 0.01, 1)
+    assert all(torch.equal(tensor, expected.weights()[name]) for name, tensor in engine.weights().items())
+
+
+def test_a_loaded_state_is_written_without_leaving_the_ipus_and_without_a_warning(
+    tmp_path, shards, poptorch, monkeypatch, caplog
+):
+    first, second = (unpacked_batch(random_samples(np.random.default_rng(), 24, LENGTH, MASKS, VOCAB)) for _ in "ab")
+    engine, other = engine_for(tmp_path, shards), engine_for(tmp_path, shards)
+    engine.step(first, 0.01, 1)
+    other.load_weights({name: tensor.clone() for name, tensor in engine.weights().items()})
+    other.load_optimizer_state({name: tensor.clone() for name, tensor in engine.optimizer_state().items()}, 0)
+    monkeypatch.setattr(poptorch.PoplarExecutor, "detachFromDevice", None)
+    for one in (engine, other):
+        one.step(second, 0.01, 2)
+    assert all(torch.equal(tensor, engine.weights()[name]) for name, tensor in other.weights().items())
+    assert all(torch.equal(tensor, engine.optimizer_state()[name]) for name, tensor in other.optimizer_state().items())
+    assert not [record for record in caplog.records if record.name == "poptorch" and record.levelname == "WARNING"]
+
+
 def test_the_optimizers_groups_are_the_recipes(tmp_path, shards, poptorch):
     engine = engine_for(tmp_path, shards, training__precision="auto")
     lamb, names = engine.optimizer, {id(parameter): name for name, parameter in engine.model.named_parameters()}
@@ -466,6 +518,14 @@ def test_the_optimizers_groups_are_the_recipes(tmp_path, shards, poptorch):
     ) == (False, 16384.0, torch.float16, torch.float16, torch.float32)
     assert sum(len(group["params"]) for group in lamb.param_groups) == len(names)
     for group in lamb.param_groups:
+        assert set(group) == {
+            "params",
+            "lr",
+            "betas",
+            "eps",
+            "weight_decay",
+            "max_weight_norm",
+        }  # PopTorch ignores others
         for name in (names[id(parameter)] for parameter in group["params"]):
             assert group["weight_decay"] == (0.0 if name.endswith("bias") or "LayerNorm" in name else 0.01), name
             assert (group["max_weight_norm"] == 0.0) == name.endswith("bias"), name

@@ -2,6 +2,7 @@
 block by block."""
 
 import collections
+import json
 
 import numpy as np
 import pytest
@@ -13,14 +14,17 @@ from bert.engines.ipu import IpuModel
 from bert.geometry import row_shape
 from bert.model.stages import make_stages, placement
 from bert.tasks import make_model, make_task
+from ops.ipu import MATMULS
 from tests.poptorch_contract import sdk
 from tests.poptorch_contract.operators import check
 
 pytestmark = pytest.mark.ipu
 
+VIEWS = ("view", "_unsafe_view", "reshape", "squeeze", "unsqueeze", "alias", "detach")
 
-def trace(poptorch, name, training=True):
-    config = parse_command_line(["--config", name, "--device", "ipu"])
+
+def trace(poptorch, name, training=True, options=()):
+    config = parse_command_line(["--config", name, "--device", "ipu", *options])
     ipu, task = config.ipu, make_task(config)
     stages = make_stages(ipu.layers_per_ipu, ipu.matmul_proportion)
     with torch.device("meta"):
@@ -72,3 +76,18 @@ def test_evaluation_drops_nothing_and_marks_no_loss(monkeypatch):
     _, _, traced, _ = trace(sdk(monkeypatch), "pod16_phase1.json", training=False)
     names = {event.name for event in traced.events}
     assert "mm" in names and not names & {"dropout", "poptorch.identity_loss"}
+
+
+def test_memory_proportions_are_those_of_products(monkeypatch):
+    """PopTorch takes any number, and ignores it after another operation."""
+    shares = {name: 0.1 + 0.01 * i for i, name in enumerate(MATMULS)}
+    options = ["--ipu.operation_proportions", json.dumps(shares)]
+    _, _, traced, _ = trace(sdk(monkeypatch), "pod16_phase2.json", options=options)
+    met, last = set(), None
+    for event in traced.events:
+        if event.name == "poptorch.set_available_memory":
+            assert last in ("mm", "bmm", "addmm", "baddbmm"), (event, last)
+            met.add(event.arguments["available_memory_proportion"])
+        elif event.name not in VIEWS:
+            last = event.name
+    assert met == set(shares.values())

@@ -116,7 +116,7 @@ def test_a_stage_is_on_one_ipu(poptorch):
 def test_annotations_are_recorded_and_checked(poptorch):
     modes = poptorch.MatMulSerializationMode
 
-    def product(factor=2, mode=modes.OutputChannels, proportion=0.2, of=lambda x: x):
+    def product(factor=2, mode=modes.OutputChannels, proportion: float = 0.2, of=lambda x: x):
         def odd(x):
             with poptorch.Attribute(__outline={"layer": "last"}):
                 y = of(poptorch.serializedMatMul(x, x.transpose(0, 1), mode, factor))
@@ -132,12 +132,13 @@ def test_annotations_are_recorded_and_checked(poptorch):
     for changes, error in (
         ({"factor": 3}, ValueError),
         ({"mode": modes.ReducingDim, "factor": 3}, ValueError),
-        ({"proportion": 0.0}, ValueError),
-        ({"of": torch.tanh}, RuntimeError),
+        ({"proportion": "0.2"}, TypeError),
         ({"mode": "output_channels"}, TypeError),
     ):
         with pytest.raises(error):
             compile_net(poptorch, odd=product(**changes))
+    for changes in ({"proportion": 0.0}, {"proportion": 1.5}, {"of": torch.tanh}):  # PopTorch takes these
+        compile_net(poptorch, odd=product(**changes))
     with pytest.raises(RuntimeError, match="traces"):
         poptorch.recomputationCheckpoint(torch.ones(2))
 
@@ -151,28 +152,6 @@ def test_an_input_goes_to_one_ipu(poptorch):
     model = Twice()
     with pytest.raises(RuntimeError, match="input 0 is taken by operators on IPUs 0 and 1"):
         poptorch.trainingModel(model, make_options(poptorch), make_lamb(poptorch, model)).compile(*make_batch())
-
-
-def test_the_moments_of_a_serialized_weight_come_in_parts(poptorch):
-    class Cut(Net):
-        def forward(self, x, labels):
-            self.odd = lambda y: (
-                y
-                + poptorch.serializedMatMul(
-                    torch.ones(len(y), 8, device=y.device, dtype=y.dtype),
-                    self.last.weight.t(),
-                    poptorch.MatMulSerializationMode.OutputChannels,
-                    C,
-                )
-            )
-            return super().forward(x, labels)
-
-    model = Cut()
-    optimizer = make_lamb(poptorch, model)
-    executor = poptorch.trainingModel(model, make_options(poptorch), optimizer)
-    executor.compile(*make_batch())
-    names = [name for name in optimizer.state_dict()["ipu_state"] if name.startswith("Accl2___")]
-    assert sum("Slice:0" in name for name in names) == C and "Accl2___model.last.weight" not in names
 
 
 def test_the_loss_is_marked_once(poptorch):
@@ -239,6 +218,32 @@ def test_without_ipus_an_executor_compiles_into_the_cache_and_does_not_run(popto
         executor(*make_batch())
     with pytest.raises(RuntimeError, match="2 IPUs are wanted"):
         compile_net(poptorch)
+
+
+def test_a_model_is_wrapped_once_until_its_executor_is_destroyed(poptorch):
+    model, _, executor = make_training(poptorch)
+    with pytest.raises(RuntimeError, match="wrapped in a trainingModel already"):
+        poptorch.trainingModel(model, make_options(poptorch), make_lamb(poptorch, model))
+    executor.destroy()  # which does nothing before it is compiled
+    with pytest.raises(RuntimeError, match="wrapped in a trainingModel already"):
+        poptorch.trainingModel(model, make_options(poptorch), make_lamb(poptorch, model))
+    executor.compile(*make_batch())
+    poptorch.inferenceModel(model, poptorch.Options().deviceIterations(2))
+    executor.destroy()
+    poptorch.trainingModel(model, make_options(poptorch), make_lamb(poptorch, model)).compile(*make_batch())
+
+
+def test_an_interrupted_compilation_leaves_a_wrapper_of_no_use(poptorch):
+    def interrupt(x):
+        raise KeyboardInterrupt
+
+    model, _, executor = make_training(poptorch, odd=interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        executor.compile(*make_batch())
+    model.odd = lambda x: x
+    assert not executor.isCompiled()
+    with pytest.raises(RuntimeError, match="interrupted"):
+        executor.compile(*make_batch())
 
 
 def test_executors_share_the_ipus_by_detaching(poptorch, monkeypatch):

@@ -135,7 +135,6 @@ def test_an_argument_of_the_wrong_name_or_type_is_refused(poptorch, call):
     [
         lambda p, o: o.deviceIterations(0),
         lambda p, o: o.setAvailableMemoryProportion({"0": 0.2}),
-        lambda p, o: o.setAvailableMemoryProportion({"IPU0": 1.5}),
         lambda p, o: o.outputMode(p.OutputMode.EveryN),
         lambda p, o: o._Popart.set("noSuchOption", True),
         lambda p, o: o._Popart.setPatterns({"TiedGathers": True}),
@@ -147,6 +146,12 @@ def test_an_argument_of_the_wrong_name_or_type_is_refused(poptorch, call):
 def test_a_value_that_poptorch_refuses_is_refused(poptorch, call):
     with pytest.raises(ValueError):
         call(poptorch, poptorch.Options())
+
+
+def test_any_memory_proportion_is_taken(poptorch):
+    for share in (0.0, 0.2, 1.5):
+        called = poptorch.Options().setAvailableMemoryProportion({"IPU0": share}).called
+        assert called["setAvailableMemoryProportion"] == {"IPU0": share}
 
 
 def test_options_chain_are_recorded_and_freeze_with_the_first_executor(poptorch):

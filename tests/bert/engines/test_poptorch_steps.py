@@ -81,11 +81,19 @@ def test_what_is_constant_cannot_be_set(poptorch):
         optimizer.variable_attrs.markAsConstant("momentum")
 
 
-def test_unknown_keys_of_a_group_are_named(poptorch):
+@pytest.mark.parametrize("relax", [False, True])
+def test_attributes_of_an_optimizer_are_warned_of_where_they_come_later(poptorch, caplog, relax):
     model = Net()
-    optimizer = poptorch.optim.LAMB([{"params": list(model.parameters()), "trust_ratio": True}], lr=0.1)
-    with pytest.raises(ValueError, match="trust_ratio"):
-        poptorch.trainingModel(model, make_options(poptorch), optimizer)
+    optimizer = poptorch.optim.LAMB([{"params": list(model.parameters()), "unknown": 1}], lr=0.1)
+    options = make_options(poptorch)
+    options.relaxOptimizerAttributesChecks(relax)
+    executor = poptorch.trainingModel(model, options, optimizer)
+    executor(*make_batch())
+    optimizer.load_state_dict(optimizer.state_dict())  # torch gives it a default more
+    executor.setOptimizer(optimizer)
+    warnings = [(record.name, record.message) for record in caplog.records if record.levelname == "WARNING"]
+    late = "Ignoring unexpected default group variable in LAMB optimizer: ['differentiable']"
+    assert warnings == [("poptorch", late)] * (not relax)
 
 
 def test_output_modes(poptorch):
@@ -196,6 +204,51 @@ def test_the_update_is_lamb(poptorch):
         executor(x, labels)
     executor.copyWeightsToHost()
     assert_same(dict(model.state_dict()), expected, rtol=1e-5, atol=1e-6)
+
+
+class Cut(Net):
+    """With a product of `last.weight` in two parts."""
+
+    def forward(self, x, labels):
+        import poptorch
+
+        def odd(y):
+            mode, ones = poptorch.MatMulSerializationMode.OutputChannels, torch.ones_like(y).repeat(1, 8 // C)
+            return y + poptorch.serializedMatMul(ones, self.last.weight.t(), mode, 2)
+
+        self.odd = odd
+        return super().forward(x, labels)
+
+
+@pytest.mark.parametrize("adds_up", [True, False])
+def test_a_serialized_weight_is_updated_in_parts_whose_trust_ratios_a_pattern_makes_one(poptorch, adds_up):
+    torch.manual_seed(1)
+    model, options, batch = Cut(), make_options(poptorch), make_batch()
+    options._Popart.setPatterns({"LambSerialisedWeight": adds_up})
+    with torch.no_grad():
+        model.last.weight[2:] *= 100
+    before, optimizer = model.last.weight.detach().clone(), make_lamb(poptorch, model)
+    executor = poptorch.trainingModel(model, options, optimizer)
+    executor(*batch)
+    executor.copyWeightsToHost()
+    state = optimizer.state_dict()["ipu_state"]
+    names = [f"Accl{i}___MatMul:MatMulRhsGradOp_Slice:0" for i in (1, 2)]
+    assert all(name in state and name + "/1" in state for name in names) and len(state) == 6 + 4
+    moments = [torch.cat([state[name], state[name + "/1"]]) for name in names]
+    update = moments[0] / (moments[1].sqrt() + 1e-6) + 0.1 * before
+    parts = [(before, update)] if adds_up else list(zip(before.chunk(2), update.chunk(2)))
+    expected = torch.cat([w - 0.05 * w.norm() / u.norm() * u for w, u in parts])
+    torch.testing.assert_close(model.last.weight.detach(), expected)
+
+
+def test_without_accumulation_a_serialized_weight_is_updated_whole(poptorch):
+    model = Cut()
+    optimizer = make_lamb(poptorch, model)
+    options = poptorch.Options().setExecutionStrategy(poptorch.ShardedExecution())
+    options._Popart.setPatterns({"LambSerialisedWeight": False})
+    executor = poptorch.trainingModel(model, options, optimizer)
+    executor(*make_batch())
+    assert not any("Slice" in name for name in optimizer.state_dict()["ipu_state"])
 
 
 @pytest.mark.parametrize("bias_correction", [True, False])
@@ -311,19 +364,23 @@ def test_a_state_that_lacks_a_tensor_warns_and_one_of_torch_is_refused(poptorch)
         optimizer.load_state_dict({"state": {}, "param_groups": state["param_groups"]})
 
 
-def test_a_state_loaded_after_compilation_waits_for_the_next_attachment(poptorch):
+@pytest.mark.parametrize("by", ["setOptimizer", "the step", "attachToDevice"])
+def test_a_state_loaded_after_compilation_is_written(poptorch, by):
     _, optimizer, executor = make_training(poptorch)
     executor(*make_batch())
-    zero = optimizer.state_dict()
-    zero["ipu_state"] = {name: torch.zeros_like(tensor) for name, tensor in zero["ipu_state"].items()}
-    optimizer.load_state_dict(zero)
+    state = optimizer.state_dict()
+    state["ipu_state"] = {name: torch.zeros_like(tensor) for name, tensor in state["ipu_state"].items()}
+    executor(*make_batch(seed=1))
+    optimizer.load_state_dict(state)
+    if by == "setOptimizer":
+        executor.setOptimizer(optimizer)
+        assert not any(tensor.any() for tensor in executor._tensors().values())
+    if by == "attachToDevice":
+        executor.detachFromDevice()
+        executor.attachToDevice()
     executor(*make_batch())
-    kept = optimizer.state_dict()["ipu_state"]["Accl2___model.first.weight"].sum()
-    optimizer.load_state_dict(zero)
-    executor.detachFromDevice()
-    executor.attachToDevice()
-    executor(*make_batch())
-    assert 0 < optimizer.state_dict()["ipu_state"]["Accl2___model.first.weight"].sum() < 0.6 * kept
+    m, v = (optimizer.state_dict()["ipu_state"][f"Accl{i}___model.first.weight"] for i in (1, 2))
+    torch.testing.assert_close(v, 0.01 * (m / 0.1) ** 2)  # both of one gradient, not of three
 
 
 def test_detaching_keeps_weights_and_state(poptorch):
