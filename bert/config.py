@@ -207,7 +207,7 @@ class IpuConfig:
     executable_cache_dir: str = "./exe_cache"
     """Folder that keeps compiled executables."""
     synthetic_data: bool = False
-    """Let the IPUs generate their input, to measure them without the host."""
+    """Let the IPUs generate their input, to measure them without the host; no losses, nothing saved."""
     profile_folder: Optional[str] = None
     """Folder for a profile that PopVision reads, also of a model that does not fit."""
 

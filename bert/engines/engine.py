@@ -31,6 +31,9 @@ class Engine(Protocol):
     """How many optimizer steps a call of `step` does, on as many global batches in one."""
     asynchronous: bool
     """Whether `step` returns before the device is done: its metrics can be read after `wait_for`."""
+    made_up: bool
+    """Whether it computes with made-up input, for its speed alone: it has no metrics of the task then, and nothing of
+    it is to be saved."""
     rank: int
     """Of this process; 0 writes the run's folder."""
     world_size: int

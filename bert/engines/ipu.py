@@ -74,6 +74,7 @@ class IpuEngine:
     def __init__(self, config: Config, task: Task, model: Model):
         self.poptorch = importlib.import_module("poptorch")
         self.config, self.ipu, self.task, self.model = config, config.ipu, task, model
+        self.made_up = config.ipu.synthetic_data
         self.stages = make_stages(config.ipu.layers_per_ipu, config.ipu.matmul_proportion)
         self.micro_batch_size, self.steps_per_call = config.ipu.micro_batch_size, config.ipu.device_iterations
         self.steps_done = 0
@@ -155,8 +156,8 @@ class IpuEngine:
     def step(
         self, batch: Arrays, learning_rate: float, step: int, progress: Callable[[int], None] = ignore_progress
     ) -> Dict[str, torch.Tensor]:
-        """Metrics are means over the rows of this process; PopART skips no update. It is not to be interrupted but
-        while it compiles."""
+        """Metrics are means over the rows of this process, none with ipu.synthetic_data; PopART skips no update. It is
+        not to be interrupted but while it compiles."""
         with cancellable():
             self.prepare()
         for group in self.optimizer.param_groups:
@@ -170,8 +171,7 @@ class IpuEngine:
             name: total.float().sum() / float(share[weights].sum(dtype=np.float64))
             for (name, weights), total in zip(self.task.metrics.items(), sums)
         }
-        metrics["skipped_updates"] = torch.tensor(0)
-        return metrics
+        return {**({} if self.made_up else metrics), "skipped_updates": torch.tensor(0)}
 
     def share(self, batch: Arrays) -> Arrays:
         # Of each of the call's global batches the same part, without a copy where there is one batch.

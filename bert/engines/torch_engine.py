@@ -40,6 +40,7 @@ class TorchEngine:
     """
 
     steps_per_call, rank, world_size = 1, 0, 1
+    made_up = False
 
     def __init__(self, config: Config, task: Task, model: Model, device: TorchDevice, micro_batch_size: int):
         device.start()

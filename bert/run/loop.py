@@ -57,8 +57,10 @@ class Run:
     """The step of the newest checkpoint."""
 
     def save(self) -> None:
-        """Writes a checkpoint. Raises Diverged where weights are not finite."""
+        """Writes a checkpoint, but none of what is made up. Raises Diverged where weights are not finite."""
         config, engine = self.config, self.engine
+        if engine.made_up:
+            return
         weights, optimizer_state = engine.weights(), engine.optimizer_state()  # of all processes together
         if not all(torch.isfinite(tensor).all() for tensor in weights.values()):
             raise Diverged(f"step {engine.steps_done}: weights are not finite")
@@ -118,7 +120,7 @@ def train(config: Config, make_model: Callable[[Config, Task], Model] = make_mod
             run_steps(run, first)
         except Diverged as error:
             raise Diverged(f"{error}. {advice_for_divergence(config)}")
-        if engine.steps_done == config.training.max_steps:
+        if engine.steps_done == config.training.max_steps and not engine.made_up:
             finish(config, engine)
     return engine.steps_done
 
@@ -252,6 +254,8 @@ def log_what_runs(
     logger.info(
         f"data: {data_set.samples} samples in {shards} shards; {training.max_steps} steps are {epochs:.2f} epochs"
     )
+    if engine.made_up:
+        logger.info("ipu.synthetic_data: IPUs make up their input, so no losses are reported and nothing is saved")
     if checkpoint or training.start_from:
         logger.info("%s %s", "continues from" if checkpoint else "starts from", checkpoint or training.start_from)
 

@@ -80,8 +80,8 @@ class MetricsLog:
             return
         self.engine.wait_for(self.due.step)
         seconds = time.perf_counter() - self.since
-        values = line_of(self.due, self.engine.task, seconds, self.waited)
-        if not math.isfinite(values["loss"]):
+        values = line_of(self.due, self.engine, seconds, self.waited)
+        if not math.isfinite(values.get("loss", 0.0)):
             parts = [f"the {panel.title} is {values[panel.loss]:f}" for panel in self.engine.task.panels]
             raise Diverged(f"step {self.due.step}: {', '.join(parts)}")
         seconds_a_step = seconds / (len(self.due.metrics) * self.engine.steps_per_call)
@@ -96,9 +96,12 @@ class MetricsLog:
 
     def show(self, values: Dict[str, Any], seconds_left: float) -> None:
         """The line for people."""
-        skipped = values["skipped_updates"]
+        skipped, words = (
+            values["skipped_updates"],
+            f"{task_words(self.engine.task, values)}  " if "loss" in values else "",
+        )
         logger.info(
-            f"step {values['step']}/{self.last_step}  {task_words(self.engine.task, values)}  "
+            f"step {values['step']}/{self.last_step}  {words}"
             f"lr {values['learning_rate']:.2e}  {values['sequences_per_second']:.1f} seq/s  "
             f"data wait {100 * values['data_wait_fraction']:.1f} %"
             f"{f'  {skipped} updates skipped' if skipped else ''}  {duration(seconds_left)} left"
@@ -115,12 +118,14 @@ def open_board(folder: str, first_step: int) -> Any:
     return SummaryWriter(folder, purge_step=first_step)
 
 
-def line_of(due: Line, task: Task, seconds: float, waited: float) -> Dict[str, Any]:
-    """The object in metrics.jsonl."""
-    means = {name: sum(float(values[name]) for values in due.metrics) / len(due.metrics) for name in task.metrics}
+def line_of(due: Line, engine: Engine, seconds: float, waited: float) -> Dict[str, Any]:
+    """The object in metrics.jsonl; of made-up input without losses."""
+    task, means = engine.task, {}
+    if not engine.made_up:
+        means = {name: sum(float(values[name]) for values in due.metrics) / len(due.metrics) for name in task.metrics}
+        means = {"loss": sum(means[panel.loss] for panel in task.panels), **means}
     return {
         "step": due.step,
-        "loss": sum(means[panel.loss] for panel in task.panels),
         **means,
         "learning_rate": due.learning_rate,
         "sequences_per_second": due.samples / seconds,

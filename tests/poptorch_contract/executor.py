@@ -205,7 +205,7 @@ class PoplarExecutor:
         self._need_attached()
         with torch.no_grad():
             for name, tensor in self._state().items():
-                tensor.copy_(self._device[name])
+                tensor.copy_(self._from_device(self._device[name]))
         self._dirty = False
 
     def copyWeightsToHostIfNeeded(self):
@@ -362,7 +362,7 @@ class PoplarExecutor:
     def _collect(self, outputs, i, dtype):
         """One output over the whole step, as the output mode says: [N], or concatenated along the first dimension."""
         modes = ENUMS["OutputMode"]
-        values = {key: tensors[i] * (0 if self._synthetic else 1) for key, tensors in outputs.items()}
+        values = {key: self._from_device(tensors[i]) for key, tensors in outputs.items()}
         if self._output_mode is modes.All:
             chosen = list(values.values())
         elif self._output_mode is modes.Final:
@@ -384,6 +384,12 @@ class PoplarExecutor:
         return (torch.cat(chosen) if chosen[0].dim() else torch.stack(chosen)).to(dtype)
 
     # The device's weights and state.
+
+    def _from_device(self, tensor):
+        """What comes back to the host: with synthetic data nothing, so that the memory for it is uninitialised."""
+        if not self._synthetic:
+            return tensor
+        return torch.full_like(tensor, math.nan if tensor.is_floating_point() else -12345)
 
     def _need_compiled(self):
         if not self.isCompiled():
@@ -461,7 +467,7 @@ class PoplarExecutor:
     def _read_state(self):
         self._need_compiled()
         return {
-            "ipu_state": {key: tensor.clone() for key, tensor in self._tensors().items()},
+            "ipu_state": {key: self._from_device(tensor).clone() for key, tensor in self._tensors().items()},
             "ipu_param": {"lossScaling_FLOAT": torch.tensor(self._values["loss_scaling"])},
         }
 

@@ -21,7 +21,7 @@ from data.errors import InputError
 from data.rows import unpacked_batch
 from run_pretraining import main
 from tests import ROOT
-from tests.bert.run.runs import LENGTH, MASKS, VOCAB, arguments, make_shards, read_lines
+from tests.bert.run.runs import LENGTH, MASKS, VOCAB, arguments, checkpoints, make_shards, read_lines
 from tests.make_samples import random_samples
 from tests.poptorch_contract import python_path, sdk
 
@@ -467,10 +467,29 @@ def test_the_simulator_needs_no_ipus_and_keeps_no_executable(tmp_path, shards, p
     assert "device: ipu (PopTorch without hardware)" in capsys.readouterr().out and len(read_lines(tmp_path)) == 3
 
 
-def test_a_run_on_made_up_data_is_a_run(tmp_path, shards, poptorch):
-    changes = {**EXACT, **GEOMETRY, "ipu__executable_cache_dir": tmp_path / "exe", "ipu__synthetic_data": "true"}
-    assert main(arguments(tmp_path, shards, **changes)) == 0
-    assert [line["step"] for line in read_lines(tmp_path)] == [1, 2, 3]
+@pytest.mark.parametrize("begun", [0, 1])
+def test_a_run_on_made_up_data_reports_its_speed_alone_never_diverges_and_saves_nothing(
+    tmp_path, shards, poptorch, capsys, begun
+):
+    changes = {**EXACT, **GEOMETRY, "ipu__executable_cache_dir": tmp_path / "exe", "training__save_every": 1}
+    changes.update(data__files=shards / "train-00000.h5", data__held_out_files=shards / "train-00001.h5", resume="auto")
+    if begun:
+        assert main(arguments(tmp_path, shards, **changes, training__stop_at_step=begun)) == 0
+    saved = checkpoints(tmp_path)
+    assert main(arguments(tmp_path, shards, **changes, ipu__synthetic_data="true")) == 0
+    lines = read_lines(tmp_path)[begun:]
+    assert [line["step"] for line in lines] == [1, 2, 3][begun:] and all(line["sequences_per_second"] for line in lines)
+    assert not any("loss" in key or "accuracy" in key for line in lines for key in line)
+    assert checkpoints(tmp_path) == saved and len(saved) == begun
+    assert not {"curve.png", "held_out.json", "state.json"} & set(os.listdir(tmp_path / "run"))
+    output = capsys.readouterr().out
+    assert "IPUs make up their input, so no losses are reported and nothing is saved" in output
+    assert "nan" not in output and "seq/s" in output
+
+
+def test_made_up_data_of_ipus_is_none_of_the_cpus(tmp_path, shards):
+    assert main(arguments(tmp_path, shards, **{**EXACT, "ipu__synthetic_data": "true"})) == 0
+    assert all(line["loss"] > 0 for line in read_lines(tmp_path)) and newest(tmp_path, "run")
 
 
 def test_an_interrupted_compilation_is_made_again(tmp_path, shards, poptorch, monkeypatch):

@@ -383,6 +383,14 @@ def test_a_state_loaded_after_compilation_is_written(poptorch, by):
     torch.testing.assert_close(v, 0.01 * (m / 0.1) ** 2)  # both of one gradient, not of three
 
 
+def test_what_comes_back_with_synthetic_data_is_uninitialised(poptorch):
+    model, optimizer, executor = make_training(poptorch, make_options(poptorch).enableSyntheticData(True))
+    assert executor(*make_batch())[0].isnan()
+    assert all(tensor.isnan().all() for tensor in optimizer.state_dict()["ipu_state"].values())
+    executor.copyWeightsToHost()
+    assert model.first.weight.isnan().all()
+
+
 def test_detaching_keeps_weights_and_state(poptorch):
     batches = [make_batch(seed=seed) for seed in range(3)]
     model, optimizer, executor = make_training(poptorch)
