@@ -197,7 +197,9 @@ class IpuConfig:
     recompute_checkpoint_every_layer: bool = True
     """Keep each layer's input for the backward pass and recompute what follows it."""
     replicated_tensor_sharding: bool = True
-    """Split the optimizer's state over the replicas."""
+    """Split the optimizer's state over the replicas, under poprun over those of one process."""
+    instances: PositiveInt = 1
+    """Processes that poprun starts for all replicas, for --plan; a run asks poprun."""
     optimizer_state_offchip: bool = False
     """Keep the optimizer's state in the host's memory."""
     enable_half_partials: bool = True

@@ -116,12 +116,13 @@ def make_ipu_plan(config: Config, traced: Optional[Trace] = None) -> IpuPlan:
 
 
 def optimizer_bytes(config: Config, parameters: int) -> int:
-    """Bytes that LAMB and AdamW keep on one IPU: two moments of each parameter, of which the first may be float16."""
+    """Bytes that LAMB and AdamW keep on one IPU: two moments of each parameter, of which the first may be float16. They
+    are split over the replicas of one process."""
     ipu = config.ipu
     if ipu.optimizer_state_offchip:
         return 0
     half = ipu.enable_half_first_order_momentum and config.training.precision != "float32"
-    replicas = ipu.replication_factor if ipu.replicated_tensor_sharding else 1
+    replicas = ipu.replication_factor // ipu.instances if ipu.replicated_tensor_sharding else 1
     return -(-parameters * (6 if half else 8) // replicas)
 
 

@@ -96,6 +96,7 @@ def other_pods(config: Config, speed: Speed) -> List[Tuple[int, float, bool]]:
     """(IPUs, seconds of a step, whether it fits) of the pods that can do the same global batch with the same
     micro-batches."""
     ipus, replicas = len(config.ipu.layers_per_ipu), config.ipu.replication_factor
+    of_a_process = replicas // config.ipu.instances
     rows, micro_batch = config.training.global_batch_size, config.ipu.micro_batch_size
     pods = []
     for pod in POD_IPUS:
@@ -103,6 +104,7 @@ def other_pods(config: Config, speed: Speed) -> List[Tuple[int, float, bool]]:
         can_do = pod % ipus == rest == 0 and accumulation > speed.plan.filling
         if can_do and pod != ipus * replicas:
             settings = {"ipu.replication_factor": pod // ipus, "ipu.gradient_accumulation_steps": accumulation}
+            settings["ipu.instances"] = max(1, pod // ipus // of_a_process)
             other = make_ipu_plan(with_settings(config, settings), speed.plan.trace)
             pods.append((pod, speed.cycle * other.cycles, other.fullest_share <= 1))
     return pods

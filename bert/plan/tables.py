@@ -38,12 +38,14 @@ def memory_lines(config: Config, plan: IpuPlan) -> List[str]:
     for number, memory in enumerate(plan.memory):
         sizes = [f"{size / MIB:.1f}" for size in (*memory.parts.values(), memory.total)]
         rows.append([str(number), *sizes, percent(memory.total / IPU_BYTES), memory.operation])
-    ipu, replicas = config.ipu, config.ipu.replication_factor
+    ipu, replicas = config.ipu, config.ipu.replication_factor // config.ipu.instances
     where = "whole on each replica"
     if ipu.optimizer_state_offchip:
         where = "in the host's memory"
     elif ipu.replicated_tensor_sharding and replicas > 1:
         where = f"1/{replicas} of them on each replica"
+        if ipu.instances > 1:
+            where += f" (poprun's {ipu.instances} processes have {replicas} each)"
     moments = f"{optimizer_name(config)}'s two moments, {where}"
     precision = "float32" if config.training.precision == "float32" else "float16"
     activations = "computed anew from a stash" if len(plan.stages) > 1 else "what the backward pass needs"

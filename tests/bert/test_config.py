@@ -135,9 +135,10 @@ def test_a_pod_of_another_size_accumulates_to_the_same_global_batch(large, phase
         state = (
             {"ipu.optimizer_state_offchip"} if large and replicas < 4 else set()
         )  # for BERT-large's, split over fewer replicas, no room
-        assert differing(of_pod16, config) <= {"ipu.replication_factor", "ipu.gradient_accumulation_steps"} | state
+        geometry = {"ipu.replication_factor", "ipu.gradient_accumulation_steps", "ipu.instances"}
+        assert differing(of_pod16, config) <= geometry | state
         ipu = config.ipu
-        assert ipu.replication_factor == replicas
+        assert ipu.replication_factor == replicas and ipu.instances == max(1, replicas // 4)
         assert ipu.micro_batch_size * ipu.gradient_accumulation_steps * replicas == of_pod16.training.global_batch_size
 
 
@@ -417,6 +418,10 @@ BAD = [
     (
         {"device": "ipu", "optimizer": {"trust_ratio_slices": 2}},
         ["own.json", "optimizer.trust_ratio_slices is 2", "expected 1, as one part is updated"],
+    ),
+    (
+        {"device": "ipu", "ipu": {"instances": 3}},
+        ["own.json", "ipu.instances is 3", "a divisor of ipu.replication_factor, 4"],
     ),
     ({"base": 3}, ["own.json", "base is 3", "path or name"]),
     ({"base": "nowhere.json"}, ["own.json", 'base is "nowhere.json"', "no such config", "pod16_phase1.json"]),

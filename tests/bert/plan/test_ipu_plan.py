@@ -111,6 +111,8 @@ def test_checkpoints_of_layers_cost_stashes_and_save_activations():
         ("", 3 / 4),  # 2 + 4 bytes a parameter beside the weight's 2, over 4 replicas
         ("--ipu.replicated_tensor_sharding false", 3),
         ("--ipu.replication_factor 1", 3),
+        ("--ipu.instances 2", 3 / 2),  # over the 2 replicas of one process
+        ("--ipu.instances 4", 3),
         ("--ipu.enable_half_first_order_momentum false", 1),
         ("--ipu.optimizer_state_offchip true", 0),
         ("--training.precision float32", 1 / 2),  # 4 + 4 bytes a parameter beside the weight's 4, over 4 replicas
@@ -119,6 +121,11 @@ def test_checkpoints_of_layers_cost_stashes_and_save_activations():
 def test_the_optimizers_state_is_split_over_replicas_halved_or_off_the_chip(options, share_of_weights, optimizer):
     plan = plan_of("pod16_phase1", f"--optimizer.name {optimizer} {options}")
     assert sizes(plan, "optimizer") == [int(size * share_of_weights) for size in sizes(plan, "weights")]
+
+
+@pytest.mark.parametrize("options, full", [("", 0.911), ("--ipu.instances 1", 0.806)])
+def test_large_pod64_is_as_full_as_the_replicas_of_one_process_make_it(options, full):
+    assert plan_of("large_pod64_phase2_packed", options).fullest_share == pytest.approx(full, abs=1e-3)
 
 
 def test_temporaries_stay_within_the_memory_proportion_and_a_factor_makes_them_less():

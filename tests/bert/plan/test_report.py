@@ -41,6 +41,8 @@ def test_the_estimate_of_another_config_is_its_own():
     assert pods[64] == (pytest.approx(Speed(plan_of("pod64_phase1"), efficiency).step), True)
     large = other_pods(config_of("large_pod16_phase1"), Speed(plan_of("large_pod16_phase1"), efficiency))
     assert [(ipus, fits) for ipus, _, fits in large] == [(4, False), (8, False), (32, True), (64, True)]
+    large = other_pods(config_of("large_pod64_phase1"), Speed(plan_of("large_pod64_phase1"), efficiency))
+    assert [(ipus, fits) for ipus, _, fits in large] == [(4, False), (8, False), (16, True), (32, True)]
 
 
 def test_the_run_takes_its_steps_times_a_step():
@@ -54,6 +56,8 @@ def test_the_plan_names_the_optimizer(monkeypatch):
     options = "--optimizer.name adamw"
     lines = ipu_report(config_of("pod16_phase1", options), plan_of("pod16_phase1", options), DataFacts())
     assert any("optimizer: AdamW's two moments, 1/4 of them on each replica." in line for line in lines)
+    lines = ipu_report(config_of("pod64_phase1"), plan_of("pod64_phase1"), DataFacts())
+    assert any("1/4 of them on each replica (poprun's 4 processes have 4 each)." in line for line in lines)
     monkeypatch.setattr("bert.plan.measured.measure", lambda config, rows: Measured("here", 100, 0.5, 0.25))
     lines = measured_report(config_of("cpu_small", "--optimizer.name muon"), DataFacts(), "")
     assert any("Muon's update 0.250 s" in line for line in lines)

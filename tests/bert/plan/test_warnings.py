@@ -62,6 +62,13 @@ def test_float16_is_the_first_remedy_of_float32():
     assert lines[2].endswith("still too much")
 
 
+def test_sharding_is_no_remedy_where_each_process_has_one_replica():
+    options = "--ipu.micro_batch_size 128 --ipu.replicated_tensor_sharding false"
+    sharding = "ipu.replicated_tensor_sharding true"
+    assert any(sharding in line for line in warnings_for("pod16_phase1", options))
+    assert not any(sharding in line for line in warnings_for("pod16_phase1", f"{options} --ipu.instances 4"))
+
+
 def test_where_nothing_is_enough_more_ipus_are_named():
     lines = warnings_for("large_pod16_phase1", "--ipu.layers_per_ipu [24] --ipu.matmul_proportion 0.2")
     assert any("all of these together" in line and "still too much. More IPUs" in line for line in lines)
