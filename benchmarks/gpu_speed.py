@@ -210,11 +210,11 @@ def peer_rate(phase: str, bench: Bench, figures: Figures) -> str:
     compiled = bench.device == "cuda"
     bench.release()
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True  # PyTorch's default, as its users have it
-    tried = Transformers(bench.device, config, samples, False).choose_rows()
-    figures["micro_batches_tried"] = tried
-    best = min(tried, key=lambda rows: tried[rows])
+    tried = Transformers(bench.device, config, samples, False).choose()
+    figures["micro_batches_tried"] = {f"{rows} rows": seconds for (rows, _), seconds in tried.items()}
+    best = min(tried, key=lambda way: tried[way])
     bench.release()
-    way = Transformers(bench.device, config, samples, compiled, best)
+    way = Transformers(bench.device, config, samples, compiled, *best)
     return rate(phase, way, bench, figures)
 
 

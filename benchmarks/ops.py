@@ -3,11 +3,14 @@
     python benchmarks/ops.py --json ops.json --plot ops.png
 
 All ways of an operation get the same random tensors and take turns. Gradients of parameters are added to those that are
-there, as between the micro-batches of a step. FLOP/s count useful work only (attention within samples) and are held
-against a matrix product.
+there, as between the micro-batches of a step: in float32, whatever the type of the tensors. FLOP/s count useful work
+only (attention within samples) and are held against the fastest matrix product of any library.
 
-Shape letters: R rows, L tokens of a row, T tokens in all (R * L: no row has padding), H hidden, A heads, D head size, V
-vocabulary.
+On the CPU a second table has the products of a linear layer by themselves, each as the libraries have it: its output
+and the gradients of its input and its weight.
+
+Shape letters: R rows, L tokens of a row, T tokens in all (R * L: no row has padding), I input and O output features, H
+hidden, A heads, D head size, V vocabulary.
 """
 
 import functools
@@ -22,8 +25,10 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from benchmarks.plot import draw_bars
 from benchmarks.report import make_parser, median, print_table, write_json
 from benchmarks.synthetic import draw_lengths
-from benchmarks.timing import device_name, gemm_rate, timed
+from benchmarks.timing import best_time, device_name, gemm_rate, timed
+from bert.engines.torch_devices import Cpu, Cuda, choose_precision
 from bert.text import count_of
+from ops import native
 from ops.attention import CuSeqlens, SampleMask, attention, attention_plain, has_varlen_kernel, same_sample_mask
 from ops.linear import (
     linear_dropout_add_norm,
@@ -52,7 +57,7 @@ class Case(NamedTuple):
     """of both passes"""
 
 
-def attention_case(rows, length, random):
+def attention_case(rows, length, random, _):
     query, key, value = [random(rows * length, HIDDEN) for _ in range(3)]
     samples = sample_ids(rows, length)
     mask = same_sample_mask(torch.from_numpy(samples)).to(query.device)
@@ -74,9 +79,9 @@ def attention_case(rows, length, random):
     return Case(ways, [query, key, value], flops=12 * HIDDEN * np.square(lengths, dtype=np.float64).sum())
 
 
-def linears_case(rows, length, random):
+def linears_case(rows, length, random, parameter):
     x = random(rows * length, HIDDEN)
-    arguments = x, [random(HIDDEN, HIDDEN, std=0.02) for _ in range(3)], [random(HIDDEN) for _ in range(3)]
+    arguments = x, [parameter(HIDDEN, HIDDEN) for _ in range(3)], [parameter(HIDDEN) for _ in range(3)]
     return Case(
         {"plain": lambda: linears_plain(*arguments), "this project's": lambda: linears(*arguments)},
         [x],
@@ -84,8 +89,8 @@ def linears_case(rows, length, random):
     )
 
 
-def linear_gelu_case(rows, length, random):
-    arguments = x, _, _ = random(rows * length, HIDDEN), random(4 * HIDDEN, HIDDEN, std=0.02), random(4 * HIDDEN)
+def linear_gelu_case(rows, length, random, parameter):
+    arguments = x, _, _ = random(rows * length, HIDDEN), parameter(4 * HIDDEN, HIDDEN), parameter(4 * HIDDEN)
     return Case(
         {"plain": lambda: linear_gelu_plain(*arguments), "this project's": lambda: linear_gelu(*arguments)},
         [x],
@@ -93,10 +98,10 @@ def linear_gelu_case(rows, length, random):
     )
 
 
-def linear_norm_case(rows, length, random):
+def linear_norm_case(rows, length, random, parameter):
     x, residual = random(rows * length, 4 * HIDDEN), random(rows * length, HIDDEN)
-    weight = random(HIDDEN, 4 * HIDDEN, std=0.02)
-    arguments = x, weight, random(HIDDEN), residual, random(HIDDEN), random(HIDDEN), 1e-3, DROPOUT
+    weight, bias, norm_weight, norm_bias = parameter(HIDDEN, 4 * HIDDEN), *(parameter(HIDDEN) for _ in range(3))
+    arguments = x, weight, bias, residual, norm_weight, norm_bias, 1e-3, DROPOUT
     return Case(
         {
             "plain": lambda: linear_dropout_add_norm_plain(*arguments),
@@ -107,9 +112,9 @@ def linear_norm_case(rows, length, random):
     )
 
 
-def decoder_loss_case(rows, length, random):
+def decoder_loss_case(rows, length, random, parameter):
     slots = int(0.15 * rows * length)
-    hidden, decoder, bias = random(slots, HIDDEN), random(VOCAB, HIDDEN, std=0.02), random(VOCAB, std=0.02)
+    hidden, decoder, bias = random(slots, HIDDEN), parameter(VOCAB, HIDDEN), parameter(VOCAB)
     labels, weights = torch.randint(VOCAB, (slots,)).to(hidden.device), torch.rand(slots, device=hidden.device) / slots
     ways = {"plain": lambda: linear_cross_entropy_plain(hidden, decoder, bias, labels, weights)[0]}
     for way, factor in (("this project's", None), ("in 1 part", 1), ("in 4 parts", 4)):
@@ -157,17 +162,83 @@ def measure(case, device, rounds):
     return {way: median(values) for way, values in seconds.items()}
 
 
+USES = 8  # micro-batches of a step, for which weights are packed once
+
+
+def product_ways(features, outputs, dtype):
+    """{product: {way: (work, products in it)}} of 1,024 tokens on the CPU."""
+    tokens = GEMM_SHAPE["cpu"][0]
+    x, gradient = torch.randn(tokens, features).to(dtype), torch.randn(tokens, outputs).to(dtype)
+    weight = with_master((0.02 * torch.randn(outputs, features)).to(dtype).requires_grad_())
+    total = native.grad_of(weight)
+
+    def add_product():
+        total.add_(gradient.t() @ x) if dtype == torch.bfloat16 else total.addmm_(gradient.t(), x)
+
+    def for_a_step(product):
+        with native.packed_weights(USES):
+            for _ in range(USES):
+                product()
+
+    products = {
+        "output": (lambda: x @ weight.t(), lambda: native.linear(x, weight)),
+        "input's gradient": (lambda: gradient @ weight, lambda: native.linear_input_grad(gradient, weight)),
+        "weight's gradient": (add_product, lambda: native.accumulate_weight_grad(weight, gradient, x)),
+    }
+    return {
+        name: {
+            "torch.mm": (plain, 1),
+            "this project's": (own, 1),
+            f"this project's, {USES} times": (functools.partial(for_a_step, own), USES),
+        }
+        for name, (plain, own) in products.items()
+    }
+
+
+def with_master(parameter):
+    """A parameter whose gradient is summed in float32, as the engine makes them on the CPU."""
+    if parameter.dtype != torch.float32:
+        parameter.master = parameter.detach().float().requires_grad_()
+    return parameter
+
+
+@torch.no_grad()
+def run_products(dtype, gemm, rounds):
+    tokens, products, table = GEMM_SHAPE["cpu"][0], [], []
+    for features, outputs in ((HIDDEN, HIDDEN), (HIDDEN, 4 * HIDDEN), (4 * HIDDEN, HIDDEN)):
+        flops = 2 * tokens * features * outputs
+        for name, ways in product_ways(features, outputs, dtype).items():
+            seconds = {way: [] for way in ways}
+            for _ in range(rounds):
+                for way, (work, count) in ways.items():
+                    seconds[way].append(best_time("cpu", work) / count)
+            shares = {way: flops / median(times) / gemm for way, times in seconds.items()}
+            product = {"product": name, "tokens": tokens, "inputs": features, "outputs": outputs}
+            products.append({**product, "share_of_gemm_rate": shares})
+            table.append([f"{name}, {features} to {outputs}", *(f"{100 * share:.0f} %" for share in shares.values())])
+    print(
+        f"\nproducts of {tokens} tokens, share of that rate; once, and {USES} times with weights that stay as they are"
+    )
+    print_table(["", *ways], table)
+    return products
+
+
 def run(arguments):
     device = arguments.device
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    precision = choose_precision(Cuda() if device == "cuda" else Cpu(), arguments.precision)
+    dtype = getattr(torch, precision)
 
     def random(*shape, std=1.0):
         return torch.randn(*shape, device=device, dtype=dtype).mul_(std).requires_grad_()
 
+    def parameter(*shape):
+        tensor = random(*shape, std=0.02)
+        return with_master(tensor) if device == "cpu" else tensor
+
     cases, rates, table, faster = [], [], [], {}
     for name, make in CASES.items():
         for phase, (rows, length) in SHAPES[device].items():
-            case = make(rows, length, random)
+            case = make(rows, length, random, parameter)
             rates.append(gemm_rate(device, GEMM_SHAPE[device], dtype))
             seconds = measure(case, device, arguments.rounds)
             ways = {way: {"seconds": s, "flops_per_second": case.flops / s} for way, s in seconds.items()}
@@ -190,6 +261,8 @@ def run(arguments):
     if arguments.plot:
         draw_bars(arguments.plot, "times as fast as plain PyTorch, forward and backward", faster)
     results = {"gemm_flops_per_second": gemm, "dtype": str(dtype), "cases": cases}
+    if device == "cpu":
+        results["products"] = run_products(dtype, gemm, arguments.rounds)
     write_json(arguments.json, results, torch=torch.__version__, device=device_name(device))
 
 
@@ -197,6 +270,8 @@ def main():
     parser = make_parser(__doc__)
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=["cpu", "cuda"], default=default, help="(default here: %(default)s)")
+    precisions = ["auto", "float32", "bfloat16"]
+    parser.add_argument("--precision", choices=precisions, default="auto", help="as in training (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="in which the ways take turns (default: %(default)s)")
     parser.add_argument("--plot", metavar="FILE.png", help="draw them here")
     run(parser.parse_args())

@@ -18,6 +18,7 @@ are more than are measured here.
 import contextlib
 import dataclasses
 import glob
+import itertools
 import os
 import sys
 
@@ -31,6 +32,7 @@ from benchmarks.synthetic import length_distribution, random_samples
 from benchmarks.timing import Stopwatch, cuda_or_cpu, device_name, gemm_rate, timed
 from bert.command_line import parse_command_line
 from bert.engines import make_engine
+from bert.engines.torch_devices import Cpu, Cuda, choose_precision
 from bert.text import count_of
 from data.errors import InputError
 from data.loading.shard_files import open_shards, read_checked
@@ -39,8 +41,8 @@ from data.rows import packed_batch, unpacked_batch
 PARTS = ("data", "forward", "backward", "optimizer")
 # Rows x common size x columns. On CUDA the best of them counts: which one is, depends on the card.
 GEMM_SHAPES = {"cpu": [(1024, 768, 3072)], "cuda": [(8192, 8192, 8192), (16384, 4096, 4096), (65536, 768, 3072)]}
-# Token slots of the micro-batches that the peer tries: 8 and 16 rows of 128 on the CPU, 64 to 512 on CUDA.
-PEER_TOKENS = {"cpu": [1024, 2048], "cuda": [8192, 16384, 32768, 65536]}
+# Token slots of the micro-batches that the peer tries: 8 to 32 rows of 128 on the CPU, 64 to 512 on CUDA.
+PEER_TOKENS = {"cpu": [1024, 2048, 4096], "cuda": [8192, 16384, 32768, 65536]}
 
 
 def make_samples(config, count, lengths):
@@ -70,9 +72,9 @@ def useful_flops(model, samples):
 
 
 def in_bfloat16(config, device):
-    """Whether the matrix products of this project and the peer are in bfloat16. In a float8 run the peer's are, and the
-    matrix product that is measured."""
-    return config.training.precision != "float32" and (device == "cuda" or config.training.precision != "auto")
+    """Whether the matrix products of this project are in bfloat16 or less: the product that is measured is then in
+    bfloat16, and the peer may be."""
+    return choose_precision(Cuda() if device == "cuda" else Cpu(), config.training.precision) != "float32"
 
 
 class Ours:
@@ -93,15 +95,16 @@ class Ours:
 
 
 class Transformers:
-    """transformers' BertForPreTraining on padded samples: SDPA, autocast where this project has it, fused AdamW.
+    """transformers' BertForPreTraining on padded samples: SDPA, fused AdamW.
 
-    `rows` is the size of its micro-batches; `choose_rows` finds the best.
+    `rows` is the size of its micro-batches, `bfloat16` whether it has autocast; `choose` finds the best.
     """
 
-    def __init__(self, device, config, samples, compiled, rows=None):
+    def __init__(self, device, config, samples, compiled, rows=None, bfloat16=False):
         from transformers import BertConfig, BertForPreTraining
 
-        self.device, self.compiled, self.rows, self.bfloat16 = device, compiled, rows, in_bfloat16(config, device)
+        self.device, self.compiled, self.rows, self.bfloat16 = device, compiled, rows, bfloat16
+        self.types = [False, True] if device == "cpu" and in_bfloat16(config, device) else [in_bfloat16(config, device)]
         settings = BertConfig(**dataclasses.asdict(config.model), attn_implementation="sdpa")
         self.model = BertForPreTraining(settings).to(device).train()
         # Every micro-batch but a last, smaller one has the same shape: code for that shape is faster than for any.
@@ -156,14 +159,16 @@ class Transformers:
         with torch.autocast(self.device, torch.bfloat16, enabled=self.bfloat16):
             return self.run(**part).loss
 
-    def choose_rows(self):
-        """Tries micro-batches, each over as many rows as the largest has, and returns {rows: seconds}."""
+    def choose(self):
+        """Tries micro-batches, each over as many rows as the largest has, in the types that there are: in float32, and
+        with autocast. Returns {(rows, bfloat16): seconds}."""
         count, length = self.batch["labels"].shape
         sizes, tried = sorted({min(count, max(1, tokens // length)) for tokens in PEER_TOKENS[self.device]}), {}
-        for self.rows in sizes:
+        for bfloat16, rows in itertools.product(self.types, sizes):
+            self.bfloat16, self.rows = bfloat16, rows
             try:
-                self.passes(self.rows)  # the first of a size is slow
-                tried[self.rows] = timed(self.device, lambda: self.passes(sizes[-1]))
+                self.passes(rows)  # the first of a size is slow
+                tried[rows, bfloat16] = timed(self.device, lambda: self.passes(sizes[-1]))
             except torch.cuda.OutOfMemoryError:
                 break  # a larger one will not fit either
         return tried
@@ -216,10 +221,10 @@ def measure(own, config, device, samples):
     with contextlib.ExitStack() as closing:
         if own.against:
             with Worker(Transformers, device, config, samples, False) as chooser:
-                tried = chooser.ask(Transformers.choose_rows)
+                tried = chooser.ask(Transformers.choose)
         ways = {"this project": closing.enter_context(Worker(Ours, device, config, samples))}
         if own.against:
-            peer = Worker(Transformers, device, config, samples, own.peer_compile, min(tried, key=tried.get))
+            peer = Worker(Transformers, device, config, samples, own.peer_compile, *min(tried, key=tried.get))
             ways["transformers"] = closing.enter_context(peer)
         figures = {name: {"settings": way.ask(first_step), "rounds": []} for name, way in ways.items()}
         gemm = {shape: [] for shape in GEMM_SHAPES[device]}
@@ -233,6 +238,8 @@ def measure(own, config, device, samples):
             figures[name]["parts"] = {part: median([seconds[part] for seconds in parts]) for part in PARTS}
             figures[name]["peak_bytes"] = way.ask(peak_bytes)
     if own.against:
+        names = {False: "float32", True: "bfloat16"}
+        tried = {f"{rows} rows, {names[bfloat16]}": seconds for (rows, bfloat16), seconds in tried.items()}
         figures["transformers"]["micro_batches_tried"] = tried
     best = max(gemm, key=lambda shape: median(gemm[shape]))
     return {"gemm": {"shape": best, "dtype": str(dtype), "flops_per_second": median(gemm[best])}, "ways": figures}

@@ -9,7 +9,8 @@ The operations that use them add the gradients of parameters in place, as part o
 
 Which product serves where is a rule, not a measurement, so that a run that is resumed computes the same bits
 (benchmarks/ops.py shows the rates): oneDNN's for outputs and the gradients of inputs, with weights that are packed once
-for all micro-batches of a step; this project's for the gradients of weights, which adds to them and packs on the way.
+for all micro-batches of a step; this project's for the gradients of weights, which adds to them and packs on the way,
+but oneDNN's and an addition where it multiplies bfloat16 in tiles (AMX).
 
 Shape letters: T tokens, I input features, O output features.
 """
@@ -40,6 +41,7 @@ __all__ = [
     "linear",
     "linear_input_grad",
     "multiplies_bfloat16",
+    "multiplies_in_tiles",
     "native",
     "packed_weights",
     "pointer",
@@ -93,6 +95,7 @@ def native(dtype: torch.dtype = torch.float32) -> Optional[ctypes.CDLL]:
         return None
 
 
+@functools.lru_cache(maxsize=None)
 def _processor() -> str:
     try:
         with open("/proc/cpuinfo") as lines:
@@ -104,6 +107,11 @@ def _processor() -> str:
 def multiplies_bfloat16() -> bool:
     """Whether the processor multiplies bfloat16 natively: AVX512-BF16, which all that have AMX have as well."""
     return "avx512_bf16" in _processor().split()
+
+
+def multiplies_in_tiles() -> bool:
+    """Whether the processor has AMX, whose products of bfloat16 are several times those of AVX512-BF16."""
+    return "amx_bf16" in _processor().split()
 
 
 def is_native(*tensors: torch.Tensor, parameters=()) -> bool:
@@ -198,7 +206,11 @@ def linear_input_grad(gradient: torch.Tensor, weight: torch.Tensor) -> torch.Ten
 def accumulate_weight_grad(weight: torch.Tensor, gradient: torch.Tensor, x: torch.Tensor) -> None:
     """Adds to the gradient of `weight` [O, I], from gradient [T, O] and x [T, I] of a linear layer, unless `weight` is
     frozen."""
-    if weight.requires_grad:
+    if not weight.requires_grad:
+        return
+    if x.dtype == torch.bfloat16 and multiplies_in_tiles():
+        grad_of(weight).add_(gradient.t() @ x)
+    else:
         sizes = len(x), *weight.shape
         call("weight_gradient", gradient.contiguous(), x.contiguous(), grad_of(weight), *sizes)
 

@@ -10,12 +10,13 @@
 
 namespace {
 
-constexpr long TOKENS = 512 * PAIR; // summed at a time: a block of x is as long
-constexpr long OUTPUTS = 96; // at most, of a thread at a time
+constexpr long TOKENS = 512 * PAIR;  // summed at a time: a block of x is as long
+constexpr long OUTPUTS = 96;         // at most, of a thread at a time
 
-Unit* aligned(std::vector<Unit>& memory, long size) {
+template <typename T>
+T* aligned(std::vector<T>& memory, long size) {
     memory.resize(std::max(memory.size(), size_t(size + 16)));
-    return (Unit*)((uintptr_t(memory.data()) + 63) / 64 * 64);
+    return (T*)((uintptr_t(memory.data()) + 63) / 64 * 64);
 }
 
 }  // namespace
@@ -24,12 +25,14 @@ Unit* aligned(std::vector<Unit>& memory, long size) {
 extern "C" void weight_gradient(const Real* gradient, const Real* x, float* sums, long T, long O, long I) {
     const long blocks = (I + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS, threads = omp_get_max_threads();
     const long outputs = std::min(OUTPUTS, (O / (2 * threads) / BLOCK_ROWS + 1) * BLOCK_ROWS);
-    static std::vector<Unit> shared;
+    static thread_local std::vector<Unit> shared;
     Unit* inputs = aligned(shared, blocks * units(TOKENS) * BLOCK_COLUMNS);
 #pragma omp parallel
     {
         static thread_local std::vector<Unit> own;
+        static thread_local std::vector<float> narrow;
         Unit* packed = aligned(own, units(TOKENS) * outputs);
+        float* part = aligned(narrow, outputs * BLOCK_COLUMNS);
         for (long first = 0; first < T; first += TOKENS) {
             const long rows = std::min(TOKENS, T - first), K = units(rows);
 #pragma omp for schedule(static)
@@ -43,8 +46,16 @@ extern "C" void weight_gradient(const Real* gradient, const Real* x, float* sums
                 pair_rows(gradient + first * O + output, O, rows, M, packed, outputs, M);
                 for (long block = 0; block < blocks; ++block) {
                     const long column = block * BLOCK_COLUMNS, N = std::min(long(BLOCK_COLUMNS), I - column);
-                    product(packed, 1, outputs, inputs + block * K * BLOCK_COLUMNS, BLOCK_COLUMNS, sums + output * I + column, I, M, N, K,
-                            1.0f, true);
+                    const Unit* block_inputs = inputs + block * K * BLOCK_COLUMNS;
+                    float* to = sums + output * I + column;
+                    if (N % WIDTH == 0) {
+                        product(packed, 1, outputs, block_inputs, BLOCK_COLUMNS, to, I, M, N, K, 1.0f, true);
+                        continue;
+                    }
+                    // A product writes whole registers, and what is beyond these columns is another thread's.
+                    product(packed, 1, outputs, block_inputs, BLOCK_COLUMNS, part, BLOCK_COLUMNS, M, whole(N), K, 1.0f, false);
+                    for (long i = 0; i < M; ++i)
+                        for (long j = 0; j < N; ++j) to[i * I + j] += part[i * BLOCK_COLUMNS + j];
                 }
             }
         }

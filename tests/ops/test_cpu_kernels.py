@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ops import native as native_module
 from ops.attention import CuSeqlens, attention
 from ops.dropout import dropout
 from ops.gather import embed
@@ -80,7 +81,7 @@ def test_a_bfloat16_parameter_without_a_master_takes_pytorchs_operations():
 
 
 @TYPES
-@pytest.mark.parametrize("tokens, width, out", [(1, 1, 16), (37, 24, 40), (130, 64, 200), (2051, 70, 9)])
+@pytest.mark.parametrize("tokens, width, out", [(64, 1, 16), (1, 17, 50), (37, 24, 40), (130, 64, 200), (2051, 70, 9)])
 @pytest.mark.parametrize("rows", [False, True])
 def test_linear_layers_agree(tokens, width, out, rows, dtype):
     x = random(*(2, tokens, width) if rows else (tokens, width), dtype=dtype)
@@ -107,6 +108,16 @@ def test_weights_packed_for_several_products_give_what_they_give_unpacked(dtype)
     with torch.no_grad():
         weight.mul_(2.0)
     assert_agree(linear(x, weight, bias), linear_plain, [x, weight, bias], TOLERANCE[dtype])
+
+
+def test_where_there_are_tiles_onednn_makes_the_gradients_of_bfloat16_weights(monkeypatch):
+    monkeypatch.setattr(native_module, "multiplies_in_tiles", lambda: True)
+    monkeypatch.setattr(native_module, "call", lambda name, *_: pytest.fail(name))
+    x, weight = torch.randn(40, 24).bfloat16(), random(16, 24, dtype=torch.bfloat16, parameter=True)
+    gradient = torch.randn(40, 16).bfloat16()
+    for _ in range(2):
+        native_module.accumulate_weight_grad(weight, gradient, x)
+    assert relative_error(weight.master.grad, 2 * gradient.double().t() @ x.double()) < 1e-2
 
 
 def test_gradients_add_to_those_that_are_there_and_frozen_parameters_get_none():
