@@ -1,10 +1,13 @@
 """The command: config -> engine -> training loop. `python run_pretraining.py --help` explains every option."""
 
+import os
 import sys
 
 from bert.command_line import parse_command_line
 from bert.errors import Diverged
 from data.commands import run_command
+
+FEW_CORES = 16  # with more, sleeping threads take too long to wake
 
 
 def main(arguments=None, **parts) -> int:
@@ -13,6 +16,7 @@ def main(arguments=None, **parts) -> int:
 
     def command() -> None:
         config = parse_command_line(sys.argv[1:] if arguments is None else arguments)
+        wait_asleep()
         # After the config: torch takes seconds to import, an error should not.
         if config.plan:
             from bert.plan import plan
@@ -26,6 +30,14 @@ def main(arguments=None, **parts) -> int:
             train(config, **parts)
 
     return run_command(command, failures=(Diverged,))
+
+
+def wait_asleep() -> None:
+    """Has threads that wait for others spin for microseconds and then sleep, not spin for milliseconds, where they are
+    few: else another process on the machine gets its core only when its time is up, and all others wait. libgomp reads
+    this when torch is imported."""
+    if (os.cpu_count() or 1) <= FEW_CORES and "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 if __name__ == "__main__":

@@ -192,6 +192,22 @@ def test_help_comes_without_importing_torch():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
+SPIN, POLICY = "GOMP_SPINCOUNT", "OMP_WAIT_POLICY"
+
+
+@pytest.mark.parametrize("given, expected", [({}, "1000"), ({SPIN: "7"}, "7"), ({POLICY: "active"}, "None")])
+def test_waiting_threads_sleep_soon_unless_the_user_says_otherwise(given, expected):
+    code = (
+        "import os, sys, run_pretraining as command; os.cpu_count = lambda: 4\n"
+        "command.wait_asleep(); print('torch' in sys.modules, os.environ.get('GOMP_SPINCOUNT'))"
+    )
+    others = {name: value for name, value in os.environ.items() if name not in (SPIN, POLICY)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={**others, **given}, check=True, capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["False", expected]
+
+
 PROJECT = tomllib.loads(read("pyproject.toml"))
 
 
