@@ -150,7 +150,7 @@ def digest_of_source() -> str:
     for folder in ("bert", "benchmarks", "configs", "data", "ops"):
         for place, folders, names in os.walk(os.path.join(ROOT, folder)):
             folders.sort()
-            for name in sorted(name for name in names if name.endswith((".py", ".cpp", ".json"))):
+            for name in sorted(name for name in names if name.endswith((".py", ".cpp", ".h", ".json"))):
                 if "results" not in place:
                     with open(os.path.join(place, name), "rb") as file:
                         digest.update(file.read())

@@ -34,11 +34,12 @@ PHASES: Dict[str, Tuple[str, str, int]] = {
 }
 # What a kernel does, by its name: the first pattern that is found in it. Those of compiled code begin with `triton_`.
 KINDS = {
+    "attention": r"flash|fmha|attention|attend",
+    "float8": r"quantize",
     "matrix products": r"^triton_tem|gemm|nvjet|cutlass|xmma|cublas|split_?k|addmm|scaled_mm|::mm$",
     "compiled: norm": r"^triton_.*norm",
     "compiled: GELU": r"^triton_.*(gelu|erf)",
     "compiled: others": r"^triton_",
-    "attention": r"flash|fmha|attention|attend",
     "MLM loss": r"cross_?entropy|softmax",
     "dropout, add, norm": r"norm",
     "GELU": r"gelu",

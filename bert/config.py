@@ -151,10 +151,10 @@ class TrainingConfig:
     output: str = ""
     """The run's folder; by default runs/ and the config's name."""
     precision: Literal["auto", "float32", "bfloat16", "float8"] = "auto"
-    """Type of matrix products; auto: bfloat16 on a CUDA card that has it, float16 on IPUs, else float32. float8:
-    bfloat16, with the encoder's linear layers in float8, scaled tensor by tensor: fast on CUDA cards of compute
-    capability 8.9 or newer, slow on the CPU. Weights stay in float32; on IPUs in float16 they are float16 too, and
-    rounded stochastically."""
+    """Type of matrix products; auto: bfloat16 on CUDA cards and CPUs that multiply it natively (AVX512-BF16, AMX),
+    float16 on IPUs, else float32. float8: bfloat16, with the encoder's linear layers in float8, scaled tensor by
+    tensor: fast on CUDA cards of compute capability 8.9 or newer, slow on the CPU. Weights stay in float32; on IPUs in
+    float16 they are float16 too, and rounded stochastically."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of each encoder layer; auto: on CUDA where Triton is found, not on the CPU, which gains nothing."""
     log_every: PositiveInt = 5

@@ -52,7 +52,7 @@ class CuSeqlens(NamedTuple):
     anew"""
 
 
-TRITON_LONGEST, TRITON_LARGEST = 128, 128  # tokens of a sample and head size that ops/attention_triton.py has room for
+TRITON_LONGEST, TRITON_LARGEST = 128, 64  # tokens of a sample and head size that ops/attention_triton.py has room for
 
 Segments = Union[SampleIds, SampleMask, CuSeqlens]
 

@@ -161,7 +161,7 @@ def _sizes(query, key, value, max_seqlen, heads, dropout):
     """What follows the tensors in both kernels' arguments."""
     size, block = query.shape[1] // heads, max(16, triton.next_power_of_2(max_seqlen))
     scale, strides = math.log2(math.e) / math.sqrt(size), (query.stride(0), key.stride(0), value.stride(0))
-    return len(query), *strides, scale, threshold(dropout), heads, size, triton.next_power_of_2(size), block
+    return len(query), *strides, scale, threshold(dropout), heads, size, max(16, triton.next_power_of_2(size)), block
 
 
 def _queries(query, block):

@@ -2,9 +2,9 @@
 (arXiv 2209.05433).
 
 A scale is the power of two that brings the largest value of the tensor itself into range; no history is kept. Of a
-large tensor it is taken from a fiftieth, with room for values 4 times as large as those. A pass over all of it would
-cost a third of what float8 gains, by estimate, and scales of earlier steps would have to be in checkpoints for a
-resumed run to be the same. Weights, biases and their gradients have the types that they have elsewhere.
+large tensor it is taken from 16 values of each row, with room for values 4 times as large as those. A pass over all of
+it would cost a third of what float8 gains, by estimate, and scales of earlier steps would have to be in checkpoints for
+a resumed run to be the same. Weights, biases and their gradients have the types that they have elsewhere.
 
 Shape letters: T tokens (any leading dimensions), I input features, O output features.
 """
@@ -133,8 +133,10 @@ class _Float8Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         x, x_scale, weight, weight_scale = ctx.saved_tensors
-        gradient, transposed, bias_gradient, scale = _quantize(gradient, torch.float8_e5m2, with_sums=True)
+        wants_sums = ctx.needs_input_grad[2]
+        gradient, transposed, sums, scale = _quantize(gradient, torch.float8_e5m2, wants_sums)
         x_gradient = torch._scaled_mm(gradient, weight.t(), scale, weight_scale, out_dtype=torch.bfloat16)
         weight_gradient = torch._scaled_mm(transposed, x.t(), scale, x_scale, out_dtype=torch.bfloat16)
-        gradients = x_gradient, weight_gradient, bias_gradient
-        return tuple(tensor.to(dtype) for tensor, dtype in zip(gradients, ctx.dtypes))
+        x_dtype, weight_dtype, bias_dtype = ctx.dtypes
+        bias_gradient = sums.to(bias_dtype) if wants_sums else None
+        return x_gradient.to(x_dtype), weight_gradient.to(weight_dtype), bias_gradient

@@ -13,7 +13,16 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from ops.ipu import is_lowering, matmul_memory, serialized_matmul
-from ops.native import accumulate_bias_grad, accumulate_weight_grad, call, is_native, linear, linear_input_grad
+from ops.native import (
+    accumulate_bias_grad,
+    accumulate_weight_grad,
+    add_weight_grad,
+    call,
+    grad_of,
+    is_native,
+    linear,
+    linear_input_grad,
+)
 
 __all__ = ["linear_cross_entropy", "linear_cross_entropy_lowered", "linear_cross_entropy_plain"]
 
@@ -27,8 +36,8 @@ def linear_cross_entropy(
     Returns sum(weights * cross-entropy) and sum(weights * (argmax == label)), float32 scalars; the second has no
     gradient.
 
-    In training, each part's logits become its gradients at once and are dropped (on the CPU in the backward pass): one
-    pass, T/factor x V logits at a time. The matrix products are in the tensors' type; the softmax and the sums are
+    In training, each part's logits become its gradients at once and are dropped: one pass, T/factor x V logits at a
+    time. The matrix products are in the tensors' type; the softmax and the sums are
     float32 always.
     """
     if is_lowering():
@@ -39,7 +48,7 @@ def linear_cross_entropy(
         logit_bytes = (hidden.element_size() if in_place else 4) * len(hidden) * len(decoder)
         factor = max(1, -(-logit_bytes // _part_bytes(hidden.device)))
     if training:
-        if is_native(hidden, parameters=(decoder, bias)):
+        if is_native(hidden, parameters=(decoder, bias)) and weights.dtype == torch.float32:
             return _NativeLinearCrossEntropy.apply(hidden, decoder, bias, labels, weights, factor)
         return _LinearCrossEntropy.apply(hidden, decoder, bias, labels, weights, factor)
     parts = _parts(factor, hidden, labels, weights)
@@ -149,33 +158,39 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 class _NativeLinearCrossEntropy(torch.autograd.Function):
-    # On the CPU the logits' gradients are kept, in the tensors' type, until the backward pass, which adds the
-    # parameters' in place: they are smaller than a gradient of the decoder.
+    # The same with the CPU's kernels. The logits' gradients of few tokens are smaller than the gradient of the decoder:
+    # they are kept for the backward pass, which adds their product to the decoder's own gradient.
     @staticmethod
     def forward(ctx, hidden, decoder, bias, labels, weights, factor):
         ctx.decoder, ctx.bias = decoder, bias
-        losses, correct = torch.empty_like(weights), torch.empty_like(weights)
-        logit_gradients, hidden_gradients = [], []
+        losses, correct, hidden_gradients, kept = torch.empty_like(weights), torch.empty_like(weights), [], []
+        few = len(hidden) * hidden.element_size() <= 4 * hidden.shape[1]
+        totals = () if few else (hidden.new_zeros(decoder.shape, dtype=torch.float32), torch.zeros(len(bias)))
         for x, y, w, loss, right in _parts(factor, hidden, labels, weights, losses, correct):
             logits = linear(x, decoder, bias)
             call("cross_entropy", logits, y.long(), w, loss, right, *logits.shape)
-            logit_gradients.append(logits)
             hidden_gradients.append(linear_input_grad(logits, decoder))
-        ctx.save_for_backward(hidden, torch.cat(hidden_gradients), *logit_gradients)
-        weighted_correct = torch.dot(weights, correct)
+            if few:
+                kept.append(logits)
+            else:
+                add_weight_grad(totals[0], logits, x)
+                call("add_token_sums", logits, totals[1], *logits.shape)
+        ctx.save_for_backward(hidden, torch.cat(hidden_gradients), *totals, *kept)
+        ctx.few, weighted_correct = few, torch.dot(weights, correct)
         ctx.mark_non_differentiable(weighted_correct)
         return torch.dot(weights, losses), weighted_correct
 
     @staticmethod
     @once_differentiable
     def backward(ctx, loss_gradient, _):
-        hidden, hidden_gradient, *logit_gradients = ctx.saved_tensors
-        scale, first = loss_gradient.item(), 0
-        for gradient in logit_gradients:
-            x = hidden[first : first + len(gradient)]
-            first += len(gradient)
-            if scale != 1.0:
-                gradient = gradient * scale
-            accumulate_weight_grad(ctx.decoder, gradient, x)
-            accumulate_bias_grad(ctx.bias, gradient)
+        hidden, hidden_gradient, *others = ctx.saved_tensors
+        scale = loss_gradient.item()
+        if ctx.few:
+            for gradient, x in zip(others, hidden.split([len(part) for part in others])):
+                gradient = gradient if scale == 1.0 else gradient * scale
+                accumulate_weight_grad(ctx.decoder, gradient, x)
+                accumulate_bias_grad(ctx.bias, gradient)
+        else:
+            for parameter, total in zip((ctx.decoder, ctx.bias), others):
+                grad_of(parameter).add_(total, alpha=scale)
         return (hidden_gradient * scale,) + (None,) * 5

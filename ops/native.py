@@ -34,6 +34,7 @@ from ops.ipu import is_lowering
 __all__ = [
     "accumulate_bias_grad",
     "accumulate_weight_grad",
+    "add_weight_grad",
     "call",
     "draw_seed",
     "grad_of",
@@ -47,7 +48,6 @@ __all__ = [
     "pointer",
 ]
 
-_IS_TORCH_2_0 = not hasattr(torch, "compiler")  # its oneDNN product is always fused with an activation
 _is_compiling = getattr(getattr(torch, "compiler", None), "is_compiling", lambda: False)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -62,13 +62,17 @@ FLAGS = (
 )
 
 
-@functools.lru_cache(maxsize=None)
 def native(dtype: torch.dtype = torch.float32) -> Optional[ctypes.CDLL]:
     """The library of the kernels for activations of a type, LAMB among them in float32's; None, with one warning that
     says why, where it cannot be built.
 
     Built once for each version of the sources, in the folder TORCH_EXTENSIONS_DIR or ~/.cache/torch_extensions.
     """
+    return _library(dtype)
+
+
+@functools.lru_cache(maxsize=None)
+def _library(dtype: torch.dtype) -> Optional[ctypes.CDLL]:
     command = shlex.split(os.environ.get("CXX", "g++")) + FLAGS.split() + list(LIBRARIES[dtype])
     # The code is for this very processor: machines that share a home directory do not share it.
     key = hashlib.sha256("\n".join([*command, _processor()]).encode())
@@ -105,8 +109,25 @@ def _processor() -> str:
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16 natively: AVX512-BF16, which all that have AMX have as well."""
-    return "avx512_bf16" in _processor().split()
+    """Whether oneDNN multiplies bfloat16 natively here: the processor has AVX512-BF16, as all that have AMX do, and
+    ONEDNN_MAX_CPU_ISA does not keep it from that."""
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
+    limited = not limit.startswith(
+        ("ALL", "DEFAULT", "AVX10", *(f"AVX512_CORE_{name}" for name in ("BF", "FP", "AMX")))
+    )
+    return "avx512_bf16" in _processor().split() and not limited and _has_onednn(torch.bfloat16)
+
+
+@functools.lru_cache(maxsize=None)
+def _has_onednn(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies this type at all; torch 2.0's product is always fused with an activation."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch, "compiler"):
+        return False
+    try:
+        _onednn(torch.ones(16, 16, dtype=dtype), torch.ones(16, 16, dtype=dtype), None)
+    except RuntimeError:  # "could not create a primitive": bfloat16 with AVX2
+        return False
+    return True
 
 
 def multiplies_in_tiles() -> bool:
@@ -182,7 +203,7 @@ def packed_weights(uses: int):
 def _product(x, weight, bias, transposed: bool):
     """x times the weight [O, I] transposed, or times the weight itself where it is to be `transposed`, and the bias."""
     matrix = weight.t() if transposed else weight
-    if not torch.backends.mkldnn.is_available() or not x.numel() or _IS_TORCH_2_0:
+    if not x.numel() or not _has_onednn(x.dtype):
         return torch.nn.functional.linear(x, matrix, bias)
     if _packed is not None:
         key = weight, transposed
@@ -190,7 +211,11 @@ def _product(x, weight, bias, transposed: bool):
             with torch.no_grad():
                 _packed[key] = torch.ops.mkldnn._reorder_linear_weight(matrix.contiguous(), len(x))
         matrix = _packed[key]
-    return torch.ops.mkldnn._linear_pointwise(x, matrix, bias, "none", [], "")
+    return _onednn(x, matrix, bias)
+
+
+def _onednn(x, weight, bias):
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:
@@ -206,13 +231,16 @@ def linear_input_grad(gradient: torch.Tensor, weight: torch.Tensor) -> torch.Ten
 def accumulate_weight_grad(weight: torch.Tensor, gradient: torch.Tensor, x: torch.Tensor) -> None:
     """Adds to the gradient of `weight` [O, I], from gradient [T, O] and x [T, I] of a linear layer, unless `weight` is
     frozen."""
-    if not weight.requires_grad:
-        return
+    if weight.requires_grad:
+        add_weight_grad(grad_of(weight), gradient, x)
+
+
+def add_weight_grad(total: torch.Tensor, gradient: torch.Tensor, x: torch.Tensor) -> None:
+    """Adds gradient [T, O] transposed times x [T, I] to `total` [O, I] float32."""
     if x.dtype == torch.bfloat16 and multiplies_in_tiles():
-        grad_of(weight).add_(gradient.t() @ x)
+        total.add_(gradient.t() @ x)
     else:
-        sizes = len(x), *weight.shape
-        call("weight_gradient", gradient.contiguous(), x.contiguous(), grad_of(weight), *sizes)
+        call("weight_gradient", gradient.contiguous(), x.contiguous(), total, len(x), *total.shape)
 
 
 def accumulate_bias_grad(bias: torch.Tensor, gradient: torch.Tensor) -> None:

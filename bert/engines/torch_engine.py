@@ -17,6 +17,7 @@ from bert.model.model import Model
 from bert.optimizers import make_optimizer
 from bert.signals import cancellable, protected
 from bert.tasks.task import Task
+from data.errors import InputError
 from data.rows import unpad
 from ops.attention import has_varlen_kernel
 from ops.native import packed_weights
@@ -63,6 +64,7 @@ class TorchEngine:
         self.steps_done = 0
         self.done_events: Dict[int, Any] = {}
         self.compiled, self.compile_line = wants_compile(device, training.compile)
+        self.must_compile = training.compile == "on"
         head_size = config.model.hidden_size // config.model.num_attention_heads
         dtype = next(model.parameters()).dtype
         has_kernels = device.compiles_kernels or not self.compiled
@@ -137,7 +139,7 @@ class TorchEngine:
 
     def until_it_fits(self, passes: Callable[..., T], *arguments) -> T:
         """passes(*arguments), from the beginning again with smaller micro-batches where memory runs out, and without
-        compiled layers where the compiler fails.
+        compiled layers where the compiler fails; where they are asked for, raises InputError.
 
         All of a step is done again, for gradients are added up wherever `backward` adds them, and a pass that failed
         may have added some of its own.
@@ -153,6 +155,9 @@ class TorchEngine:
                 reason = compiler_error(error) if self.compiled else None
                 if reason is None:
                     raise
+                if self.must_compile:
+                    remedy = 'Set training.compile to "auto", which then trains without'
+                    raise InputError(f'training.compile is "on", but the compiler fails: {reason}. {remedy}') from error
                 self.leave_uncompiled(reason)
                 continue
             self.shrink_micro_batch(memory)  # here, where no error holds the tensors of its frames any more

@@ -24,7 +24,7 @@ from ops.linear import (
     linears_plain,
 )
 from ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_plain
-from ops.native import call, is_native, native, packed_weights
+from ops.native import add_weight_grad, call, is_native, multiplies_bfloat16, native, packed_weights
 from tests import ROOT
 from tests.ops.test_ops import gradients, relative_error
 
@@ -306,3 +306,47 @@ def test_without_a_compiler_one_warning_says_so_and_training_goes_on(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "[2, 4]" in done.stdout, done.stderr
     assert done.stderr.count("Warning: the C++ kernels cannot be built") == 1 and "CXX" in done.stderr
+
+
+@TYPES
+@pytest.mark.parametrize("width", [1, 20, 64, 70])
+def test_weight_gradients_are_written_where_they_belong_and_nowhere_else(width, dtype):
+    tokens, outputs = 40, 50
+    gradient, x = torch.randn(tokens, outputs).to(dtype), torch.randn(tokens, width).to(dtype)
+    gradient[0, -1] = math.inf  # what is multiplied by 0 shows
+    guarded = torch.ones(outputs * width + 64)
+    add_weight_grad(guarded[: outputs * width].view(outputs, width), gradient, x)
+    assert torch.equal(guarded[outputs * width :], torch.ones(64))
+    expected = 1 + gradient[:, :-1].double().t() @ x.double()
+    assert relative_error(guarded[: (outputs - 1) * width].view(-1, width), expected) < TOLERANCE[dtype]
+    assert not guarded[(outputs - 1) * width : outputs * width].isfinite().any()
+
+
+@pytest.mark.parametrize("tokens", [20, 200])
+def test_the_mlm_loss_scales_its_gradients_however_many_tokens_there_are(tokens):
+    inputs = [torch.randn(tokens, 16, requires_grad=True), torch.randn(97, 16, requires_grad=True), torch.randn(97)]
+    inputs[2].requires_grad_()
+    labels, weights = torch.randint(0, 97, (tokens,)), torch.rand(tokens)
+    loss = linear_cross_entropy(*inputs, labels, weights, 3)[0]
+    exact = lambda *tensors: 0.5 * linear_cross_entropy_plain(*tensors, labels, weights.double())[0]  # noqa: E731
+    assert_agree(0.5 * loss, exact, inputs)
+
+
+@pytest.mark.parametrize("limit, expected", [("AVX2", False), ("AVX512_CORE", False), ("avx512_core_bf16", True)])
+def test_bfloat16_is_native_only_where_onednn_may_multiply_it(monkeypatch, limit, expected):
+    if not multiplies_bfloat16():
+        pytest.skip("this processor does not multiply bfloat16")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    assert multiplies_bfloat16() == expected
+
+
+def test_where_onednn_has_no_bfloat16_products_pytorch_has(monkeypatch):
+    code = (
+        "import torch\nfrom ops.native import linear, linear_input_grad, multiplies_bfloat16, packed_weights\n"
+        "x, w = torch.randn(8, 16).bfloat16(), torch.randn(32, 16).bfloat16()\n"
+        "with packed_weights(9): y = linear(x, w)\n"
+        "assert not multiplies_bfloat16() and (y.float() - x.float() @ w.float().t()).abs().max() < 0.1\n"
+    )
+    environment = dict(os.environ, ONEDNN_MAX_CPU_ISA="AVX2")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

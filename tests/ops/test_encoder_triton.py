@@ -333,3 +333,15 @@ def test_the_kernels_compile_load_16_bytes_a_thread_and_spill_no_registers(tmp_p
         code, shared, spilled = compiled_for(kernel, capability, constants, tmp_path, **options)
         assert spilled == 0 and shared <= 99 * 1024, kernel.fn
         assert "st.global.v4" in code and ("ld.global.v4" in code or "cp.async.cg.shared.global" in code), kernel.fn
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+def test_attention_compiles_for_heads_smaller_than_a_matrix_unit_takes(tmp_path, monkeypatch):
+    attention_triton = pytest.importorskip("ops.attention_triton", reason="Triton is not installed")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    query = torch.empty(9, 16)
+    *_, size, block_size, block = attention_triton._sizes(query, query, query, 128, 2, 0.1)
+    assert size == 8
+    for kernel, constants, options in list(kernels(90))[:2]:
+        small = {**constants, "A": 2, "D": size, "BLOCK_D": block_size, "BLOCK": block}
+        compiled_for(kernel, 90, small, tmp_path, **options)

@@ -13,6 +13,7 @@ from torch._inductor.runtime.triton_heuristics import NoTritonConfigsError
 from bert.command_line import parse_command_line
 from bert.engines import make_engine
 from bert.engines.torch_devices import Cpu
+from data.errors import InputError
 from data.rows import packed_batch
 from ops.attention import SampleMask, attention
 from tests.bert.run.runs import LENGTH, MASKS, VOCAB, arguments, make_shards
@@ -88,8 +89,9 @@ def fails_in_backward(graph, inputs):
 
 
 @pytest.mark.parametrize("backend", [fails, fails_in_backward])
-def test_a_layer_that_cannot_be_compiled_runs_uncompiled_and_says_so_once(engine, backend, caplog):
-    expected, broken = engine("off"), engine("on", backend)
+def test_a_layer_that_cannot_be_compiled_runs_uncompiled_and_says_so_once(engine, backend, caplog, monkeypatch):
+    monkeypatch.setattr(Cpu, "auto_compile", True)
+    expected, broken = engine("off"), engine("auto", backend)
     assert "encoder layers compiled" in broken.describe()
     batch, done = batch_of(40, 0), []
     with caplog.at_level(logging.WARNING, logger="bert"):
@@ -103,6 +105,11 @@ def test_a_layer_that_cannot_be_compiled_runs_uncompiled_and_says_so_once(engine
     assert "encoder layers cannot be compiled" in line and "no code for this" in line and "\n" not in line
     assert "not compiled (the compiler fails)" in broken.describe()
     assert sum(done) == 2 * len(batch["input_ids"])
+
+
+def test_where_compiled_layers_are_asked_for_a_compiler_that_fails_is_an_error(engine):
+    with pytest.raises(InputError, match='training.compile is "on".*no code for this.*"auto"'):
+        engine("on", fails).step(batch_of(8, 0), 0.01, 1)
 
 
 def test_an_error_that_is_not_the_compilers_is_raised(engine, monkeypatch):
