@@ -103,6 +103,8 @@ class Transformers:
     def __init__(self, device, config, samples, compiled, rows=None, bfloat16=False):
         from transformers import BertConfig, BertForPreTraining
 
+        if device == "cpu":
+            Cpu().start()  # keeps the memory of freed tensors, as this project does: up to half as fast again
         self.device, self.compiled, self.rows, self.bfloat16 = device, compiled, rows, bfloat16
         self.types = [False, True] if device == "cpu" and in_bfloat16(config, device) else [in_bfloat16(config, device)]
         settings = BertConfig(**dataclasses.asdict(config.model), attn_implementation="sdpa")

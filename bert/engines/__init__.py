@@ -10,7 +10,7 @@ from bert.engines.choosing import find_device, has_static_shapes, process_of
 from bert.engines.engine import Engine
 from bert.engines.ipu import IpuEngine
 from bert.engines.micro_batch import fit_micro_batch
-from bert.engines.torch_devices import Cpu, Cuda, TorchDevice
+from bert.engines.torch_devices import Cpu, Cuda, TorchDevice, choose_precision
 from bert.engines.torch_engine import TorchEngine
 from bert.geometry import row_shape
 from bert.model.model import Model, initialize
@@ -33,7 +33,8 @@ def make_engine(config: Config, device: str, make_model: Callable[[Config, Task]
 def make_torch_engine(config: Config, task: Task, model: Model, device: TorchDevice) -> TorchEngine:
     """With the config's micro-batch, or the one that suits the device and fits it."""
     data, training = config.data, config.training
-    suitable = device.hidden_values // (data.sequence_length * config.model.hidden_size)
+    value_bytes = 4 if choose_precision(device, training.precision) == "float32" else 2
+    suitable = device.hidden_bytes // (value_bytes * data.sequence_length * config.model.hidden_size)
     rows = max(1, min(training.micro_batch_size or suitable, training.global_batch_size))
     engine = TorchEngine(config, task, model, device, rows)
     if not training.micro_batch_size:

@@ -36,8 +36,8 @@ class TorchDevice(Protocol):
     name: str
     asynchronous: bool
     """Whether calls return before it is done."""
-    hidden_values: int
-    """Values of a micro-batch's hidden state [R, L, H] where the config leaves its size open."""
+    hidden_bytes: int
+    """Size of a micro-batch's hidden state [R, L, H] where the config leaves its rows open."""
     compiler_name: str
     auto_compile: bool
     """Whether compiled layers are faster."""
@@ -75,7 +75,7 @@ class TorchDevice(Protocol):
 class Cpu:
     name, asynchronous = "cpu", False
     memory: Optional[Memory] = None
-    hidden_values = 2**20  # 4 MB stay near the caches
+    hidden_bytes = 4 * 2**20  # stay near the caches
     # A compiled layer is no faster than the library calls it replaces, and takes 15 s to compile.
     compiler_name, auto_compile, compiles_kernels = "C++ compiler (g++, or CXX)", False, False
 
@@ -133,7 +133,7 @@ class CudaMemory:
 class Cuda:
     name, asynchronous = "cuda", True
     memory: Optional[Memory] = CudaMemory()
-    hidden_values = 96 * 2**20  # more make nothing faster
+    hidden_bytes = 192 * 2**20  # more make nothing faster
     compiler_name, auto_compile, compiles_kernels = "Triton", True, True
 
     def start(self) -> None:

@@ -100,7 +100,7 @@ def engine_on(card, monkeypatch, **training):
 
 def test_an_engine_takes_the_most_rows_that_fit_beside_the_optimizers_state(monkeypatch):
     whole = engine_on(Card(10**9), monkeypatch)
-    assert whole.micro_batch_size == Cpu.hidden_values // (32 * 16)
+    assert whole.micro_batch_size == Cpu.hidden_bytes // (4 * 32 * 16)
     state = 8 * sum(weight.numel() for weight in whole.weights().values())  # LAMB's two moments
     assert whole.optimizer.state_bytes() == state
     card = Card(state + 100_000)
