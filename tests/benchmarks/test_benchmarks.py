@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks.processes import Worker
 from benchmarks.synthetic import random_samples, write_data_set
+from bert.engines.torch_devices import Cpu
 from data.samples import check_samples
 from tests import ROOT
 
@@ -57,7 +58,9 @@ def test_the_pretraining_benchmark_measures_both_on_the_same_samples(tmp_path, t
         assert way["parts"].keys() == {"data", "forward", "backward", "optimizer"} and min(way["parts"].values()) > 0
         assert 2e7 < way["peak_bytes"] < 4e9
     tried = results["ways"]["transformers"]["micro_batches_tried"]
-    assert tried.keys() == {"16", "32"}  # 1024 and 2048 token slots in rows of 64
+    # 1,024, 2,048 and 4,096 token slots in rows of 64, of which there are 40
+    types = ["float32", "bfloat16"] if Cpu().has_bfloat16() else ["float32"]
+    assert tried.keys() == {f"{rows} rows, {name}" for rows in (16, 32, 40) for name in types}
     picture = tmp_path / "bars.png"
     subprocess.run(
         [sys.executable, "benchmarks/plot.py", tmp_path / "result.json", "--output", picture], cwd=ROOT, check=True
