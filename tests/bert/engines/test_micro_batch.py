@@ -93,7 +93,7 @@ def engine_on(card, monkeypatch, **training):
         intermediate_size=16,
         max_position_embeddings=32,
     )
-    config = Config(model=model, training=TrainingConfig(precision="float32", **training))
+    config = Config(model=model, training=TrainingConfig(**{"precision": "float32", **training}))
     config.data.sequence_length, config.data.mask_tokens = 32, 4
     return make_engine(config, "cpu")
 
