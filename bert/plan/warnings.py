@@ -99,7 +99,7 @@ def remedies(config: Config) -> Iterator[Dict[str, Any]]:
     lower = [round(min(share, max(LOW_PROPORTION, share / 2)), 3) for share in shares]
     candidates = {
         "training.precision": not is_half and "auto",
-        "ipu.replicated_tensor_sharding": not ipu.replicated_tensor_sharding and ipu.replication_factor > ipu.instances,
+        "ipu.replicated_tensor_sharding": not ipu.replicated_tensor_sharding,
         "ipu.enable_half_first_order_momentum": not ipu.enable_half_first_order_momentum and is_half,
         "ipu.matmul_proportion": lower != shares and (lower if shares is ipu.matmul_proportion else lower[0]),
         "ipu.embedding_serialization_factor": factor,

@@ -62,11 +62,13 @@ def test_float16_is_the_first_remedy_of_float32():
     assert lines[2].endswith("still too much")
 
 
-def test_sharding_is_no_remedy_where_each_process_has_one_replica():
-    options = "--ipu.micro_batch_size 128 --ipu.replicated_tensor_sharding false"
-    sharding = "ipu.replicated_tensor_sharding true"
-    assert any(sharding in line for line in warnings_for("pod16_phase1", options))
-    assert not any(sharding in line for line in warnings_for("pod16_phase1", f"{options} --ipu.instances 4"))
+@pytest.mark.parametrize("instances, helps", [(1, True), (4, False)])
+def test_sharding_is_no_remedy_where_each_process_has_one_replica(instances, helps):
+    options = f"--ipu.micro_batch_size 128 --ipu.instances {instances} --ipu.replicated_tensor_sharding"
+    whole, sharded = (plan_of("pod16_phase1", f"{options} {value}").fullest_share for value in ("false", "true"))
+    assert sharded < whole if helps else sharded == whole
+    lines = warnings_for("pod16_phase1", f"{options} false")
+    assert any("ipu.replicated_tensor_sharding true" in line for line in lines) == helps
 
 
 def test_where_nothing_is_enough_more_ipus_are_named():
