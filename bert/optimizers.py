@@ -23,8 +23,13 @@ NamedParameters = List[Tuple[str, Parameter]]
 
 def make_lamb(named_parameters: NamedParameters, config: OptimizerConfig) -> List[Optimizer]:
     """LAMB without bias correction (ops/lamb.py), in the recipe's groups; the word embedding has as many trust ratios
-    as the config says."""
+    as the config says. Raises InputError where it says several and there is no word embedding."""
     groups = lamb_groups(named_parameters, config.weight_decay, config.trust_ratio_slices)
+    if config.trust_ratio_slices > 1 and not groups[-1]["params"]:
+        raise InputError(
+            f"optimizer.trust_ratio_slices is {config.trust_ratio_slices}, expected 1: no parameter is named "
+            "...word_embeddings.weight, which it cuts"
+        )
     return [Lamb(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps)]
 
 

@@ -131,6 +131,14 @@ def test_trust_ratio_slices_are_of_the_word_embedding_alone_and_leave_the_state_
     assert optimizer.state_bytes() == whole.state_bytes()
 
 
+def test_trust_ratio_slices_of_a_model_without_a_word_embedding_are_an_error():
+    others = list(draw().items())[1:]
+    sliced = OptimizerConfig(**{**vars(CONFIG), "name": "lamb", "trust_ratio_slices": 11})
+    with pytest.raises(InputError, match="optimizer.trust_ratio_slices is 11, expected 1: .*word_embeddings.weight"):
+        make_optimizer(others, sliced)
+    make_optimizer(others, config("lamb"))
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 def test_an_update_with_a_gradient_that_is_not_finite_changes_nothing_and_counts(name, value):
