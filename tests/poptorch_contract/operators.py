@@ -166,6 +166,8 @@ def _serialized_matmul(lhs, rhs, mode, factor, keep_precision):
         }[mode]
         if factor < 1 or size % factor:
             raise ValueError(f"poptorch.serializedMatMul: factor {factor} does not divide the {size} of {mode.name}")
+    if mode is modes.ReducingDim and torch.is_grad_enabled():
+        raise NotImplementedError("serializedMatMul by ReducingDim in training: no model of its weight in parts")
     _annotate("serializedMatMul", mode=mode, factor=factor, keep_precision=keep_precision)
     if mode is modes.OutputChannels:
         Trace.current.serialized.append((rhs if rhs._base is None else rhs._base, factor))

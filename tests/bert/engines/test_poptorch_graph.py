@@ -132,6 +132,7 @@ def test_annotations_are_recorded_and_checked(poptorch):
     for changes, error in (
         ({"factor": 3}, ValueError),
         ({"mode": modes.ReducingDim, "factor": 3}, ValueError),
+        ({"mode": modes.ReducingDim}, NotImplementedError),
         ({"proportion": "0.2"}, TypeError),
         ({"mode": "output_channels"}, TypeError),
     ):
