@@ -84,8 +84,9 @@ class IpuEngine:
         self.half = config.training.precision != "float32"
         if self.half:
             model.half()
-        self.compiled_model, self.inputs = self.wrap(), inputs_of(task)
+        self.inputs = inputs_of(task)
         self.optimizer = make_ipu_optimizer(self.poptorch, model.named_parameters(), config, self.half)
+        self.compiled_model: Optional[IpuModel] = None
         self.training: Any = None
         self.inference: Any = None
         self.loaded: Optional[Dict[str, torch.Tensor]] = None
@@ -123,13 +124,13 @@ class IpuEngine:
 
     def compile(self) -> None:
         """Compiles the training executable, into ipu.executable_cache_dir. Takes minutes; may be interrupted."""
-        self.compiled_model = self.wrap()  # PopTorch takes none twice, not even after an interrupted compilation
-        self.training = self.poptorch.trainingModel(
-            self.compiled_model.train(), options=self.options(True), optimizer=self.optimizer
-        )
         rows = self.steps_per_call * self.config.training.global_batch_size // self.world_size
         layout = row_shape(self.config, static=True).layout(rows)
-        self.training.compile(*self.tensors({name: np.zeros(*layout[name]) for name in self.inputs}))
+        # All is new: PopTorch takes no wrapper twice, and what an interrupt leaves may be half on the IPUs.
+        wrapped = self.wrap()
+        training = self.poptorch.trainingModel(wrapped.train(), options=self.options(True), optimizer=self.optimizer)
+        training.compile(*self.tensors({name: np.zeros(*layout[name]) for name in self.inputs}))
+        self.compiled_model, self.training = wrapped, training
 
     def tensors(self, rows: Arrays) -> List[torch.Tensor]:
         return [torch.from_numpy(rows[name]) for name in self.inputs]
@@ -141,7 +142,7 @@ class IpuEngine:
         """Has the training executable on the IPUs, with the state that was loaded."""
         if is_attached(self.inference):
             self.inference.detachFromDevice()
-        if self.training is None or not self.training.isCompiled():
+        if self.training is None:
             self.compile()
         if not is_attached(self.training):
             self.training.attachToDevice()
@@ -192,6 +193,8 @@ class IpuEngine:
             self.inference = self.poptorch.inferenceModel(self.compiled_model, options=self.options(False))
         elif not is_attached(self.inference):
             self.inference.attachToDevice()
+        if self.compiled_model is None:
+            self.compiled_model = self.wrap()
         # As many micro-batches as the pipeline has stages; the last are filled up with rows of weight 0.
         count = self.micro_batch_size * len(self.stages) * self.ipu.replication_factor // self.world_size
         totals = dict.fromkeys(self.task.metrics, torch.zeros(()))
@@ -230,7 +233,7 @@ class IpuEngine:
     def optimizer_state(self) -> Dict[str, torch.Tensor]:
         if self.loaded is not None:
             return self.loaded
-        if self.training is None or not self.training.isCompiled():
+        if self.training is None:
             return {}
         state, parameters = self.optimizer.state_dict()["ipu_state"], dict(self.model.named_parameters())
         return read_state(self.config.optimizer.name, state, parameters)

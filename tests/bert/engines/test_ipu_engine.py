@@ -492,17 +492,18 @@ def test_made_up_data_of_ipus_is_none_of_the_cpus(tmp_path, shards):
     assert all(line["loss"] > 0 for line in read_lines(tmp_path)) and newest(tmp_path, "run")
 
 
-def test_an_interrupted_compilation_is_made_again(tmp_path, shards, poptorch, monkeypatch):
+@pytest.mark.parametrize("place", ["_need_ipus", "copyWeightsToDevice", "_write_state"])
+def test_a_compilation_that_was_interrupted_is_made_again(tmp_path, shards, poptorch, monkeypatch, place):
     batch = unpacked_batch(random_samples(np.random.default_rng(), 24, LENGTH, MASKS, VOCAB))
     expected, engine = engine_for(tmp_path, shards), engine_for(tmp_path, shards)
     expected.step(batch, 0.01, 1)
-    wrapped, need_ipus = poptorch.PoplarExecutor, poptorch.PoplarExecutor._need_ipus
+    wrapped, uninterrupted = poptorch.PoplarExecutor, getattr(poptorch.PoplarExecutor, place)
 
     def interrupt(executor):
-        monkeypatch.setattr(wrapped, "_need_ipus", need_ipus)
+        monkeypatch.setattr(wrapped, place, uninterrupted)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(wrapped, "_need_ipus", interrupt)
+    monkeypatch.setattr(wrapped, place, interrupt)
     with pytest.raises(KeyboardInterrupt):
         engine.step(batch, 0.01, 1)
     engine.step(batch, 0.01, 1)
