@@ -199,7 +199,7 @@ class IpuConfig:
     replicated_tensor_sharding: bool = True
     """Split the optimizer's state over the replicas, under poprun over those of one process."""
     instances: PositiveInt = 1
-    """Processes that poprun starts for all replicas, for --plan; a run asks poprun."""
+    """Processes that poprun starts for all replicas: --plan counts with them, and poprun has to start as many."""
     optimizer_state_offchip: bool = False
     """Keep the optimizer's state in the host's memory."""
     enable_half_partials: bool = True

@@ -69,7 +69,8 @@ def validate_for_ipu(config: Config, source: str = "config") -> None:
     product = "ipu.micro_batch_size x gradient_accumulation_steps x replication_factor"
     numbers = f"{rows} x {accumulation} x {replicas} = {batch}"
     expect(batch == training.global_batch_size, "training.global_batch_size", f"{product} = {numbers}")
-    expect(replicas % ipu.instances == 0, "ipu.instances", f"a divisor of ipu.replication_factor, {replicas}")
+    divisor = f"a divisor of ipu.replication_factor, {replicas}; without poprun: --ipu.instances 1"
+    expect(replicas % ipu.instances == 0, "ipu.instances", divisor)
     packings = '"rows", "off" or "auto" on IPUs, whose shapes are static'
     expect(config.data.packing != "samples", "data.packing", packings)
     expect(training.precision in ("auto", "float32"), "training.precision", '"auto" (float16) or "float32" on IPUs')

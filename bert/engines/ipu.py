@@ -109,6 +109,11 @@ class IpuEngine:
                 f"{popdist.getNumTotalReplicas()} replicas: poprun --num-replicas "
                 f"{self.ipu.replication_factor} ..., or a config for as many"
             )
+        if self.world_size != self.ipu.instances:
+            raise InputError(
+                f"ipu.instances is {self.ipu.instances}, and poprun started {self.world_size} processes: poprun "
+                f"--num-instances {self.ipu.instances} ..., or --ipu.instances {self.world_size} if --plan says it fits"
+            )
 
     def options(self, training: bool):
         # Another seed where a run goes on: it would draw the dropout of its first steps again.

@@ -421,7 +421,7 @@ BAD = [
     ),
     (
         {"device": "ipu", "ipu": {"instances": 3}},
-        ["own.json", "ipu.instances is 3", "a divisor of ipu.replication_factor, 4"],
+        ["own.json", "ipu.instances is 3", "a divisor of ipu.replication_factor, 4; without poprun: --ipu.instances 1"],
     ),
     ({"base": 3}, ["own.json", "base is 3", "path or name"]),
     ({"base": "nowhere.json"}, ["own.json", 'base is "nowhere.json"', "no such config", "pod16_phase1.json"]),

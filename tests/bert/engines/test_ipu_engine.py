@@ -339,7 +339,7 @@ def poprun(words, folder, replicas=2):
 def test_two_processes_of_poprun_do_what_one_does(tmp_path, shards, poptorch):
     changes = {**EXACT, **GEOMETRY, "ipu__executable_cache_dir": tmp_path / "exe"}
     assert main(arguments(tmp_path, shards, **changes, training__output=tmp_path / "one")) == 0
-    words = arguments(tmp_path, shards, **changes, training__output=tmp_path / "two")
+    words = arguments(tmp_path, shards, **changes, ipu__instances=2, training__output=tmp_path / "two")
     first, second = poprun(words, tmp_path / "meet")
     assert first[0] == second[0] == 0, (first, second)
     assert "process 0 of 2" in first[1] and second[1] == ""
@@ -356,13 +356,17 @@ def test_two_processes_of_poprun_do_what_one_does(tmp_path, shards, poptorch):
     )
 
 
-def test_poprun_has_to_start_the_configs_replicas(tmp_path, shards):
+@pytest.mark.parametrize(
+    "replicas, message",
+    [
+        (4, "ipu.replication_factor is 2, and poprun started 4 replicas: poprun --num-replicas 2"),
+        (2, "ipu.instances is 1, and poprun started 2 processes: poprun --num-instances 1 ..., or --ipu.instances 2"),
+    ],
+)
+def test_poprun_has_to_start_the_configs_replicas_and_processes(tmp_path, shards, replicas, message):
     words = arguments(tmp_path, shards, **EXACT, **GEOMETRY, ipu__executable_cache_dir=tmp_path / "exe")
-    for status, _, errors in poprun(words, tmp_path / "meet", replicas=4):
-        assert (
-            status == 2
-            and "ipu.replication_factor is 2, and poprun started 4 replicas: poprun --num-replicas 2" in errors
-        )
+    for status, _, errors in poprun(words, tmp_path / "meet", replicas):
+        assert status == 2 and message in errors
 
 
 def options_of(poptorch, ipu, training=True, compile_only=False, ipu_model=False):
