@@ -420,6 +420,15 @@ BAD = [
         ["own.json", "optimizer.trust_ratio_slices is 2", "expected 1, as one part is updated"],
     ),
     (
+        {
+            "device": "ipu",
+            "optimizer": {"trust_ratio_slices": 2},
+            "ipu": {"embedding_serialization_factor": 2, "gradient_accumulation_steps": 1},
+            "training": {"global_batch_size": 128},
+        },
+        ["own.json", "optimizer.trust_ratio_slices is 2", "expected 1, as one part is updated"],
+    ),
+    (
         {"device": "ipu", "ipu": {"instances": 3}},
         ["own.json", "ipu.instances is 3", "a divisor of ipu.replication_factor, 4; without poprun: --ipu.instances 1"],
     ),
