@@ -96,10 +96,8 @@ class MetricsLog:
 
     def show(self, values: Dict[str, Any], seconds_left: float) -> None:
         """The line for people."""
-        skipped, words = (
-            values["skipped_updates"],
-            f"{task_words(self.engine.task, values)}  " if "loss" in values else "",
-        )
+        skipped = values["skipped_updates"]
+        words = f"{task_words(self.engine.task, values)}  " if "loss" in values else ""
         logger.info(
             f"step {values['step']}/{self.last_step}  {words}"
             f"lr {values['learning_rate']:.2e}  {values['sequences_per_second']:.1f} seq/s  "
