@@ -22,6 +22,8 @@ from data.errors import InputError
 
 def run(own, options):
     config = parse_command_line(options)
+    if config.ipu.synthetic_data:
+        raise InputError("ipu.synthetic_data is true: run_pretraining.py then shows its speed on the console alone")
     batch_size, data = config.training.global_batch_size, config.data
     with tempfile.TemporaryDirectory() as folder:
         sizes = data.sequence_length, data.mask_tokens, config.model.vocab_size

@@ -10,7 +10,7 @@ from bert.config import Config
 from bert.validation import validate_for_ipu
 from data.errors import InputError
 
-__all__ = ["choose_device", "find_device", "has_static_shapes", "process_of"]
+__all__ = ["choose_device", "find_device", "has_static_shapes", "makes_up_input", "process_of"]
 
 # What the IPU engine takes from Graphcore's packages. Others of these names have none of it.
 SDK_NAMES = {
@@ -71,6 +71,11 @@ def find_device(config: Config) -> Tuple[str, str]:
 def has_static_shapes(device: str) -> bool:
     """Whether all global batches must have the same shape there."""
     return device == "ipu"
+
+
+def makes_up_input(config: Config, device: str) -> bool:
+    """Whether the device computes with input of its own making, for its speed alone."""
+    return device == "ipu" and config.ipu.synthetic_data
 
 
 def process_of(device: str) -> Tuple[int, int]:

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from bert.config import Config
-from bert.engines import Engine, find_device, make_engine, process_of
+from bert.engines import Engine, find_device, make_engine, makes_up_input, process_of
 from bert.errors import Diverged
 from bert.model.model import Model
 from bert.optimizers import check_name
@@ -95,10 +95,12 @@ def train(config: Config, make_model: Callable[[Config, Task], Model] = make_mod
             make_engine(config, device, make_model).compile()
             logger.info("compiled into %s", config.ipu.executable_cache_dir)
             return 0
+        if makes_up_input(config, device):  # it leaves no run, and goes on with none
+            config = closing.enter_context(without_output(config, rank))
         checkpoint = find_checkpoint(config, rank)
         finished = is_finished(config)
         if rank:
-            config = closing.enter_context(without_output(config))
+            config = closing.enter_context(without_output(config, rank))
         make_shards_from_text(config)
         data_set = open_data(config, task)
         state = read_state(checkpoint, data_set.identity(), config.data.on_bad_shard == "skip")
@@ -156,8 +158,9 @@ def run_steps(run: Run, batch: GlobalBatch) -> None:
             if engine.steps_done > run.saved_step and engine.world_size == 1:  # several may stop at different steps
                 engine.wait_for(engine.steps_done)
                 run.save()
+            go_on = f". To go on from step {run.saved_step}: the same command with --resume auto"
             stopped = f"stopped after step {engine.steps_done} of {training.max_steps}"
-            logger.info("%s. To go on from step %d: the same command with --resume auto", stopped, run.saved_step)
+            logger.info("%s%s", stopped, "" if engine.made_up else go_on)
             raise
 
 
@@ -180,10 +183,10 @@ def follow(bar: tqdm, batch: GlobalBatch, run: Run) -> Callable[[int], None]:
 
 
 @contextlib.contextmanager
-def without_output(config: Config):
-    """The config of one of several processes that is not the first, which alone writes the run's folder: with a folder
-    that vanishes. Raises InputError where shards are still to be made."""
-    if config.data.text:
+def without_output(config: Config, rank: int):
+    """The config with an output folder that vanishes: for input that IPUs make up, and for a process of `rank` above 0,
+    as the first alone writes the run's folder. Raises InputError where the latter would have to make shards."""
+    if rank and config.data.text:
         raise InputError(
             "data.text is set, and poprun started several processes. Make the shards before, with python -m "
             "data.prepare, and leave data.text out"

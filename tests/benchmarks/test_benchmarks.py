@@ -8,9 +8,11 @@ import sys
 import numpy as np
 import pytest
 
+from benchmarks import data_wait
 from benchmarks.processes import Worker
 from benchmarks.synthetic import random_samples, write_data_set
 from bert.engines.torch_devices import Cpu
+from data.errors import InputError
 from data.samples import check_samples
 from tests import ROOT
 
@@ -126,6 +128,11 @@ def test_the_data_wait_benchmark_runs_the_command(tmp_path, tiny):
     results, printed = run(tmp_path, "benchmarks/data_wait.py", "--config", tiny, "--steps", 3)
     assert "step 3/3" in printed and len(results["steps"]["data_wait_fraction"]) == 2
     assert 0 <= results["data_wait_fraction"] < 1 and results["sequences_per_second"] > 0
+
+
+def test_the_data_wait_benchmark_wants_metrics(tiny):
+    with pytest.raises(InputError, match="ipu.synthetic_data is true: .* on the console alone"):
+        data_wait.run(None, ["--config", str(tiny), "--ipu.synthetic_data", "true"])
 
 
 def test_the_loader_benchmark_measures_every_way(tmp_path):

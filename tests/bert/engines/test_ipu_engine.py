@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ import torch
 from bert.command_line import parse_command_line
 from bert.config import Config, IpuConfig, OptimizerConfig
 from bert.engines import make_engine
-from bert.engines.ipu import make_options
+from bert.engines.ipu import IpuEngine, make_options
 from bert.engines.ipu_optimizer import read_state, write_state
 from bert.model.stages import make_stages
 from bert.run.checkpoint import list_checkpoints, read_safetensors
@@ -21,7 +22,7 @@ from data.errors import InputError
 from data.rows import unpacked_batch
 from run_pretraining import main
 from tests import ROOT
-from tests.bert.run.runs import LENGTH, MASKS, VOCAB, arguments, checkpoints, make_shards, read_lines
+from tests.bert.run.runs import LENGTH, MASKS, VOCAB, arguments, checkpoints, make_shards, read_lines, without_times
 from tests.make_samples import random_samples
 from tests.poptorch_contract import python_path, sdk
 
@@ -471,24 +472,46 @@ def test_the_simulator_needs_no_ipus_and_keeps_no_executable(tmp_path, shards, p
     assert "device: ipu (PopTorch without hardware)" in capsys.readouterr().out and len(read_lines(tmp_path)) == 3
 
 
-@pytest.mark.parametrize("begun", [0, 1])
-def test_a_run_on_made_up_data_reports_its_speed_alone_never_diverges_and_saves_nothing(
-    tmp_path, shards, poptorch, capsys, begun
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("begun, resume", [(0, "never"), (1, "auto")])
+@pytest.mark.slow
+def test_a_run_on_made_up_data_shows_its_speed_alone_never_diverges_and_leaves_the_runs_folder_as_it_is(
+    tmp_path, shards, poptorch, capsys, begun, resume
 ):
     changes = {**EXACT, **GEOMETRY, "ipu__executable_cache_dir": tmp_path / "exe", "training__save_every": 1}
-    changes.update(data__files=shards / "train-00000.h5", data__held_out_files=shards / "train-00001.h5", resume="auto")
+    changes.update(data__files=shards / "train-00000.h5", data__held_out_files=shards / "train-00001.h5", resume=resume)
     if begun:
         assert main(arguments(tmp_path, shards, **changes, training__stop_at_step=begun)) == 0
-    saved = checkpoints(tmp_path)
+    before = contents(tmp_path / "run")
+    capsys.readouterr()
     assert main(arguments(tmp_path, shards, **changes, ipu__synthetic_data="true")) == 0
-    lines = read_lines(tmp_path)[begun:]
-    assert [line["step"] for line in lines] == [1, 2, 3][begun:] and all(line["sequences_per_second"] for line in lines)
-    assert not any("loss" in key or "accuracy" in key for line in lines for key in line)
-    assert checkpoints(tmp_path) == saved and len(saved) == begun
-    assert not {"curve.png", "held_out.json", "state.json"} & set(os.listdir(tmp_path / "run"))
+    assert contents(tmp_path / "run") == before and bool(before) == bool(begun)
     output = capsys.readouterr().out
+    lines = [line for line in output.splitlines() if line.startswith("step ")]
+    assert [line.split()[1] for line in lines] == ["1/3", "2/3", "3/3"] and all("seq/s" in line for line in lines)
+    assert not any(word in line for line in lines for word in ("loss", "mlm", "nan"))
     assert "IPUs make up their input, so no losses are reported and nothing is saved" in output
-    assert "nan" not in output and "seq/s" in output
+    # The run itself begins, or goes on, as if nothing had been.
+    assert main(arguments(tmp_path, shards, **changes)) == 0
+    assert main(arguments(tmp_path, shards, **changes, training__output=tmp_path / "other")) == 0
+    for path in ("model.safetensors", "optimizer.safetensors"):
+        one, other = (os.path.join(checkpoints(tmp_path, run)[-1], path) for run in ("run", "other"))
+        assert pathlib.Path(one).read_bytes() == pathlib.Path(other).read_bytes()
+    assert without_times(read_lines(tmp_path)) == without_times(read_lines(tmp_path, "other"))
+
+
+def test_a_stopped_run_on_made_up_data_names_no_step_to_go_on_from(tmp_path, shards, poptorch, monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(IpuEngine, "step", interrupt)
+    changes = {**EXACT, **GEOMETRY, "ipu__executable_cache_dir": tmp_path / "exe", "ipu__synthetic_data": "true"}
+    assert main(arguments(tmp_path, shards, **changes)) == 130
+    output = capsys.readouterr().out
+    assert "stopped after step 0 of 3\n" in output and not (tmp_path / "run").exists()
 
 
 def test_made_up_data_of_ipus_is_none_of_the_cpus(tmp_path, shards):
