@@ -193,13 +193,13 @@ class IpuEngine:
         """The IPUs go to another executable for it."""
         if is_attached(self.training):
             self.training.detachFromDevice()
+        if self.compiled_model is None:
+            self.compiled_model = self.wrap()
         self.compiled_model.eval()
         if self.inference is None:
             self.inference = self.poptorch.inferenceModel(self.compiled_model, options=self.options(False))
         elif not is_attached(self.inference):
             self.inference.attachToDevice()
-        if self.compiled_model is None:
-            self.compiled_model = self.wrap()
         # As many micro-batches as the pipeline has stages; the last are filled up with rows of weight 0.
         count = self.micro_batch_size * len(self.stages) * self.ipu.replication_factor // self.world_size
         totals = dict.fromkeys(self.task.metrics, torch.zeros(()))
@@ -321,7 +321,8 @@ def set_training_options(options, poptorch, config: Config, half: bool, processe
     options._Popart.set("subgraphCopyingStrategy", int(popart.SubgraphCopyingStrategy.JustInTime))
     options._Popart.set("scheduleNonWeightUpdateGradientConsumersEarly", True)
     # The embedding's gather and the decoder share one layout and one accumulator, and are cut into the same parts.
-    # Each part is updated alone: LambSerialisedWeight adds up the squares of their norms, for the trust ratio of all.
+    # By PopART's source each part is updated alone, and LambSerialisedWeight adds up the squares of their norms, for
+    # the trust ratio of all. Nobody has seen it in a compiled graph (docs/ipu.md).
     options._Popart.setPatterns(
         {
             "TiedGather": True,
