@@ -27,14 +27,15 @@ def _cross_entropy_kernel(logits, labels, weights, losses, correct, V: tl.conste
         x = tl.load(row + first + lanes, mask=first + lanes < V, other=float("-inf")).to(tl.float32)
         before, highest = highest, tl.maximum(highest, tl.max(x, axis=0))
         total = total * tl.exp(before - highest) + tl.sum(tl.exp(x - highest), axis=0)
-    factor = weight / total
+    factor, best = weight / total, V  # best: the first token with the highest logit
     for first in range(0, V, BLOCK):
         inside = first + lanes < V
         x = tl.load(row + first + lanes, mask=inside, other=float("-inf")).to(tl.float32)
+        best = tl.minimum(best, tl.min(tl.where(x == highest, first + lanes, V), axis=0))
         gradient = factor * tl.exp(x - highest) - tl.where(first + lanes == label, weight, 0.0)
         tl.store(row + first + lanes, gradient.to(logits.dtype.element_ty), mask=inside)
     tl.store(losses + token, highest + tl.log(total) - at_label)
-    tl.store(correct + token, (at_label == highest).to(tl.float32))
+    tl.store(correct + token, (best == label).to(tl.float32))
 
 
 def cross_entropy(
@@ -42,9 +43,9 @@ def cross_entropy(
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """logits [T, V] (float32, bfloat16 or float16), labels [T] integers, weights [T] float32, all contiguous, on CUDA.
 
-    Returns, for each token, the unweighted cross-entropy and whether its label has the highest logit, both [T] float32,
-    and the logits, now overwritten with their gradients weights[t] * (softmax - one_hot(label)). The arithmetic is
-    float32.
+    Returns, for each token, the unweighted cross-entropy and whether its label is the first that has the highest logit,
+    both [T] float32, and the logits, now overwritten with their gradients weights[t] * (softmax - one_hot(label)). The
+    arithmetic is float32.
     """
     losses, correct = torch.empty_like(weights), torch.empty_like(weights)
     with torch.cuda.device(logits.device) if logits.is_cuda else contextlib.nullcontext():

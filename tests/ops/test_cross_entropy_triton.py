@@ -56,6 +56,14 @@ def test_losses_and_gradients_are_those_of_float64(dtype, tolerance, tokens, voc
     assert direction.norm() < 1e-6 or relative_error(gradients, direction) < tolerance
 
 
+@pytest.mark.parametrize("dtype", [pytest.param(torch.bfloat16, marks=on_kernel)])
+def test_of_equal_highest_logits_the_first_counts(dtype):
+    logits = torch.zeros(3, 5000, dtype=dtype, device=DEVICE)
+    logits[:, [70, 4500]] = 2.0
+    labels, weights = torch.tensor([70, 4500, 3], device=DEVICE), torch.ones(3, device=DEVICE)
+    assert kernel()(logits, labels, weights)[1].tolist() == [1.0, 0.0, 0.0]
+
+
 @pytest.mark.parametrize(
     "dtype, tolerance",
     [pytest.param(torch.float32, 1e-5, marks=on_kernel), pytest.param(torch.bfloat16, 5e-2, marks=on_kernel)],
