@@ -4,7 +4,7 @@ import os
 import sys
 
 from bert.command_line import parse_command_line
-from bert.errors import Diverged
+from bert.errors import Diverged, ProcessLost
 from data.commands import run_command
 
 FEW_CORES = 16  # with more, sleeping threads take too long to wake
@@ -29,7 +29,7 @@ def main(arguments=None, **parts) -> int:
             show_progress()
             train(config, **parts)
 
-    return run_command(command, failures=(Diverged,))
+    return run_command(command, failures=(Diverged, ProcessLost))
 
 
 def wait_asleep() -> None:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Dict, List, Literal, Optional, Union
 
 from data.packing import SAMPLES_PER_ROW
 
-__all__ = ["Config", "DataConfig", "IpuConfig", "ModelConfig", "OptimizerConfig", "TaskConfig", "TrainingConfig"]
+__all__ = ["Config", "DataConfig", "IpuConfig", "ModelConfig", "OptimizerConfig", "ParallelConfig"]
+__all__ += ["TaskConfig", "TrainingConfig"]
 
 # The parser checks the bounds of what a file or the command line gives; a config holds plain numbers.
 if TYPE_CHECKING:
@@ -166,6 +167,15 @@ class TrainingConfig:
 
 
 @dataclass
+class ParallelConfig:
+    """Several processes, on CUDA and CPU, started by torchrun."""
+
+    timeout: PositiveNumber = 300.0
+    """Seconds that a process waits for the others before the run ends with an error: longer than a checkpoint takes to
+    write."""
+
+
+@dataclass
 class IpuConfig:
     """The pipeline on IPUs: placement, batch geometry, memory. Others use only embedding_serialization_factor."""
 
@@ -235,4 +245,5 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     ipu: IpuConfig = field(default_factory=IpuConfig)

@@ -4,7 +4,7 @@ import contextlib
 import signal
 import threading
 
-__all__ = ["cancellable", "interruptible", "protected"]
+__all__ = ["Stop", "cancellable", "interruptible", "protected"]
 
 _depth = 0
 _pending = None

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import os
 import platform
 import sys
 from typing import Tuple
@@ -48,6 +49,7 @@ def choose_device(wanted: str, ipus: int = 1, needs_hardware: bool = True) -> Tu
             "asks for. Install a CUDA build of torch and a driver, or use --device auto"
         )
     if wanted == "cuda" or (wanted == "auto" and has_cuda):
+        take_card()
         reason = "" if wanted == "cuda" else f": {why}"
         return "cuda", f"cuda ({torch.cuda.get_device_name()}{reason})"
     reason = "" if wanted == "cpu" else f": no CUDA device, {why}"
@@ -79,11 +81,29 @@ def makes_up_input(config: Config, device: str) -> bool:
 
 
 def process_of(device: str) -> Tuple[int, int]:
-    """(rank, number) of this process among those of the run: poprun's on IPUs; (0, 1) elsewhere."""
+    """(rank, number) of this process among those of the run: poprun's on IPUs, torchrun's on CUDA and CPU; (0, 1) for a
+    process alone."""
+    if device in ("cpu", "cuda") and {"RANK", "WORLD_SIZE"} <= set(os.environ):
+        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if device != "ipu" or importlib.util.find_spec("popdist") is None:
         return 0, 1
     popdist = importlib.import_module("popdist")
     return (popdist.getInstanceIndex(), popdist.getNumInstances()) if popdist.isPopdistEnvSet() else (0, 1)
+
+
+def take_card() -> None:
+    """Has each of torchrun's processes on a machine use a card of its own."""
+    import torch
+
+    if process_of("cuda")[1] == 1:
+        return
+    card, cards = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if card >= cards:
+        raise InputError(
+            f"torchrun started process {card} (counted from 0) on a machine with {cards} CUDA devices, one for each "
+            f"process. Start fewer: torchrun --nproc-per-node {cards}, or use --device cpu"
+        )
+    torch.cuda.set_device(card)
 
 
 def is_installed(name: str) -> bool:

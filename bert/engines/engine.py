@@ -38,6 +38,8 @@ class Engine(Protocol):
     """Of this process; 0 writes the run's folder."""
     world_size: int
     """Processes of the run."""
+    stops_together: bool
+    """Whether all processes of the run stop at the same step, with whole weights in each, where one is told to stop."""
 
     def describe(self) -> str:
         """One line for people: precision, micro-batches, and so on."""

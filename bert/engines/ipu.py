@@ -79,6 +79,7 @@ class IpuEngine:
         self.micro_batch_size, self.steps_per_call = config.ipu.micro_batch_size, config.ipu.device_iterations
         self.steps_done = 0
         self.rank, self.world_size = process_of("ipu")
+        self.stops_together = self.world_size == 1
         if self.world_size > 1:
             self.check_poprun()
         self.half = config.training.precision != "float32"

@@ -11,11 +11,12 @@ from torch import nn
 
 from bert.config import Config
 from bert.engines.engine import Arrays, ignore_progress
+from bert.engines.processes import current, cut
 from bert.engines.torch_devices import Memory, TorchDevice, choose_precision, wants_compile
 from bert.model.batch import Batch
 from bert.model.model import Model
 from bert.optimizers import make_optimizer
-from bert.signals import cancellable, protected
+from bert.signals import Stop, cancellable, protected
 from bert.tasks.task import Task
 from data.errors import InputError
 from data.rows import unpad
@@ -38,14 +39,18 @@ class TorchEngine:
     them into the model's. Dropout draws from a generator state of its own: a function of (seed, step, first row of the
     micro-batch), so that a run is repeatable whatever else draws random numbers. On CUDA it is so to rounding: flash
     attention adds up the gradients of the queries in any order, unless torch.use_deterministic_algorithms(True) is set.
+
+    Of several processes each takes its rows of a global batch (bert/engines/processes.py).
     """
 
-    steps_per_call, rank, world_size = 1, 0, 1
+    steps_per_call = 1
     made_up = False
+    stops_together = True
 
     def __init__(self, config: Config, task: Task, model: Model, device: TorchDevice, micro_batch_size: int):
         device.start()
-        training = config.training
+        training, self.processes = config.training, current()
+        self.rank, self.world_size = (self.processes.rank, self.processes.size) if self.processes else (0, 1)
         self.task, self.device, self.seed, self.micro_batch_size = task, device, training.seed, micro_batch_size
         self.model, self.asynchronous = model.to(device.name), device.asynchronous
         self.precision = choose_precision(device, training.precision)
@@ -78,7 +83,8 @@ class TorchEngine:
                 layer.compile(dynamic=False)
 
     def describe(self) -> str:
-        return f"{self.precision}, micro-batches of {self.micro_batch_size} rows, {self.compile_line}"
+        processes = f"{self.world_size} processes, " if self.world_size > 1 else ""
+        return f"{processes}{self.precision}, micro-batches of {self.micro_batch_size} rows, {self.compile_line}"
 
     def compile(self) -> None:
         """Nothing: layers are compiled as they first run."""
@@ -86,6 +92,7 @@ class TorchEngine:
     def expect_rows(self, rows: int) -> None:
         """Makes micro-batches smaller such that as many do, with few rows to fill up."""
         if self.cuts_evenly:
+            rows = -(-rows // self.world_size)
             count = -(-rows // self.micro_batch_size)
             # Later batches may pack into some more rows.
             self.micro_batch_size = min(self.micro_batch_size, -(-(rows + rows // 100) // (8 * count)) * 8)
@@ -93,13 +100,31 @@ class TorchEngine:
     def step(
         self, batch: Arrays, learning_rate: float, step: int, progress: Callable[[int], None] = ignore_progress
     ) -> Metrics:
-        with cancellable(), self.device.fork_random():
-            totals = self.until_it_fits(self.passes, batch, step, progress)
+        totals = self.in_all_processes(self.passes, batch, step, progress)
         with protected():
+            if self.processes:
+                self.processes.sum_gradients(self.master_weights.values())
             self.update(learning_rate)
             self.steps_done = step
             totals["skipped_updates"] = self.optimizer.skipped.clone()
             return self.to_host(totals, step)
+
+    def in_all_processes(self, passes: Callable[..., Metrics], *arguments) -> Metrics:
+        """passes(*arguments), summed over all processes. Where one is told to stop before all are done, all raise
+        Stop."""
+        totals: Metrics = {}
+        stopped = 0
+        try:
+            with cancellable():
+                totals = self.until_it_fits(passes, *arguments)
+        except Stop as stop:
+            if self.processes is None:
+                raise
+            stopped = stop.signal_number
+        if self.processes is None:
+            return totals
+        self.processes.settle(stopped, list(self.master_weights.values()))
+        return self.processes.sum_metrics(totals, list(self.task.metrics), self.device.name)
 
     def passes(self, batch: Arrays, step: int, progress: Callable[[int], None]) -> Metrics:
         """The forward and backward passes of a step."""
@@ -108,12 +133,13 @@ class TorchEngine:
         totals: Metrics = {}
         rows_done = 0
         try:
-            with self.packed_weights(batch):
-                for first, micro_batch in self.micro_batches(batch):
+            with self.device.fork_random(), self.packed_weights(batch):
+                for first, micro_batch in self.micro_batches(batch, self.rank, self.world_size):
                     key = np.random.SeedSequence([self.seed, step, first]).generate_state(1, np.uint64)[0]
                     torch.manual_seed(int(key >> np.uint64(1)))
                     self.backward(self.forward(micro_batch, totals))
-                    rows = min(self.micro_batch_size, len(batch["input_ids"]) - first)
+                    # The other processes are about as far.
+                    rows = min(self.micro_batch_size * self.world_size, len(batch["input_ids"]) - rows_done)
                     rows_done += rows
                     progress(rows)
         except Exception:  # `until_it_fits` may begin again
@@ -123,19 +149,19 @@ class TorchEngine:
 
     @torch.no_grad()
     def evaluate(self, batch: Arrays) -> Metrics:
-        return self.until_it_fits(self.evaluation, batch)
+        return self.in_all_processes(self.evaluation, batch)
 
     def evaluation(self, batch: Arrays) -> Metrics:
         self.model.eval()
         totals: Metrics = {}
         with self.packed_weights(batch):
-            for _, micro_batch in self.micro_batches(batch):
+            for _, micro_batch in self.micro_batches(batch, self.rank, self.world_size):
                 self.forward(micro_batch, totals)
         return totals
 
     def packed_weights(self, batch: Arrays) -> ContextManager:
         """While open, the weights stay as they are, for the micro-batches of this batch."""
-        return packed_weights(-(-len(batch["input_ids"]) // self.micro_batch_size))
+        return packed_weights(-(-len(batch["input_ids"]) // (self.micro_batch_size * self.world_size)))
 
     def until_it_fits(self, passes: Callable[..., T], *arguments) -> T:
         """passes(*arguments), from the beginning again with smaller micro-batches where memory runs out, and without
@@ -202,10 +228,11 @@ class TorchEngine:
         """The optimizer's update, with the gradients of the step's micro-batches."""
         self.optimizer.step(learning_rate)
 
-    def micro_batches(self, batch: Arrays) -> Iterator[Tuple[int, Batch]]:
-        """(its first row, micro-batch on the device), one after the other; those without a sample are left out."""
-        for first in range(0, len(batch["input_ids"]), self.micro_batch_size):
-            rows = {name: array[first : first + self.micro_batch_size] for name, array in batch.items()}
+    def micro_batches(self, batch: Arrays, rank: int = 0, world_size: int = 1) -> Iterator[Tuple[int, Batch]]:
+        """(its first row, micro-batch on the device), one after the other, of all rows or of those of one process;
+        those without a sample are left out."""
+        for first, index in cut(batch, self.micro_batch_size, rank, world_size):
+            rows = {name: array[index] for name, array in batch.items()}
             if not rows["sample_ids"].any():
                 continue
             missing = self.micro_batch_size - len(rows["input_ids"])

@@ -17,9 +17,8 @@ def evaluate(config: Config, engine: Engine) -> Dict[str, Any]:
     data, task = config.data, engine.task
     shards = open_shards(data.held_out_files, data.sequence_length, data.mask_tokens, config.model.vocab_size)
     sums, counts, samples = dict.fromkeys(task.metrics, 0.0), dict.fromkeys(task.metrics.values(), 0), 0
-    with tqdm(
-        total=sum(shard.num_samples for shard in shards), unit="seq", desc="evaluating", disable=None, leave=False
-    ) as bar:
+    total, quiet = sum(shard.num_samples for shard in shards), True if engine.rank else None
+    with tqdm(total=total, unit="seq", desc="evaluating", disable=quiet, leave=False) as bar:
         for batch in batches_in_order(shards, max(256, engine.micro_batch_size)):
             metrics = engine.evaluate(batch.arrays)
             for name, weights in task.metrics.items():

@@ -5,14 +5,15 @@ import dataclasses
 import logging
 import os
 import tempfile
-from typing import Callable, Dict, Optional
+from typing import Callable, Dict, Optional, Tuple, Union
 
 import torch
 from tqdm import tqdm
 
 from bert.config import Config
 from bert.engines import Engine, find_device, make_engine, makes_up_input, process_of
-from bert.errors import Diverged
+from bert.engines.processes import current, failing_together, first_alone, joined
+from bert.errors import Diverged, ProcessLost
 from bert.model.model import Model
 from bert.optimizers import check_name
 from bert.run.checkpoint import (
@@ -81,50 +82,68 @@ def train(config: Config, make_model: Callable[[Config, Task], Model] = make_mod
     """Runs `config` to its end and returns the number of steps done.
 
     Raises InputError before the first step for anything in config or files that cannot be used; Diverged for a loss
-    that is no number; KeyboardInterrupt for Ctrl-C and SIGTERM, InputError for shards that turn bad and LoaderDied,
-    each after saving a checkpoint.
+    that is no number; KeyboardInterrupt for Ctrl-C and SIGTERM, InputError for shards that turn bad, LoaderDied, and
+    ProcessLost for another process of the run that ended, each after saving a checkpoint.
     """
     with interruptible(), contextlib.ExitStack() as closing:
-        task = make_task(config)
         check_name(config.optimizer)
         device, device_line = find_device(config)
-        rank, _ = process_of(device)
-        if rank:
+        if process_of(device)[0]:
             show_errors_only()
         if config.compile_only:
             make_engine(config, device, make_model).compile()
             logger.info("compiled into %s", config.ipu.executable_cache_dir)
             return 0
-        if makes_up_input(config, device):  # it leaves no run, and goes on with none
-            config = closing.enter_context(without_output(config, rank))
-        checkpoint = find_checkpoint(config, rank)
-        finished = is_finished(config)
-        if rank:
-            config = closing.enter_context(without_output(config, rank))
-        make_shards_from_text(config)
-        data_set = open_data(config, task)
-        state = read_state(checkpoint, data_set.identity(), config.data.on_bad_shard == "skip")
-        state.leave_out(data_set.skipped)
-        last_step = min(config.training.max_steps, config.training.stop_at_step or config.training.max_steps)
-        if state.step >= last_step and (last_step < config.training.max_steps or finished):
-            output = config.training.output
-            logger.info("%s: step %d of %d is done already, nothing to do", output, state.step, last_step)
-            return state.step
-        loader = closing.enter_context(open_loader(config, data_set, state, device))
-        engine = make_engine(config, device, make_model)
-        load_into(engine, config, data_set, state, checkpoint)
-        first = next_batch(loader, engine.steps_per_call)
-        engine.expect_rows(len(first.arrays["input_ids"]))
-        log_what_runs(config, device_line, engine, data_set, first, checkpoint)
-        closing.enter_context(claim(config, engine.steps_done))
-        run = Run(config, engine, loader, data_set, state, last_step, engine.steps_done)
-        try:
-            run_steps(run, first)
-        except Diverged as error:
-            raise Diverged(f"{error}. {advice_for_divergence(config)}")
-        if engine.steps_done == config.training.max_steps and not engine.made_up:
-            finish(config, engine)
-    return engine.steps_done
+        closing.enter_context(joined(device, config.parallel.timeout))
+        with failing_together():
+            begun = begin(config, device, device_line, make_model, closing)
+        if isinstance(begun, int):
+            return begun
+        run, first = begun
+        together = run.engine.stops_together and run.engine.world_size > 1
+        with protected() if together else contextlib.nullcontext():  # the engine looks for a signal, for all of them
+            try:
+                run_steps(run, first)
+            except Diverged as error:
+                raise Diverged(f"{error}. {advice_for_divergence(config)}")
+            if run.engine.steps_done == config.training.max_steps and not run.engine.made_up:
+                finish(run.config, run.engine)
+    return run.engine.steps_done
+
+
+def begin(
+    config: Config,
+    device: str,
+    device_line: str,
+    make_model: Callable[[Config, Task], Model],
+    closing: contextlib.ExitStack,
+) -> Union[int, Tuple[Run, GlobalBatch]]:
+    """The run and its first batch; where no step is left to do, how many are done."""
+    rank, _ = process_of(device)
+    task = make_task(config)
+    if makes_up_input(config, device):  # it leaves no run, and goes on with none
+        config = closing.enter_context(without_output(config, rank))
+    checkpoint = find_checkpoint(config, rank)
+    finished = is_finished(config)
+    if rank:
+        config = closing.enter_context(without_output(config, rank))
+    first_alone(lambda: make_shards_from_text(config))
+    data_set = open_data(config, task)
+    state = read_state(checkpoint, data_set.identity(), config.data.on_bad_shard == "skip")
+    state.leave_out(data_set.skipped)
+    last_step = min(config.training.max_steps, config.training.stop_at_step or config.training.max_steps)
+    if state.step >= last_step and (last_step < config.training.max_steps or finished):
+        output = config.training.output
+        logger.info("%s: step %d of %d is done already, nothing to do", output, state.step, last_step)
+        return state.step
+    loader = closing.enter_context(open_loader(config, data_set, state, device))
+    engine = make_engine(config, device, make_model)
+    load_into(engine, config, data_set, state, checkpoint)
+    first = next_batch(loader, engine.steps_per_call)
+    engine.expect_rows(len(first.arrays["input_ids"]))
+    log_what_runs(config, device_line, engine, data_set, first, checkpoint)
+    closing.enter_context(claim(config, engine.steps_done))
+    return Run(config, engine, loader, data_set, state, last_step, engine.steps_done), first
 
 
 def run_steps(run: Run, batch: GlobalBatch) -> None:
@@ -153,9 +172,9 @@ def run_steps(run: Run, batch: GlobalBatch) -> None:
                 if step < run.last_step:
                     with log.waiting_for_data():
                         batch = next_batch(loader, engine.steps_per_call)
-        except (KeyboardInterrupt, InputError, LoaderDied):
+        except (KeyboardInterrupt, InputError, LoaderDied, ProcessLost):
             log.write()
-            if engine.steps_done > run.saved_step and engine.world_size == 1:  # several may stop at different steps
+            if engine.steps_done > run.saved_step and engine.stops_together:
                 engine.wait_for(engine.steps_done)
                 run.save()
             go_on = f". To go on from step {run.saved_step}: the same command with --resume auto"
@@ -168,7 +187,8 @@ def progress_bar(run: Run) -> tqdm:
     """Of all steps; it moves within a step too."""
     form = "{desc}: {percentage:.1f} %|{bar}| step {n:.2f} of {total_fmt}, {elapsed} elapsed, {remaining} left"
     steps = dict(total=run.last_step, initial=run.engine.steps_done)
-    return tqdm(**steps, disable=None, dynamic_ncols=True, desc="training", bar_format=form)
+    quiet = True if run.engine.rank else None
+    return tqdm(**steps, disable=quiet, dynamic_ncols=True, desc="training", bar_format=form)
 
 
 def follow(bar: tqdm, batch: GlobalBatch, run: Run) -> Callable[[int], None]:
@@ -185,8 +205,9 @@ def follow(bar: tqdm, batch: GlobalBatch, run: Run) -> Callable[[int], None]:
 @contextlib.contextmanager
 def without_output(config: Config, rank: int):
     """The config with an output folder that vanishes: for input that IPUs make up, and for a process of `rank` above 0,
-    as the first alone writes the run's folder. Raises InputError where the latter would have to make shards."""
-    if rank and config.data.text:
+    as the first alone writes the run's folder. Raises InputError where shards are still to be made, and those that
+    poprun started cannot wait."""
+    if rank and config.data.text and current() is None:
         raise InputError(
             "data.text is set, and poprun started several processes. Make the shards before, with python -m "
             "data.prepare, and leave data.text out"

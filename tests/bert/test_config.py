@@ -295,7 +295,7 @@ def test_the_schema_describes_every_key(schema):
     jsonschema.Draft7Validator.check_schema(schema)
     sections = [value for value in schema["properties"].values() if value.get("type") == "object"]
     keys = [key for section in [schema, *sections] for key in section["properties"].values()]
-    assert len(sections) == 6 and all(key["description"] for key in keys)
+    assert len(sections) == 7 and all(key["description"] for key in keys)
     assert schema["properties"]["training"]["properties"]["max_steps"] == {
         "description": "Optimizer steps of the whole schedule.",
         "type": "integer",
