@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bert.engines.choosing import process_of, take_card
-from bert.engines.processes import buckets, cut, rows_of
+from bert.engines.processes import buckets, current, cut, joined, rows_of
 from bert.run.checkpoint import read_safetensors
 from data.errors import InputError
 from run_pretraining import main
@@ -153,7 +153,7 @@ def test_where_a_process_hangs_the_other_names_it_within_the_timeout(runs):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    words = [*words, "--training.output", folder / "hangs", "--parallel.timeout", "5"]
+    words = [*words, "--training.output", folder / "hangs", "--parallel.timeout", "3"]
     (folder / "hang").mkdir()
     command = [sys.executable, SCRIPT, str(folder / "hang"), f"passes 1 {STOP} {signal.SIGSTOP.value}"]
     started = []
@@ -227,6 +227,16 @@ def test_torchrun_says_which_process_this_is(monkeypatch):
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert process_of("cpu") == process_of("cuda") == (3, 4) and process_of("ipu") == (0, 1)
+
+
+def test_processes_that_do_not_find_each_other_are_an_error(monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(InputError, match="MASTER_ADDR.*torchrun"), joined("cpu", 1):
+        pass
+    with joined("ipu", 1):
+        assert current() is None
 
 
 def test_each_process_of_a_machine_has_a_card_of_its_own(monkeypatch):
