@@ -44,7 +44,9 @@ class MetricsLog:
         self.closing = contextlib.ExitStack()
         path = os.path.join(folder, "metrics.jsonl")
         self.file = self.closing.enter_context(open(path, "a", encoding="utf-8"))  # noqa: SIM115
-        self.board = open_board(os.path.join(folder, "tensorboard"), engine.steps_done + 1)
+        self.board: Any = (
+            None if engine.rank else open_board(os.path.join(folder, "tensorboard"), engine.steps_done + 1)
+        )
         if self.board:
             self.closing.enter_context(self.board)
         self.due: Optional[Line] = None
