@@ -10,7 +10,7 @@ from bert.config import Config
 from bert.engines.choosing import choose_device
 from data.errors import InputError
 
-__all__ = ["Stopwatch", "best_time", "cuda_or_cpu", "device_name", "gemm_rate", "timed"]
+__all__ = ["Stopwatch", "cuda_or_cpu", "device_name", "gemm_rate", "timed"]
 
 
 def cuda_or_cpu(config: Config) -> str:
