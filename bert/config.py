@@ -170,6 +170,13 @@ class TrainingConfig:
 class ParallelConfig:
     """Several processes, on CUDA and CPU, started by torchrun."""
 
+    shard: Literal["none", "optimizer", "full"] = "none"
+    """What each process holds a part of only. none: nothing; optimizer: the optimizer's state and the float32 weights
+    that it updates; full: the weights that the model computes with too, which are gathered layer by layer."""
+    pipeline: PositiveInt = 1
+    """Processes that hold one copy of the model, a run of its layers each; micro-batches go from one to the next."""
+    stages_per_process: PositiveInt = 1
+    """Runs of layers of each process of a pipeline. With more, each waits less and sends more."""
     timeout: PositiveNumber = 300.0
     """Seconds that a process waits for the others before the run ends with an error: longer than a checkpoint takes to
     write."""

@@ -19,8 +19,8 @@ from numpy.lib.stride_tricks import sliding_window_view
 from data.packing import Packing, pack
 from data.samples import Samples
 
-__all__ = ["MLM", "NSP", "Arrays", "Layout", "RowShape", "Target", "fill_packed", "fill_unpacked", "normalize_weights"]
-__all__ += ["packed_batch", "unpacked_batch", "unpad", "weight_counts"]
+__all__ = ["MLM", "NSP", "WHOLE", "Arrays", "Layout", "Part", "RowShape", "Target", "fill_packed", "fill_unpacked"]
+__all__ += ["normalize_weights", "packed_batch", "unpacked_batch", "unpad", "weight_counts"]
 
 TOKEN_FIELDS = ("input_ids", "token_type_ids", "position_ids")
 
@@ -59,6 +59,33 @@ class RowShape(NamedTuple):
             "nsp_labels": (samples, np.int32),
             "nsp_weights": (samples, np.float32),
         }
+
+
+class Part(NamedTuple):
+    """Which of the parts of a global batch, that together have each row once, the one with this rank is."""
+
+    rank: int = 0
+    size: int = 1
+
+    def rows(self, tokens: np.ndarray) -> np.ndarray:
+        """Its rows, in ascending order; `tokens` [R] are the tokens of each row.
+
+        The parts' numbers of tokens differ by the longest row's at most: the rows, longest first, go to the parts in
+        turn, forwards and backwards (0 1 2 2 1 0 0 ...).
+        """
+        order = np.argsort(-tokens.astype(np.int64), kind="stable")
+        turn = np.arange(len(tokens)) % (2 * self.size)
+        return np.sort(order[np.minimum(turn, 2 * self.size - 1 - turn) == self.rank])
+
+    def of(self, batch: Arrays) -> Arrays:
+        """Its rows of a global batch."""
+        if self.size == 1:
+            return batch
+        rows = self.rows(np.count_nonzero(batch["sample_ids"], axis=1))
+        return {name: array[rows] for name, array in batch.items()}
+
+
+WHOLE = Part()
 
 
 class Target(NamedTuple):

@@ -10,8 +10,9 @@ from typing import Tuple
 from bert.config import Config
 from bert.validation import validate_for_ipu
 from data.errors import InputError
+from data.rows import WHOLE, Part
 
-__all__ = ["choose_device", "find_device", "has_static_shapes", "makes_up_input", "process_of"]
+__all__ = ["choose_device", "find_device", "has_static_shapes", "makes_up_input", "part_of", "process_of"]
 
 # What the IPU engine takes from Graphcore's packages. Others of these names have none of it.
 SDK_NAMES = {
@@ -89,6 +90,15 @@ def process_of(device: str) -> Tuple[int, int]:
         return 0, 1
     popdist = importlib.import_module("popdist")
     return (popdist.getInstanceIndex(), popdist.getNumInstances()) if popdist.isPopdistEnvSet() else (0, 1)
+
+
+def part_of(config: Config, device: str) -> Part:
+    """Which rows of a global batch this process gets: all processes of a pipeline get the same."""
+    rank, size = process_of(device)
+    if device == "ipu":  # the engine takes its own
+        return WHOLE
+    replicas = max(1, size // config.parallel.pipeline)
+    return Part(rank % replicas, replicas)
 
 
 def take_card() -> None:

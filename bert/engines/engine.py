@@ -11,7 +11,7 @@ from bert.tasks.task import Task
 __all__ = ["Arrays", "Engine", "ignore_progress"]
 
 Arrays = Mapping[str, np.ndarray]
-"""The rows of a global batch (data/rows.py)."""
+"""Rows of a global batch (data/rows.py): all, or those of one process of the run (`part_of`)."""
 
 
 def ignore_progress(rows: int) -> None:
@@ -48,7 +48,7 @@ class Engine(Protocol):
         """Compiles what can be compiled ahead of the first step."""
 
     def expect_rows(self, rows: int) -> None:
-        """Says how many rows global batches have, about: an engine may cut them more evenly."""
+        """Says how many rows this process gets of a global batch, about: an engine may cut them more evenly."""
 
     def step(
         self, batch: Arrays, learning_rate: float, step: int, progress: Callable[[int], None] = ignore_progress

@@ -11,7 +11,7 @@ from torch import nn
 
 from bert.config import Config
 from bert.engines.engine import Arrays, ignore_progress
-from bert.engines.processes import current, cut
+from bert.engines.parallel.processes import current
 from bert.engines.torch_devices import Memory, TorchDevice, choose_precision, wants_compile
 from bert.model.batch import Batch
 from bert.model.model import Model
@@ -36,11 +36,12 @@ class TorchEngine:
 
     The model's parameters are in the type that it computes in, LayerNorms' too: what they give is rounded to it anyway.
     `master_weights`, which the optimizer updates, are float32: in float32 the same tensors, else each update rounds
-    them into the model's. Dropout draws from a generator state of its own: a function of (seed, step, first row of the
-    micro-batch), so that a run is repeatable whatever else draws random numbers. On CUDA it is so to rounding: flash
-    attention adds up the gradients of the queries in any order, unless torch.use_deterministic_algorithms(True) is set.
+    them into the model's. Dropout draws from a generator state of its own: a function of (seed, step, rank, first row
+    of the micro-batch), so that a run is repeatable whatever else draws random numbers. On CUDA it is so to rounding:
+    flash attention adds up the gradients of the queries in any order, unless torch.use_deterministic_algorithms(True)
+    is set.
 
-    Of several processes each takes its rows of a global batch (bert/engines/processes.py).
+    Of several processes each gets its own rows of a global batch (bert/engines/parallel/).
     """
 
     steps_per_call = 1
@@ -92,7 +93,6 @@ class TorchEngine:
     def expect_rows(self, rows: int) -> None:
         """Makes micro-batches smaller such that as many do, with few rows to fill up."""
         if self.cuts_evenly:
-            rows = -(-rows // self.world_size)
             count = -(-rows // self.micro_batch_size)
             # Later batches may pack into some more rows.
             self.micro_batch_size = min(self.micro_batch_size, -(-(rows + rows // 100) // (8 * count)) * 8)
@@ -134,12 +134,12 @@ class TorchEngine:
         rows_done = 0
         try:
             with self.device.fork_random(), self.packed_weights(batch):
-                for first, micro_batch in self.micro_batches(batch, self.rank, self.world_size):
-                    key = np.random.SeedSequence([self.seed, step, first]).generate_state(1, np.uint64)[0]
+                for first, micro_batch in self.micro_batches(batch):
+                    place = [first, self.rank] if self.rank else [first]
+                    key = np.random.SeedSequence([self.seed, step, *place]).generate_state(1, np.uint64)[0]
                     torch.manual_seed(int(key >> np.uint64(1)))
                     self.backward(self.forward(micro_batch, totals))
-                    # The other processes are about as far.
-                    rows = min(self.micro_batch_size * self.world_size, len(batch["input_ids"]) - rows_done)
+                    rows = min(self.micro_batch_size, len(batch["input_ids"]) - rows_done)
                     rows_done += rows
                     progress(rows)
         except Exception:  # `until_it_fits` may begin again
@@ -155,13 +155,13 @@ class TorchEngine:
         self.model.eval()
         totals: Metrics = {}
         with self.packed_weights(batch):
-            for _, micro_batch in self.micro_batches(batch, self.rank, self.world_size):
+            for _, micro_batch in self.micro_batches(batch):
                 self.forward(micro_batch, totals)
         return totals
 
     def packed_weights(self, batch: Arrays) -> ContextManager:
         """While open, the weights stay as they are, for the micro-batches of this batch."""
-        return packed_weights(-(-len(batch["input_ids"]) // (self.micro_batch_size * self.world_size)))
+        return packed_weights(-(-len(batch["input_ids"]) // self.micro_batch_size))
 
     def until_it_fits(self, passes: Callable[..., T], *arguments) -> T:
         """passes(*arguments), from the beginning again with smaller micro-batches where memory runs out, and without
@@ -228,11 +228,10 @@ class TorchEngine:
         """The optimizer's update, with the gradients of the step's micro-batches."""
         self.optimizer.step(learning_rate)
 
-    def micro_batches(self, batch: Arrays, rank: int = 0, world_size: int = 1) -> Iterator[Tuple[int, Batch]]:
-        """(its first row, micro-batch on the device), one after the other, of all rows or of those of one process;
-        those without a sample are left out."""
-        for first, index in cut(batch, self.micro_batch_size, rank, world_size):
-            rows = {name: array[index] for name, array in batch.items()}
+    def micro_batches(self, batch: Arrays) -> Iterator[Tuple[int, Batch]]:
+        """(its first row, micro-batch on the device), one after the other; those without a sample are left out."""
+        for first in range(0, len(batch["sample_ids"]), self.micro_batch_size):
+            rows = {name: array[first : first + self.micro_batch_size] for name, array in batch.items()}
             if not rows["sample_ids"].any():
                 continue
             missing = self.micro_batch_size - len(rows["input_ids"])

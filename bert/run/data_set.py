@@ -1,5 +1,6 @@
 """The data of a run: its shards, made from text where they are not there yet, their vocabulary, its loader."""
 
+import dataclasses
 import glob
 import json
 import logging
@@ -18,6 +19,7 @@ from data.loading.loader import GlobalBatch, Loader, LoaderSettings, batches_in_
 from data.loading.shard_files import open_shards
 from data.prepare import prepare
 from data.preparing.options import PrepareOptions
+from data.rows import Part
 from data.shards import ShardInfo
 from data.tokenizer import find_vocab, vocab_sha256
 
@@ -134,10 +136,11 @@ def open_loader(config: Config, data_set: DataSet, state: RunState, device: str)
     return Loader(data_set.shards, settings, state.position, state.skipped)
 
 
-def next_batch(loader: Loader, count: int) -> GlobalBatch:
-    """The next `count` global batches, one after the other in one."""
+def next_batch(loader: Loader, count: int, part: Part) -> GlobalBatch:
+    """One part of the next `count` global batches, one after the other in one."""
     if count == 1:
-        return loader.next()
+        batch = loader.next()
+        return dataclasses.replace(batch, arrays=part.of(batch.arrays))
     arrays, counts = [], []
     for _ in range(count):
         batch = loader.next()
@@ -146,4 +149,4 @@ def next_batch(loader: Loader, count: int) -> GlobalBatch:
         counts.append(batch.counts)
     together = {name: np.concatenate([part[name] for part in arrays]) for name in arrays[0]}
     sums = {name: sum(part[name] for part in counts) for name in counts[0]}
-    return GlobalBatch(together, sums, batch.position, batch.skipped)
+    return GlobalBatch(together, len(together["input_ids"]), sums, batch.position, batch.skipped)

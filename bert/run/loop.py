@@ -11,8 +11,8 @@ import torch
 from tqdm import tqdm
 
 from bert.config import Config
-from bert.engines import Engine, find_device, make_engine, makes_up_input, process_of
-from bert.engines.processes import current, failing_together, first_alone, joined
+from bert.engines import Engine, find_device, make_engine, makes_up_input, part_of, process_of
+from bert.engines.parallel.processes import current, failing_together, first_alone, joined
 from bert.errors import Diverged, ProcessLost
 from bert.model.model import Model
 from bert.optimizers import check_name
@@ -36,6 +36,7 @@ from bert.tasks import Task, make_model, make_task
 from data.errors import InputError, LoaderDied
 from data.files import write_json
 from data.loading.loader import GlobalBatch, Loader
+from data.rows import Part
 from data.tokenizer import read_vocab, vocab_sha256
 
 __all__ = ["Run", "train"]
@@ -52,6 +53,8 @@ class Run:
     loader: Loader
     data_set: DataSet
     state: RunState
+    part: Part
+    """Which rows of a global batch this process gets."""
     last_step: int
     """The step to stop after: the last of all, or training.stop_at_step."""
     saved_step: int
@@ -107,7 +110,7 @@ def train(config: Config, make_model: Callable[[Config, Task], Model] = make_mod
             except Diverged as error:
                 raise Diverged(f"{error}. {advice_for_divergence(config)}")
             if run.engine.steps_done == config.training.max_steps and not run.engine.made_up:
-                finish(run.config, run.engine)
+                finish(run)
     return run.engine.steps_done
 
 
@@ -139,11 +142,12 @@ def begin(
     loader = closing.enter_context(open_loader(config, data_set, state, device))
     engine = make_engine(config, device, make_model)
     load_into(engine, config, data_set, state, checkpoint)
-    first = next_batch(loader, engine.steps_per_call)
+    part = part_of(config, device)
+    first = next_batch(loader, engine.steps_per_call, part)
     engine.expect_rows(len(first.arrays["input_ids"]))
     log_what_runs(config, device_line, engine, data_set, first, checkpoint)
     closing.enter_context(claim(config, engine.steps_done))
-    return Run(config, engine, loader, data_set, state, last_step, engine.steps_done), first
+    return Run(config, engine, loader, data_set, state, part, last_step, engine.steps_done), first
 
 
 def run_steps(run: Run, batch: GlobalBatch) -> None:
@@ -171,7 +175,7 @@ def run_steps(run: Run, batch: GlobalBatch) -> None:
                         run.save()
                 if step < run.last_step:
                     with log.waiting_for_data():
-                        batch = next_batch(loader, engine.steps_per_call)
+                        batch = next_batch(loader, engine.steps_per_call, run.part)
         except (KeyboardInterrupt, InputError, LoaderDied, ProcessLost):
             log.write()
             if engine.steps_done > run.saved_step and engine.stops_together:
@@ -193,7 +197,7 @@ def progress_bar(run: Run) -> tqdm:
 
 def follow(bar: tqdm, batch: GlobalBatch, run: Run) -> Callable[[int], None]:
     """What the engine calls as rows of a batch are done: moves the bar, and raises what the loader has to say."""
-    steps_a_row = run.engine.steps_per_call / len(batch.arrays["input_ids"])
+    steps_a_row = run.engine.steps_per_call / max(1, len(batch.arrays["input_ids"]))
 
     def progress(rows: int) -> None:
         bar.update(steps_a_row * rows)
@@ -264,8 +268,8 @@ def log_what_runs(
 ) -> None:
     """Says where it runs, on what, from where."""
     training, steps = config.training, engine.steps_per_call
-    rows, length = batch.arrays["input_ids"].shape
-    rows, samples = rows // steps, batch.samples // steps
+    length = batch.arrays["input_ids"].shape[1]
+    rows, samples = batch.rows // steps, batch.samples // steps
     filled = 100 * (batch.arrays["sample_ids"] > 0).mean()
     epochs = training.max_steps * samples / data_set.samples
     micro_batches = -(-rows // engine.micro_batch_size)
@@ -294,10 +298,11 @@ def advice_for_divergence(config: Config) -> str:
     )
 
 
-def finish(config: Config, engine: Engine) -> None:
+def finish(run: Run) -> None:
     """The held-out evaluation, the picture, and where the checkpoint is."""
+    config, engine = run.config, run.engine
     folder, task = config.training.output, engine.task
-    held_out = evaluate(config, engine) if config.data.held_out_files else None
+    held_out = evaluate(config, engine, run.part) if config.data.held_out_files else None
     if engine.rank:
         return
     if held_out:

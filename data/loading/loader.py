@@ -18,7 +18,7 @@ from data.loading.ring import ring_bytes, ring_slots, shared_file
 from data.loading.shard_files import read_checked
 from data.masking import choice_reference
 from data.packing import SAMPLES_PER_ROW
-from data.rows import NSP, Arrays, Layout, RowShape, unpacked_batch, weight_counts
+from data.rows import NSP, WHOLE, Arrays, Layout, Part, RowShape, unpacked_batch, weight_counts
 from data.samples import Samples
 from data.shards import ShardInfo
 from data.subprocesses import ChildProcess, encode
@@ -28,10 +28,12 @@ __all__ = ["GlobalBatch", "Loader", "LoaderSettings", "batches_in_order"]
 
 @dataclass
 class GlobalBatch:
-    """The rows of one optimizer step."""
+    """The rows of one optimizer step, or one part of them."""
 
     arrays: Arrays
     """as `data.rows` describes them"""
+    rows: int
+    """of the global batch, all processes' together"""
     counts: Dict[str, int]
     """of each field of weights, how many are not 0: "mlm_weights" the masked tokens, "nsp_weights" the samples"""
     position: int
@@ -134,7 +136,7 @@ class Loader:
         self._in_use = slot = message["slot"]
         arrays = {name: array[: message["rows"]] for name, array in self._slots[slot].items()}
         skipped = {**self._skipped, **message["skipped"]}
-        return GlobalBatch(arrays, message["counts"], message["position"], skipped)
+        return GlobalBatch(arrays, message["rows"], message["counts"], message["position"], skipped)
 
     def check(self) -> None:
         """Raises what `next` would, as soon as the loader's process has failed: for steps that take long."""
@@ -169,8 +171,9 @@ class Loader:
             raise (InputError if failure["bad_input"] else LoaderDied)(failure["error"])
 
 
-def batches_in_order(shards: Sequence[ShardInfo], batch_size: int) -> Iterator[GlobalBatch]:
-    """Every sample of opened shards once, in file order, without processes; the last batch may be smaller.
+def batches_in_order(shards: Sequence[ShardInfo], batch_size: int, part: Part = WHOLE) -> Iterator[GlobalBatch]:
+    """Every sample of opened shards once, in file order, without processes; the last batch may be smaller. The arrays
+    have the rows of one `part`.
 
     Weights sum to 1 over each batch. Dynamic masking is that of epoch 0 under seed 0, the same each time. Raises
     InputError about bad samples when their batch is reached.
@@ -187,4 +190,4 @@ def batches_in_order(shards: Sequence[ShardInfo], batch_size: int) -> Iterator[G
                 parts.append(read_checked(shard, start, stop, begin))
         samples = Samples.concatenate(parts)
         arrays = unpacked_batch(samples)
-        yield GlobalBatch(arrays, weight_counts(arrays), first + len(samples), {})
+        yield GlobalBatch(part.of(arrays), len(samples), weight_counts(arrays), first + len(samples), {})

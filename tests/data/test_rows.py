@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.rows import MLM, NSP, RowShape, fill_unpacked, normalize_weights, unpacked_batch, unpad
+from data.rows import MLM, NSP, Part, RowShape, fill_unpacked, normalize_weights, unpacked_batch, unpad
 from tests.make_samples import random_samples
 
 SHAPES = st.tuples(st.integers(1, 40), st.integers(2, 40), st.integers(1, 8), st.sampled_from([50, 30522, 70000]))
@@ -139,3 +139,17 @@ def test_tokens_end_to_end_are_those_of_the_rows(rows, static, seed):
         ]
         assert list(zip(actual[positions], actual[labels], actual[weights])) == expected
     assert unpad(batch, static, [MLM]).keys() == actual.keys() - set(NSP)
+
+
+@given(st.lists(st.integers(0, 40), max_size=60), st.integers(1, 9))
+def test_each_row_is_in_one_part_and_tokens_are_balanced_within_a_row(tokens, size):
+    tokens = np.array(tokens, np.int64)
+    parts = [Part(rank, size).rows(tokens) for rank in range(size)]
+    assert sorted(np.concatenate(parts).tolist()) == list(range(len(tokens)))
+    assert all((np.diff(part) > 0).all() for part in parts)
+    loads = [tokens[part].sum() for part in parts]
+    assert max(loads) - min(loads) <= tokens.max(initial=0)
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    batch = {"sample_ids": (np.arange(40) < tokens.reshape(-1, 1)).astype(np.int32)}
+    shares = [Part(rank, size).of(batch)["sample_ids"] for rank in range(size)]
+    assert all((share == batch["sample_ids"][part]).all() for share, part in zip(shares, parts))

@@ -9,14 +9,11 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from bert.engines.choosing import process_of, take_card
-from bert.engines.processes import buckets, current, cut, joined, rows_of
+from bert.engines.parallel.processes import buckets, current, joined
 from bert.run.checkpoint import read_safetensors
 from data.errors import InputError
 from run_pretraining import main
@@ -31,7 +28,7 @@ from tests.bert.run.runs import (
     without_times,
 )
 
-SCRIPT = os.path.join(ROOT, "tests", "bert", "engines", "one_process.py")
+SCRIPT = os.path.join(ROOT, "tests", "bert", "engines", "parallel", "one_process.py")
 STEPS, STOP = 8, 4
 EXACT = {"model__hidden_dropout_prob": 0, "model__attention_probs_dropout_prob": 0, "parallel__timeout": 10}
 SMALL = {**EXACT, "training__micro_batch_size": 2, "training__max_steps": STEPS}
@@ -190,31 +187,8 @@ def test_shards_are_made_by_the_first_process_alone_and_its_error_is_said_once(t
     assert out.count("step 2/2") == 1 and len(list((tmp_path / "made").glob("train-*.h5"))) >= 1
 
 
-sizes = st.lists(st.integers(0, 40), max_size=60)
-
-
-@given(sizes, st.integers(1, 9))
-def test_each_row_is_one_processs_and_tokens_are_balanced_within_a_row(tokens, size):
-    tokens = np.array(tokens, np.int64)
-    shares = [rows_of(tokens, rank, size) for rank in range(size)]
-    assert sorted(np.concatenate(shares).tolist()) == list(range(len(tokens)))
-    assert all((np.diff(share) > 0).all() for share in shares)
-    loads = [tokens[share].sum() for share in shares]
-    assert max(loads) - min(loads) <= tokens.max(initial=0)
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
-
-
-@given(sizes, st.integers(1, 5), st.integers(1, 7))
-def test_micro_batches_of_all_processes_have_each_row_once(tokens, size, micro_batch):
-    batch = {"sample_ids": (np.arange(40) < np.array(tokens, np.int64).reshape(-1, 1)).astype(np.int32)}
-    numbers = np.arange(len(tokens))
-    parts = [(first, numbers[index]) for rank in range(size) for first, index in cut(batch, micro_batch, rank, size)]
-    assert all(first == rows[0] and len(rows) <= micro_batch for first, rows in parts)
-    assert sorted(np.concatenate([numbers[:0], *(rows for _, rows in parts)]).tolist()) == numbers.tolist()
-
-
 def test_buckets_hold_all_gradients_in_order(monkeypatch):
-    monkeypatch.setattr("bert.engines.processes.BUCKET_BYTES", 40)
+    monkeypatch.setattr("bert.engines.parallel.processes.BUCKET_BYTES", 40)
     gradients = [torch.zeros(size) for size in (3, 3, 20, 1, 9, 1, 0)]
     assert [[len(g) for g in bucket] for bucket in buckets(gradients)] == [[3, 3], [20], [1, 9], [1, 0]]
     assert list(buckets([])) == []

@@ -1,29 +1,24 @@
-"""Data parallel training: the processes that torchrun starts, on torch.distributed.
+"""The processes that torchrun starts, as one group of torch.distributed: what they agree on, and how they end.
 
-Each process has all weights and takes its rows of each global batch. The weights of a batch sum to 1 over the global
-batch (data/rows.py), so gradients and metrics are sums over the processes, without a division. Gradients are summed
-here, once a step, and not by the hooks of DDP: the CPU's kernels add to `.grad` themselves.
-
-Shape letters: R rows of a global batch, L token slots of a row.
+The weights of a batch sum to 1 over the global batch (data/rows.py), so gradients and metrics are sums over the
+processes, without a division.
 """
 
 import contextlib
 import datetime
 import time
-from typing import Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn import Parameter
 
 from bert.engines.choosing import process_of
-from bert.engines.engine import Arrays
 from bert.errors import ProcessLost
 from bert.signals import Stop
 from data.errors import InputError
 
-__all__ = ["Processes", "current", "cut", "failing_together", "first_alone", "joined", "rows_of"]
+__all__ = ["Processes", "current", "failing_together", "first_alone", "joined"]
 
 BUCKET_BYTES = 25 * 2**20  # of gradients in one all-reduce: fewer are slow to start, more are late to finish
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
@@ -158,28 +153,6 @@ def buckets(gradients: Iterable[torch.Tensor]) -> Iterator[List[torch.Tensor]]:
         bucket.append(gradient)
     if bucket:
         yield bucket
-
-
-def rows_of(tokens: np.ndarray, rank: int, size: int) -> np.ndarray:
-    """The rows of process `rank` of `size`, in ascending order; `tokens` [R] are the tokens of each row.
-
-    Each row is one process's. Their numbers of tokens differ by the longest row's at most: the rows, longest first, go
-    to the processes in turn, forwards and backwards (0 1 2 2 1 0 0 ...).
-    """
-    order = np.argsort(-tokens.astype(np.int64), kind="stable")
-    turn = np.arange(len(tokens)) % (2 * size)
-    return np.sort(order[np.minimum(turn, 2 * size - 1 - turn) == rank])
-
-
-def cut(batch: Arrays, size: int, rank: int, world_size: int) -> Iterator[Tuple[int, Union[slice, np.ndarray]]]:
-    """(the first row, the index of all rows) of each micro-batch, of up to `size` rows, of this process's part."""
-    if world_size == 1:
-        for first in range(0, len(batch["sample_ids"]), size):
-            yield first, slice(first, first + size)
-        return
-    rows = rows_of(np.count_nonzero(batch["sample_ids"], axis=1), rank, world_size)
-    for first in range(0, len(rows), size):
-        yield int(rows[first]), rows[first : first + size]
 
 
 @contextlib.contextmanager
