@@ -3,7 +3,7 @@
 import gc
 import logging
 import time
-from typing import Any, Callable, ContextManager, Dict, Iterator, Mapping, Optional, Tuple, TypeVar
+from typing import Any, Callable, ContextManager, Dict, Iterable, Iterator, Mapping, Optional, Tuple, TypeVar
 
 import numpy as np
 import torch
@@ -12,11 +12,12 @@ from torch import nn
 from bert.config import Config
 from bert.engines.engine import Arrays, ignore_progress
 from bert.engines.parallel.processes import current
+from bert.engines.parallel.reduction import Alone, DataParallel, Metrics, Parallel, Work
 from bert.engines.torch_devices import Memory, TorchDevice, choose_precision, wants_compile
 from bert.model.batch import Batch
 from bert.model.model import Model
 from bert.optimizers import make_optimizer
-from bert.signals import Stop, cancellable, protected
+from bert.signals import Stop, protected
 from bert.tasks.task import Task
 from data.errors import InputError
 from data.rows import unpad
@@ -27,7 +28,6 @@ __all__ = ["TorchEngine"]
 
 logger = logging.getLogger(__name__)
 
-Metrics = Dict[str, torch.Tensor]
 T = TypeVar("T")
 
 
@@ -56,7 +56,7 @@ class TorchEngine:
         self.model, self.asynchronous = model.to(device.name), device.asynchronous
         self.precision = choose_precision(device, training.precision)
         model.float8 = self.precision == "float8"
-        self.master_weights = dict(model.named_parameters())
+        self.parameters = self.master_weights = dict(model.named_parameters())
         compute_weights: Dict[torch.Tensor, torch.Tensor] = {}
         if self.precision != "float32":
             masters = {name: nn.Parameter(weight.detach().clone()) for name, weight in model.named_parameters()}
@@ -65,7 +65,10 @@ class TorchEngine:
             for name, weight in model.named_parameters():
                 # To its gradient the CPU's kernels add (ops/native.py).
                 weight.master = masters[name]  # type: ignore[attr-defined]
-            self.master_weights = masters
+            self.parameters, self.master_weights = dict(model.named_parameters()), masters
+        self.parallel: Parallel = Alone()
+        if self.processes:
+            self.parallel = DataParallel(self.processes, model, self.master_weights, self.fold)
         self.optimizer = make_optimizer(self.master_weights.items(), config.optimizer, compute_weights)
         self.steps_done = 0
         self.done_events: Dict[int, Any] = {}
@@ -102,8 +105,6 @@ class TorchEngine:
     ) -> Metrics:
         totals = self.in_all_processes(self.passes, batch, step, progress)
         with protected():
-            if self.processes:
-                self.processes.sum_gradients(self.master_weights.values())
             self.update(learning_rate)
             self.steps_done = step
             totals["skipped_updates"] = self.optimizer.skipped.clone()
@@ -112,40 +113,42 @@ class TorchEngine:
     def in_all_processes(self, passes: Callable[..., Metrics], *arguments) -> Metrics:
         """passes(*arguments), summed over all processes. Where one is told to stop before all are done, all raise
         Stop."""
-        totals: Metrics = {}
-        stopped = 0
         try:
-            with cancellable():
-                totals = self.until_it_fits(passes, *arguments)
+            totals = self.until_it_fits(passes, *arguments)
         except Stop as stop:
-            if self.processes is None:
-                raise
-            stopped = stop.signal_number
-        if self.processes is None:
-            return totals
-        self.processes.settle(stopped, list(self.master_weights.values()))
-        return self.processes.sum_metrics(totals, list(self.task.metrics), self.device.name)
+            self.parallel.stop(stop)
+            raise
+        return self.parallel.sum_metrics(totals, list(self.task.metrics), self.device.name)
 
     def passes(self, batch: Arrays, step: int, progress: Callable[[int], None]) -> Metrics:
         """The forward and backward passes of a step."""
         self.model.train()
         self.clear_gradients()
         totals: Metrics = {}
-        rows_done = 0
+        rows, rows_done = len(batch["input_ids"]), 0
+
+        def forward_and_backward(first: int, micro_batch: Batch) -> None:
+            nonlocal rows_done
+            place = [first, self.rank] if self.rank else [first]
+            key = np.random.SeedSequence([self.seed, step, *place]).generate_state(1, np.uint64)[0]
+            torch.manual_seed(int(key >> np.uint64(1)))
+            self.backward(self.forward(micro_batch, totals))
+            done = min(self.micro_batch_size, rows - rows_done)
+            rows_done += done
+            progress(done)
+
         try:
             with self.device.fork_random(), self.packed_weights(batch):
-                for first, micro_batch in self.micro_batches(batch):
-                    place = [first, self.rank] if self.rank else [first]
-                    key = np.random.SeedSequence([self.seed, step, *place]).generate_state(1, np.uint64)[0]
-                    torch.manual_seed(int(key >> np.uint64(1)))
-                    self.backward(self.forward(micro_batch, totals))
-                    rows = min(self.micro_batch_size, len(batch["input_ids"]) - rows_done)
-                    rows_done += rows
-                    progress(rows)
+                self.run(batch, forward_and_backward, training=True)
         except Exception:  # `until_it_fits` may begin again
             progress(-rows_done)
             raise
         return totals
+
+    def run(self, batch: Arrays, work: Work, training: bool) -> None:
+        """Does `work` for all micro-batches of a batch."""
+        count = -(-len(batch["input_ids"]) // self.micro_batch_size)
+        self.parallel.run(self.micro_batches(batch), count, work, training)
 
     @torch.no_grad()
     def evaluate(self, batch: Arrays) -> Metrics:
@@ -155,8 +158,7 @@ class TorchEngine:
         self.model.eval()
         totals: Metrics = {}
         with self.packed_weights(batch):
-            for _, micro_batch in self.micro_batches(batch):
-                self.forward(micro_batch, totals)
+            self.run(batch, lambda first, micro_batch: self.forward(micro_batch, totals), training=False)
         return totals
 
     def packed_weights(self, batch: Arrays) -> ContextManager:
@@ -171,8 +173,9 @@ class TorchEngine:
         may have added some of its own.
         """
         while True:
+            memory, reason = None, None
             try:
-                return passes(*arguments)
+                result = passes(*arguments)
             except torch.OutOfMemoryError:
                 memory = self.device.memory
                 if memory is None or self.micro_batch_size == 1:
@@ -185,8 +188,10 @@ class TorchEngine:
                     remedy = 'Set training.compile to "auto", which then trains without'
                     raise InputError(f'training.compile is "on", but the compiler fails: {reason}. {remedy}') from error
                 self.leave_uncompiled(reason)
-                continue
-            self.shrink_micro_batch(memory)  # here, where no error holds the tensors of its frames any more
+            if memory:
+                self.shrink_micro_batch(memory)  # here, where no error holds the tensors of its frames any more
+            if not self.parallel.finish(failed=bool(memory or reason)):
+                return result
 
     def shrink_micro_batch(self, memory: Memory) -> None:
         rows = self.micro_batch_size * 3 // 4
@@ -212,16 +217,18 @@ class TorchEngine:
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradients of one micro-batch to those of the master weights."""
         loss.backward()
-        if self.precision == "float32":
-            return
-        for name, parameter in self.model.named_parameters():
-            if parameter.grad is not None:
-                master = self.master_weights[name]
+        self.fold(self.master_weights)
+
+    def fold(self, names: Iterable[str]) -> None:
+        """Adds gradients in the type that the model computes in to those of the master weights."""
+        for name in names:
+            parameter, master = self.parameters[name], self.master_weights[name]
+            if parameter is not master and parameter.grad is not None:
                 master.grad = parameter.grad.float() if master.grad is None else master.grad.add_(parameter.grad)
                 parameter.grad = None
 
     def clear_gradients(self) -> None:
-        for parameter in (*self.model.parameters(), *self.master_weights.values()):
+        for parameter in (*self.parameters.values(), *self.master_weights.values()):
             parameter.grad = None
 
     def update(self, learning_rate: float) -> None:
@@ -271,7 +278,7 @@ class TorchEngine:
         with torch.no_grad():
             for name, tensor in tensors.items():
                 self.master_weights[name].copy_(tensor)
-            for name, parameter in self.model.named_parameters():
+            for name, parameter in self.parameters.items():
                 parameter.copy_(self.master_weights[name])
 
     def optimizer_state(self) -> Dict[str, torch.Tensor]:

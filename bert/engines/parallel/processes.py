@@ -7,20 +7,18 @@ processes, without a division.
 import contextlib
 import datetime
 import time
-from typing import Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence
+from typing import Callable, Dict, Iterator, List, Mapping, Optional, Sequence
 
 import torch
 import torch.distributed as dist
-from torch.nn import Parameter
 
 from bert.engines.choosing import process_of
 from bert.errors import ProcessLost
-from bert.signals import Stop
+from bert.signals import Stop, cancellable
 from data.errors import InputError
 
 __all__ = ["Processes", "current", "failing_together", "first_alone", "joined"]
 
-BUCKET_BYTES = 25 * 2**20  # of gradients in one all-reduce: fewer are slow to start, more are late to finish
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 FIRST_IS_DONE = "first is done"
 
@@ -86,17 +84,18 @@ class Processes:
             dist.all_reduce(largest, dist.ReduceOp.MAX)
         return largest.tolist()[1:]
 
-    def settle(self, stopped: int, parameters: Sequence[Parameter]) -> None:
-        """Meets all processes after their passes. A gradient that another process has, and this one not, becomes zeros.
-
-        Raises Stop in all where one of them was stopped by the signal of this number.
-        """
-        number, *has_gradient = self.agree([stopped, *(p.grad is not None for p in parameters)])
-        if number:
-            raise Stop(number)
-        for parameter, is_there in zip(parameters, has_gradient):
-            if is_there and parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+    def meet(self, number: int = 0) -> int:
+        """Meets all processes, and returns the largest `number`. Raises Stop in all where one was told to stop."""
+        stopped = 0
+        try:
+            with cancellable():
+                pass
+        except Stop as stop:
+            stopped = stop.signal_number
+        stopped, number = self.agree([stopped, number])
+        if stopped:
+            raise Stop(stopped)
+        return number
 
     def sum_metrics(
         self, metrics: Mapping[str, torch.Tensor], names: Sequence[str], device: str
@@ -108,19 +107,6 @@ class Processes:
         with self.naming_who_is_lost():
             dist.all_reduce(values)
         return dict(zip(names, values.unbind()))
-
-    def sum_gradients(self, parameters: Iterable[Parameter]) -> None:
-        """Makes each gradient the sum of all processes', after `settle`."""
-        with self.naming_who_is_lost():
-            reductions = []
-            for gradients in buckets([p.grad for p in parameters if p.grad is not None]):
-                flat = torch.cat([g.flatten() for g in gradients]) if len(gradients) > 1 else gradients[0].flatten()
-                reductions.append((gradients, flat, dist.all_reduce(flat, async_op=True)))
-            for gradients, flat, work in reductions:
-                work.wait()
-                for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients])):
-                    if total.data_ptr() != gradient.data_ptr():
-                        gradient.copy_(total.view_as(gradient))
 
     @contextlib.contextmanager
     def naming_who_is_lost(self) -> Iterator[None]:
@@ -139,20 +125,6 @@ class Processes:
             return not self.store.check([str(rank)]) or int(self.store.get(str(rank))) < self.meetings
         except RuntimeError:
             return False
-
-
-def buckets(gradients: Iterable[torch.Tensor]) -> Iterator[List[torch.Tensor]]:
-    """Gradients one after the other, in lists of up to BUCKET_BYTES or of a single one."""
-    bucket: List[torch.Tensor] = []
-    size = 0
-    for gradient in gradients:
-        size += gradient.numel() * gradient.element_size()
-        if bucket and size > BUCKET_BYTES:
-            yield bucket
-            bucket, size = [], gradient.numel() * gradient.element_size()
-        bucket.append(gradient)
-    if bucket:
-        yield bucket
 
 
 @contextlib.contextmanager

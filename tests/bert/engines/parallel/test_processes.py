@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bert.engines.choosing import process_of, take_card
-from bert.engines.parallel.processes import buckets, current, joined
+from bert.engines.parallel.processes import current, joined
 from bert.run.checkpoint import read_safetensors
 from data.errors import InputError
 from run_pretraining import main
@@ -185,13 +185,6 @@ def test_shards_are_made_by_the_first_process_alone_and_its_error_is_said_once(t
     status, out, errors = torchrun(2, tmp_path / "good", [*run, "--data.text", text, "--training.stop_at_step", "2"])
     assert status == 0, (out, errors)
     assert out.count("step 2/2") == 1 and len(list((tmp_path / "made").glob("train-*.h5"))) >= 1
-
-
-def test_buckets_hold_all_gradients_in_order(monkeypatch):
-    monkeypatch.setattr("bert.engines.parallel.processes.BUCKET_BYTES", 40)
-    gradients = [torch.zeros(size) for size in (3, 3, 20, 1, 9, 1, 0)]
-    assert [[len(g) for g in bucket] for bucket in buckets(gradients)] == [[3, 3], [20], [1, 9], [1, 0]]
-    assert list(buckets([])) == []
 
 
 def test_torchrun_says_which_process_this_is(monkeypatch):

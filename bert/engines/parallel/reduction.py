@@ -1,0 +1,208 @@
+"""How the passes of a step run in one process, and in several that have all weights each: data parallel training.
+
+Gradients are summed over the processes once a step, and not by the hooks of DDP: the CPU's kernels add to `.grad`
+themselves. The sums begin inside the last backward pass, as soon as it leaves a block.
+"""
+
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Protocol, Sequence, Tuple
+
+import torch
+import torch.distributed as dist
+from torch.nn import Parameter
+
+from bert.engines.parallel.processes import Processes
+from bert.model.batch import Batch, State
+from bert.model.model import Model
+from bert.signals import Stop, cancellable
+
+__all__ = ["Alone", "DataParallel", "Metrics", "MicroBatches", "Parallel", "Work"]
+
+BUCKET_BYTES = 25 * 2**20  # of gradients in one all-reduce: fewer are slow to start, more are late to finish
+ALIGNMENT = 16  # elements at which a gradient begins in its bucket: kernels read several at once
+
+Metrics = Dict[str, torch.Tensor]
+SumAcross = Optional[Callable[[torch.Tensor], None]]
+MicroBatches = Iterator[Tuple[int, Batch]]
+"""(its first row, micro-batch) each."""
+Work = Callable[[int, Batch], Any]
+"""The forward pass of a micro-batch and, in training, its backward pass; gets its first row too."""
+
+
+class Parallel(Protocol):
+    """How the micro-batches of a step are run."""
+
+    sharded: bool
+    """Whether this process holds a part of the weights or of the optimizer's state only."""
+    needs_same_shapes: bool
+    """Whether all processes run the same number of micro-batches, filled up by ones without samples."""
+    sum_across: SumAcross
+    """Of an optimizer's sums (bert/optimizers.py); None where they are the same in all processes."""
+
+    def run(self, micro_batches: MicroBatches, count: int, work: Work, training: bool) -> None:
+        """Does all micro-batches of this process, `count` of them. Raises Stop, in all processes, where one is told to
+        stop."""
+
+    def finish(self, failed: bool) -> bool:
+        """Ends a `run`, which failed or not in this process; whether all of it is to be done again."""
+
+    def stop(self, stop: Stop) -> None:
+        """Tells the other processes of a Stop that was raised in `run`."""
+
+    def sum_metrics(self, metrics: Metrics, names: Sequence[str], device: str) -> Metrics:
+        """The metrics of these names over all processes."""
+
+
+class Alone:
+    """One process."""
+
+    sharded = needs_same_shapes = False
+    sum_across: SumAcross = None
+
+    def run(self, micro_batches: MicroBatches, count: int, work: Work, training: bool) -> None:
+        for first, micro_batch in micro_batches:
+            with cancellable():
+                work(first, micro_batch)
+
+    def finish(self, failed: bool) -> bool:
+        return failed
+
+    def stop(self, stop: Stop) -> None:
+        pass
+
+    def sum_metrics(self, metrics: Metrics, names: Sequence[str], device: str) -> Metrics:
+        return metrics
+
+
+class DataParallel:
+    """Each process has all weights. `masters` maps the model's parameters by name to those whose `.grad` is summed;
+    `fold(names)` adds to them what the backward pass left in the model's parameters."""
+
+    sharded = needs_same_shapes = False
+    sum_across: SumAcross = None
+
+    def __init__(
+        self,
+        processes: Processes,
+        model: Model,
+        masters: Mapping[str, Parameter],
+        fold: Callable[[Iterable[str]], None],
+    ):
+        self.processes, self.model, self.masters, self.fold = processes, model, masters, fold
+        self.met = self.summing = False
+        self.buckets = make_buckets(model, masters)
+        self.sums: List[Tuple[dist.Work, torch.Tensor]] = []
+        self.has_gradient: Dict[str, bool] = {}
+
+    def run(self, micro_batches: MicroBatches, count: int, work: Work, training: bool) -> None:
+        self.met = False
+        last = None
+        for this, following in with_next(micro_batches):
+            if training and following is None:
+                last = this
+                break
+            with cancellable():
+                work(*this)
+        self.met = True  # from here on all processes do the same
+        self.processes.meet()
+        if training:
+            self.summing, self.sums, self.has_gradient = True, [], {}
+            if last is not None:
+                with Watched(self.model, self.sum_from):
+                    work(*last)
+
+    def stop(self, stop: Stop) -> None:
+        if not self.met:
+            self.processes.agree([stop.signal_number])
+
+    def sum_from(self, block: int) -> None:
+        """Begins to sum the gradients that are complete when the backward pass has left this block."""
+        while len(self.sums) < len(self.buckets) and self.buckets[len(self.sums)][0] >= block:
+            _, names = self.buckets[len(self.sums)]
+            self.fold(names)
+            self.has_gradient.update({name: self.masters[name].grad is not None for name in names})
+            with self.processes.naming_who_is_lost():
+                flat = flatten([self.masters[name] for name in names])
+                self.sums.append((dist.all_reduce(flat, async_op=True), flat))
+
+    def finish(self, failed: bool) -> bool:
+        """Sums what is left to sum. Where the last pass failed in one process, all do all of it again."""
+        if not self.summing:
+            return failed
+        self.summing = False
+        self.sum_from(0)
+        with self.processes.naming_who_is_lost():
+            for work, _ in self.sums:
+                work.wait()
+        self.sums = []
+        failed_anywhere, *has_gradient = self.processes.agree([failed, *self.has_gradient.values()])
+        for name, there in zip(self.has_gradient, has_gradient):
+            if not there:
+                self.masters[name].grad = None
+        return bool(failed_anywhere)
+
+    def sum_metrics(self, metrics: Metrics, names: Sequence[str], device: str) -> Metrics:
+        return self.processes.sum_metrics(metrics, names, device)
+
+
+class Watched:
+    """While open, `left(i)` is called as a backward pass of the model has left block i, and all after it."""
+
+    def __init__(self, model: Model, left: Callable[[int], None]):
+        self.model, self.blocks, self.left = model, model.blocks, left
+
+    def __enter__(self) -> None:
+        self.model.blocks = [(name, self.watch(i, module)) for i, (name, module) in enumerate(self.blocks)]
+
+    def __exit__(self, *exception) -> None:
+        self.model.blocks = self.blocks
+
+    def watch(self, i: int, module: Callable[[State], State]):
+        def block(state: State) -> State:
+            if state.hidden.requires_grad:
+                # Gradients of a block's parameters are there before that of its input is handed on.
+                state.hidden.register_hook(lambda gradient: self.left(i))
+            return module(state)
+
+        return block
+
+
+def make_buckets(model: Model, masters: Mapping[str, Parameter]) -> List[Tuple[int, List[str]]]:
+    """(block, names): the gradients of these parameters are complete when the backward pass has left this block, the
+    last one first. A parameter of several blocks is its first one's; one that is in no block counts as the first's."""
+    owner: Dict[Parameter, int] = {}
+    for i, (_, module) in enumerate(model.blocks):
+        for parameter in module.parameters():
+            owner.setdefault(parameter, i)
+    places = {name: owner.get(parameter, 0) for name, parameter in model.named_parameters() if name in masters}
+    buckets: List[Tuple[int, List[str]]] = []
+    size = 0
+    for name in sorted(places, key=lambda name: -places[name]):
+        bytes_of = 4 * masters[name].numel()
+        if not buckets or size + bytes_of > BUCKET_BYTES:
+            buckets.append((places[name], []))
+            size = 0
+        size += bytes_of
+        buckets[-1] = (places[name], [*buckets[-1][1], name])
+    return buckets
+
+
+def flatten(parameters: Sequence[Parameter]) -> torch.Tensor:
+    """The gradients of parameters one after the other, zeros where there is none; from now on theirs are parts of
+    it."""
+    sizes = [-(-p.numel() // ALIGNMENT) * ALIGNMENT for p in parameters]
+    flat = torch.zeros(sum(sizes), device=parameters[0].device)
+    for parameter, part in zip(parameters, flat.split(sizes)):
+        gradient = part[: parameter.numel()].view_as(parameter)
+        if parameter.grad is not None:
+            gradient.copy_(parameter.grad)
+        parameter.grad = gradient
+    return flat
+
+
+def with_next(items: MicroBatches) -> Iterator[Tuple[Tuple[int, Batch], Optional[Tuple[int, Batch]]]]:
+    """Each item and the one after it, None after the last."""
+    before = next(items, None)
+    while before is not None:
+        following = next(items, None)
+        yield before, following
+        before = following
