@@ -1,6 +1,9 @@
+import itertools
+
 import pytest
 
-from bert.model.stages import make_stages, placement
+from bert.model.stages import make_stages, pipeline_stages, placement
+from data.errors import InputError
 
 
 def test_the_recipes_split_gives_five_stages_on_four_ipus():
@@ -36,3 +39,41 @@ def test_every_block_has_one_place(layers_per_ipu):
     places = placement(stages)
     for ipu, count in enumerate(layers_per_ipu):
         assert sum(place == ipu for block, place in places.items() if block.startswith("layer")) == count
+
+
+def names(layers):
+    return ["embeddings", *(f"layer{i}" for i in range(layers)), "heads"]
+
+
+def test_a_pipeline_of_processes_goes_round_them_in_the_order_of_the_blocks():
+    stages = pipeline_stages(names(6), processes=2, stages_per_process=2)
+    assert [(stage.ipu, stage.blocks) for stage in stages] == [
+        (0, ("embeddings", "layer0")),
+        (1, ("layer1", "layer2")),
+        (0, ("layer3", "layer4")),
+        (1, ("layer5", "heads")),
+    ]
+    (whole,) = pipeline_stages(names(3), 1, 1)
+    assert list(whole.blocks) == names(3)
+
+
+@pytest.mark.parametrize("layers, processes, each", [(12, 4, 1), (12, 5, 1), (7, 3, 2), (9, 2, 2), (5, 4, 1)])
+def test_no_other_split_gives_the_slowest_process_less_where_heads_are_half_a_layer(layers, processes, each):
+    count = processes * each
+
+    def slowest(sizes):
+        times = list(sizes[:-1]) + [sizes[-1] + 0.5]
+        return max(sum(times[process::processes]) for process in range(processes))
+
+    stages = pipeline_stages(names(layers), processes, each)
+    assert [block for stage in stages for block in stage.blocks] == names(layers)
+    sizes = [sum(block.startswith("layer") for block in stage.blocks) for stage in stages]
+    cuts = itertools.combinations(range(1, layers), count - 1)
+    splits = ([end - first for first, end in zip((0, *cut), (*cut, layers))] for cut in cuts)
+    assert slowest(sizes) == min(map(slowest, splits))
+    assert sizes[0] == min(sizes)
+
+
+def test_a_stage_without_a_layer_is_an_error_that_names_both_keys():
+    with pytest.raises(InputError, match=r"parallel.pipeline 4 x parallel.stages_per_process 2 .* at most 7"):
+        pipeline_stages(names(7), 4, 2)
