@@ -3,7 +3,7 @@
 import gc
 import logging
 import time
-from typing import Any, Callable, ContextManager, Dict, Iterable, Iterator, Mapping, Optional, Tuple, TypeVar
+from typing import Any, Callable, ContextManager, Dict, Iterable, Mapping, Optional, TypeVar
 
 import numpy as np
 import torch
@@ -12,7 +12,8 @@ from torch import nn
 from bert.config import Config
 from bert.engines.engine import Arrays, ignore_progress
 from bert.engines.parallel.processes import current
-from bert.engines.parallel.reduction import Alone, DataParallel, Metrics, Parallel, Work
+from bert.engines.parallel.reduction import Alone, DataParallel, Metrics, MicroBatches, Parallel, Work
+from bert.engines.parallel.sharded import Sharded, shard
 from bert.engines.torch_devices import Memory, TorchDevice, choose_precision, wants_compile
 from bert.model.batch import Batch
 from bert.model.model import Model
@@ -53,12 +54,18 @@ class TorchEngine:
         training, self.processes = config.training, current()
         self.rank, self.world_size = (self.processes.rank, self.processes.size) if self.processes else (0, 1)
         self.task, self.device, self.seed, self.micro_batch_size = task, device, training.seed, micro_batch_size
-        self.model, self.asynchronous = model.to(device.name), device.asynchronous
+        self.model, self.asynchronous = model, device.asynchronous
         self.precision = choose_precision(device, training.precision)
         model.float8 = self.precision == "float8"
-        self.parameters = self.master_weights = dict(model.named_parameters())
+        self.dtype = torch.float32 if self.precision == "float32" else torch.bfloat16
         compute_weights: Dict[torch.Tensor, torch.Tensor] = {}
-        if self.precision != "float32":
+        is_sharded = config.parallel.shard != "none" and self.world_size > 1
+        if is_sharded:
+            modules = shard(model, device.name, self.dtype, full=config.parallel.shard == "full")
+        else:
+            model.to(device.name)
+        self.parameters = self.master_weights = dict(model.named_parameters())
+        if self.dtype != torch.float32 and not is_sharded:
             masters = {name: nn.Parameter(weight.detach().clone()) for name, weight in model.named_parameters()}
             model.to(torch.bfloat16)
             compute_weights = {masters[name]: weight.detach() for name, weight in model.named_parameters()}
@@ -67,17 +74,18 @@ class TorchEngine:
                 weight.master = masters[name]  # type: ignore[attr-defined]
             self.parameters, self.master_weights = dict(model.named_parameters()), masters
         self.parallel: Parallel = Alone()
-        if self.processes:
+        if self.processes and is_sharded:
+            self.parallel = Sharded(self.processes, modules, full=config.parallel.shard == "full")
+        elif self.processes:
             self.parallel = DataParallel(self.processes, model, self.master_weights, self.fold)
         self.optimizer = make_optimizer(self.master_weights.items(), config.optimizer, compute_weights)
         self.steps_done = 0
         self.done_events: Dict[int, Any] = {}
         self.compiled, self.compile_line = wants_compile(device, training.compile)
-        self.must_compile = training.compile == "on"
+        self.compile_setting = training.compile
         head_size = config.model.hidden_size // config.model.num_attention_heads
-        dtype = next(model.parameters()).dtype
         has_kernels = device.compiles_kernels or not self.compiled
-        self.unpads = has_kernels and has_varlen_kernel(device.name, dtype, head_size)
+        self.unpads = has_kernels and has_varlen_kernel(device.name, self.dtype, head_size)
         # One number of tokens for all micro-batches, or each would be compiled anew, and a float8 product takes them by
         # 16.
         self.static = self.compiled or model.float8
@@ -147,8 +155,10 @@ class TorchEngine:
 
     def run(self, batch: Arrays, work: Work, training: bool) -> None:
         """Does `work` for all micro-batches of a batch."""
-        count = -(-len(batch["input_ids"]) // self.micro_batch_size)
-        self.parallel.run(self.micro_batches(batch), count, work, training)
+        count = None
+        if self.processes and self.parallel.needs_same_shapes:
+            count = self.processes.meet(-(-len(batch["input_ids"]) // self.micro_batch_size))
+        self.parallel.run(self.micro_batches(batch, count), work, training)
 
     @torch.no_grad()
     def evaluate(self, batch: Arrays) -> Metrics:
@@ -163,7 +173,8 @@ class TorchEngine:
 
     def packed_weights(self, batch: Arrays) -> ContextManager:
         """While open, the weights stay as they are, for the micro-batches of this batch."""
-        return packed_weights(-(-len(batch["input_ids"]) // self.micro_batch_size))
+        moving = self.parallel.needs_same_shapes  # weights that are gathered, and are not always there
+        return packed_weights(0 if moving else -(-len(batch["input_ids"]) // self.micro_batch_size))
 
     def until_it_fits(self, passes: Callable[..., T], *arguments) -> T:
         """passes(*arguments), from the beginning again with smaller micro-batches where memory runs out, and without
@@ -178,15 +189,16 @@ class TorchEngine:
                 result = passes(*arguments)
             except torch.OutOfMemoryError:
                 memory = self.device.memory
-                if memory is None or self.micro_batch_size == 1:
+                if memory is None or self.micro_batch_size == 1 or self.parallel.needs_same_shapes:
                     raise
             except Exception as error:
                 reason = compiler_error(error) if self.compiled else None
                 if reason is None:
                     raise
-                if self.must_compile:
-                    remedy = 'Set training.compile to "auto", which then trains without'
-                    raise InputError(f'training.compile is "on", but the compiler fails: {reason}. {remedy}') from error
+                if self.compile_setting == "on" or self.parallel.needs_same_shapes:
+                    remedy = "off" if self.parallel.needs_same_shapes else "auto"
+                    failure = f'training.compile is "{self.compile_setting}", but the compiler fails: {reason}'
+                    raise InputError(f'{failure}. Set it to "{remedy}", which then trains without') from error
                 self.leave_uncompiled(reason)
             if memory:
                 self.shrink_micro_batch(memory)  # here, where no error holds the tensors of its frames any more
@@ -235,17 +247,20 @@ class TorchEngine:
         """The optimizer's update, with the gradients of the step's micro-batches."""
         self.optimizer.step(learning_rate)
 
-    def micro_batches(self, batch: Arrays) -> Iterator[Tuple[int, Batch]]:
-        """(its first row, micro-batch on the device), one after the other; those without a sample are left out."""
-        for first in range(0, len(batch["sample_ids"]), self.micro_batch_size):
-            rows = {name: array[first : first + self.micro_batch_size] for name, array in batch.items()}
-            if not rows["sample_ids"].any():
+    def micro_batches(self, batch: Arrays, count: Optional[int] = None) -> MicroBatches:
+        """(its first row, micro-batch on the device), one after the other. With `count` there are so many; without,
+        those that have no sample are left out."""
+        size = self.micro_batch_size
+        for first in range(0, size * count if count is not None else len(batch["sample_ids"]), size):
+            rows = {name: array[first : first + size] for name, array in batch.items()}
+            is_empty = not rows["sample_ids"].any()
+            if is_empty and count is None:
                 continue
-            missing = self.micro_batch_size - len(rows["input_ids"])
-            if missing and self.static:
+            missing = (size if self.static else int(is_empty)) - len(rows["input_ids"])
+            if missing > 0:
                 rows = add_empty_rows(rows, missing)
             if self.unpads:
-                fields = self.to_device(unpad(rows, self.static, self.task.targets))
+                fields = self.to_device(unpad(rows, self.static or is_empty, self.task.targets))
                 if self.compiled:  # for any number of samples
                     torch._dynamo.mark_dynamic(fields["cu_seqlens"], 0)
                 yield first, Batch.of_unpadded(fields)

@@ -4,7 +4,7 @@ Gradients are summed over the processes once a step, and not by the hooks of DDP
 themselves. The sums begin inside the last backward pass, as soon as it leaves a block.
 """
 
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Protocol, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Protocol, Sequence, Tuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,11 +15,12 @@ from bert.model.batch import Batch, State
 from bert.model.model import Model
 from bert.signals import Stop, cancellable
 
-__all__ = ["Alone", "DataParallel", "Metrics", "MicroBatches", "Parallel", "Work"]
+__all__ = ["Alone", "DataParallel", "Metrics", "MicroBatches", "Parallel", "Work", "with_next"]
 
 BUCKET_BYTES = 25 * 2**20  # of gradients in one all-reduce: fewer are slow to start, more are late to finish
 ALIGNMENT = 16  # elements at which a gradient begins in its bucket: kernels read several at once
 
+T = TypeVar("T")
 Metrics = Dict[str, torch.Tensor]
 SumAcross = Optional[Callable[[torch.Tensor], None]]
 MicroBatches = Iterator[Tuple[int, Batch]]
@@ -38,9 +39,8 @@ class Parallel(Protocol):
     sum_across: SumAcross
     """Of an optimizer's sums (bert/optimizers.py); None where they are the same in all processes."""
 
-    def run(self, micro_batches: MicroBatches, count: int, work: Work, training: bool) -> None:
-        """Does all micro-batches of this process, `count` of them. Raises Stop, in all processes, where one is told to
-        stop."""
+    def run(self, micro_batches: MicroBatches, work: Work, training: bool) -> None:
+        """Does all micro-batches of this process. Raises Stop, in all processes, where one is told to stop."""
 
     def finish(self, failed: bool) -> bool:
         """Ends a `run`, which failed or not in this process; whether all of it is to be done again."""
@@ -58,7 +58,7 @@ class Alone:
     sharded = needs_same_shapes = False
     sum_across: SumAcross = None
 
-    def run(self, micro_batches: MicroBatches, count: int, work: Work, training: bool) -> None:
+    def run(self, micro_batches: MicroBatches, work: Work, training: bool) -> None:
         for first, micro_batch in micro_batches:
             with cancellable():
                 work(first, micro_batch)
@@ -93,7 +93,7 @@ class DataParallel:
         self.sums: List[Tuple[dist.Work, torch.Tensor]] = []
         self.has_gradient: Dict[str, bool] = {}
 
-    def run(self, micro_batches: MicroBatches, count: int, work: Work, training: bool) -> None:
+    def run(self, micro_batches: MicroBatches, work: Work, training: bool) -> None:
         self.met = False
         last = None
         for this, following in with_next(micro_batches):
@@ -199,7 +199,7 @@ def flatten(parameters: Sequence[Parameter]) -> torch.Tensor:
     return flat
 
 
-def with_next(items: MicroBatches) -> Iterator[Tuple[Tuple[int, Batch], Optional[Tuple[int, Batch]]]]:
+def with_next(items: Iterator[T]) -> Iterator[Tuple[T, Optional[T]]]:
     """Each item and the one after it, None after the last."""
     before = next(items, None)
     while before is not None:

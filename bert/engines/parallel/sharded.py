@@ -1,0 +1,78 @@
+"""Sharded state, on FSDP2: each process holds a part of each parameter, of its gradient and of the optimizer's state.
+
+The parts are slices of the first dimension (DTensors, Shard(0)), float32. Before a layer computes, its weights are
+gathered, in the type that it computes in. What happens when, in a step of several micro-batches:
+
+    optimizer    gathered once a step; gradients are kept whole, and summed into their parts in the last backward pass
+    full         gathered in each forward and each backward pass, layer by layer; so are gradients summed into parts
+"""
+
+from typing import List, Sequence
+
+import torch
+import torch.distributed as dist
+
+from bert.engines.parallel.processes import Processes
+from bert.engines.parallel.reduction import Metrics, MicroBatches, SumAcross, Work, with_next
+from bert.model.model import Model
+from bert.signals import Stop
+
+__all__ = ["Sharded", "shard"]
+
+
+def shard(model: Model, device: str, dtype: torch.dtype, full: bool) -> List:
+    """Makes the parameters of `model` DTensors over all processes, whose layers compute in `dtype`, and
+    returns the modules that gather theirs together: the layers, and the model for what is in none."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh(device, (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    modules: List = []
+    for module in dict.fromkeys(model.layers.values()):
+        modules.append(fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=full))
+    modules.append(fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False))
+    for module in modules:
+        # A batch's weights sum to 1 over all processes, so gradients are sums.
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    return modules
+
+
+class Sharded:
+    """`modules` are those of `shard`."""
+
+    sharded = needs_same_shapes = True
+
+    def __init__(self, processes: Processes, modules: List, full: bool):
+        self.processes, self.modules, self.full = processes, modules, full
+        self.sum_across: SumAcross = self.sum
+
+    def run(self, micro_batches: MicroBatches, work: Work, training: bool) -> None:
+        try:
+            for (first, micro_batch), following in with_next(micro_batches):
+                self.processes.meet()
+                whole = training and (self.full or following is None)
+                root = self.modules[-1]
+                root.set_is_last_backward(whole)
+                root.set_requires_gradient_sync(whole)
+                root.set_reshard_after_backward(whole)
+                with self.processes.naming_who_is_lost():
+                    work(first, micro_batch)
+        finally:
+            if not training:
+                for module in self.modules:
+                    module.reshard()  # what was gathered would not see the next update
+
+    def finish(self, failed: bool) -> bool:
+        return failed
+
+    def stop(self, stop: Stop) -> None:
+        pass
+
+    def sum_metrics(self, metrics: Metrics, names: Sequence[str], device: str) -> Metrics:
+        return self.processes.sum_metrics(metrics, names, device)
+
+    def sum(self, sums: torch.Tensor) -> None:
+        with self.processes.naming_who_is_lost():
+            dist.all_reduce(sums)
