@@ -38,7 +38,7 @@ def make_torch_engine(config: Config, task: Task, model: Model, device: TorchDev
     suitable = device.hidden_bytes // (value_bytes * data.sequence_length * config.model.hidden_size)
     rows = max(1, min(training.micro_batch_size or suitable, training.global_batch_size))
     engine = TorchEngine(config, task, model, device, rows)
-    if not training.micro_batch_size and not engine.parallel.needs_same_shapes:
+    if not training.micro_batch_size and engine.parallel.can_redo:
         fit_micro_batch(engine, row_shape(config, static=False), rows)
     return engine
 

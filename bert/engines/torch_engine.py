@@ -11,6 +11,7 @@ from torch import nn
 
 from bert.config import Config
 from bert.engines.engine import Arrays, ignore_progress
+from bert.engines.parallel.pipeline import Layout, Pipelined
 from bert.engines.parallel.processes import current
 from bert.engines.parallel.reduction import Alone, DataParallel, Metrics, MicroBatches, Parallel, Work
 from bert.engines.parallel.sharded import Sharded, shard
@@ -58,26 +59,10 @@ class TorchEngine:
         self.precision = choose_precision(device, training.precision)
         model.float8 = self.precision == "float8"
         self.dtype = torch.float32 if self.precision == "float32" else torch.bfloat16
+        self.parallel = self.place(config)
         compute_weights: Dict[torch.Tensor, torch.Tensor] = {}
-        is_sharded = config.parallel.shard != "none" and self.world_size > 1
-        if is_sharded:
-            modules = shard(model, device.name, self.dtype, full=config.parallel.shard == "full")
-        else:
-            model.to(device.name)
-        self.parameters = self.master_weights = dict(model.named_parameters())
-        if self.dtype != torch.float32 and not is_sharded:
-            masters = {name: nn.Parameter(weight.detach().clone()) for name, weight in model.named_parameters()}
-            model.to(torch.bfloat16)
-            compute_weights = {masters[name]: weight.detach() for name, weight in model.named_parameters()}
-            for name, weight in model.named_parameters():
-                # To its gradient the CPU's kernels add (ops/native.py).
-                weight.master = masters[name]  # type: ignore[attr-defined]
-            self.parameters, self.master_weights = dict(model.named_parameters()), masters
-        self.parallel: Parallel = Alone()
-        if self.processes and is_sharded:
-            self.parallel = Sharded(self.processes, modules, full=config.parallel.shard == "full")
-        elif self.processes:
-            self.parallel = DataParallel(self.processes, model, self.master_weights, self.fold)
+        if self.parameters is not self.master_weights:
+            compute_weights = {self.master_weights[name]: weight.detach() for name, weight in self.parameters.items()}
         self.optimizer = make_optimizer(self.master_weights.items(), config.optimizer, compute_weights)
         self.steps_done = 0
         self.done_events: Dict[int, Any] = {}
@@ -88,11 +73,39 @@ class TorchEngine:
         self.unpads = has_kernels and has_varlen_kernel(device.name, self.dtype, head_size)
         # One number of tokens for all micro-batches, or each would be compiled anew, and a float8 product takes them by
         # 16.
-        self.static = self.compiled or model.float8
+        self.static = self.compiled or model.float8 or self.parallel.static
         self.cuts_evenly = device.memory is not None and not training.micro_batch_size
         if self.compiled:
             for layer in set(model.layers.values()):
                 layer.compile(dynamic=False)
+
+    def place(self, config: Config) -> Parallel:
+        """Puts the parameters that this process holds on the device, and finds how processes share the work."""
+        parallel, model, device = config.parallel, self.model, self.device.name
+        if self.processes and parallel.shard != "none":
+            modules = shard(model, device, self.dtype, full=parallel.shard == "full")
+            self.parameters = self.master_weights = dict(model.named_parameters())
+            return Sharded(self.processes, modules, full=parallel.shard == "full")
+        layout = None
+        if self.processes and parallel.pipeline > 1:
+            layout = Layout(model, parallel.pipeline, parallel.stages_per_process, self.rank, self.world_size)
+            layout.empty_others(model)
+        model.to(device)
+        own = {name: p for name, p in model.named_parameters() if layout is None or layout.holds(name)}
+        self.parameters = self.master_weights = own
+        if self.dtype != torch.float32:
+            self.master_weights = {name: nn.Parameter(weight.detach().clone()) for name, weight in own.items()}
+            model.to(self.dtype)
+            self.parameters = {name: p for name, p in model.named_parameters() if name in own}
+            for name, weight in self.parameters.items():
+                # To its gradient the CPU's kernels add (ops/native.py).
+                weight.master = self.master_weights[name]  # type: ignore[attr-defined]
+        if self.processes and layout:
+            sums = self.processes, model, layout, self.master_weights, self.fold
+            return Pipelined(*sums, device, self.dtype, config.model.hidden_size)
+        if self.processes:
+            return DataParallel(self.processes, model, self.master_weights, self.fold)
+        return Alone()
 
     def describe(self) -> str:
         processes = f"{self.world_size} processes, " if self.world_size > 1 else ""
@@ -132,32 +145,31 @@ class TorchEngine:
         """The forward and backward passes of a step."""
         self.model.train()
         self.clear_gradients()
-        totals: Metrics = {}
         rows, rows_done = len(batch["input_ids"]), 0
 
-        def forward_and_backward(first: int, micro_batch: Batch) -> None:
-            nonlocal rows_done
-            place = [first, self.rank] if self.rank else [first]
+        def seed(first: int, stage: int = 0) -> None:
+            place = [first, self.rank, stage] if self.rank or stage else [first]
             key = np.random.SeedSequence([self.seed, step, *place]).generate_state(1, np.uint64)[0]
             torch.manual_seed(int(key >> np.uint64(1)))
-            self.backward(self.forward(micro_batch, totals))
+
+        def one_done() -> None:
+            nonlocal rows_done
             done = min(self.micro_batch_size, rows - rows_done)
             rows_done += done
             progress(done)
 
+        work = Work(self.model, self.backward, seed, one_done)
         try:
             with self.device.fork_random(), self.packed_weights(batch):
-                self.run(batch, forward_and_backward, training=True)
+                self.run(batch, work, training=True)
         except Exception:  # `until_it_fits` may begin again
             progress(-rows_done)
             raise
-        return totals
+        return work.totals
 
     def run(self, batch: Arrays, work: Work, training: bool) -> None:
         """Does `work` for all micro-batches of a batch."""
-        count = None
-        if self.processes and self.parallel.needs_same_shapes:
-            count = self.processes.meet(-(-len(batch["input_ids"]) // self.micro_batch_size))
+        count = self.parallel.count(-(-len(batch["input_ids"]) // self.micro_batch_size))
         self.parallel.run(self.micro_batches(batch, count), work, training)
 
     @torch.no_grad()
@@ -166,15 +178,15 @@ class TorchEngine:
 
     def evaluation(self, batch: Arrays) -> Metrics:
         self.model.eval()
-        totals: Metrics = {}
+        work = Work(self.model)
         with self.packed_weights(batch):
-            self.run(batch, lambda first, micro_batch: self.forward(micro_batch, totals), training=False)
-        return totals
+            self.run(batch, work, training=False)
+        return work.totals
 
     def packed_weights(self, batch: Arrays) -> ContextManager:
         """While open, the weights stay as they are, for the micro-batches of this batch."""
-        moving = self.parallel.needs_same_shapes  # weights that are gathered, and are not always there
-        return packed_weights(0 if moving else -(-len(batch["input_ids"]) // self.micro_batch_size))
+        moves = isinstance(self.parallel, Sharded)  # what is gathered has its memory for a while only
+        return packed_weights(0 if moves else -(-len(batch["input_ids"]) // self.micro_batch_size))
 
     def until_it_fits(self, passes: Callable[..., T], *arguments) -> T:
         """passes(*arguments), from the beginning again with smaller micro-batches where memory runs out, and without
@@ -189,14 +201,14 @@ class TorchEngine:
                 result = passes(*arguments)
             except torch.OutOfMemoryError:
                 memory = self.device.memory
-                if memory is None or self.micro_batch_size == 1 or self.parallel.needs_same_shapes:
+                if memory is None or self.micro_batch_size == 1 or not self.parallel.can_redo:
                     raise
             except Exception as error:
                 reason = compiler_error(error) if self.compiled else None
                 if reason is None:
                     raise
-                if self.compile_setting == "on" or self.parallel.needs_same_shapes:
-                    remedy = "off" if self.parallel.needs_same_shapes else "auto"
+                if self.compile_setting == "on" or not self.parallel.can_redo:
+                    remedy = "auto" if self.parallel.can_redo else "off"
                     failure = f'training.compile is "{self.compile_setting}", but the compiler fails: {reason}'
                     raise InputError(f'{failure}. Set it to "{remedy}", which then trains without') from error
                 self.leave_uncompiled(reason)

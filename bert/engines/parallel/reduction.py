@@ -4,7 +4,8 @@ Gradients are summed over the processes once a step, and not by the hooks of DDP
 themselves. The sums begin inside the last backward pass, as soon as it leaves a block.
 """
 
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Protocol, Sequence, Tuple, TypeVar
+from dataclasses import dataclass, field
+from typing import Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Protocol, Sequence, Tuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,8 +26,32 @@ Metrics = Dict[str, torch.Tensor]
 SumAcross = Optional[Callable[[torch.Tensor], None]]
 MicroBatches = Iterator[Tuple[int, Batch]]
 """(its first row, micro-batch) each."""
-Work = Callable[[int, Batch], Any]
-"""The forward pass of a micro-batch and, in training, its backward pass; gets its first row too."""
+
+
+@dataclass
+class Work:
+    """What is done with each micro-batch of a step."""
+
+    forward: Callable[[Batch], Tuple[torch.Tensor, Mapping[str, torch.Tensor]]]
+    """To its loss and metrics."""
+    backward: Callable[[torch.Tensor], None] = lambda loss: None
+    seed: Callable[..., None] = lambda first, stage=0: None
+    """Sets the random numbers of a stage for the micro-batch that begins with this row."""
+    progress: Callable[[], None] = lambda: None
+    """Is called as one is done."""
+    totals: Metrics = field(default_factory=dict)
+    """The metrics of all so far."""
+
+    def __call__(self, first: int, micro_batch: Batch) -> None:
+        self.seed(first)
+        loss, metrics = self.forward(micro_batch)
+        self.backward(loss)
+        self.add(metrics)
+
+    def add(self, metrics: Mapping[str, torch.Tensor]) -> None:
+        for name, value in metrics.items():
+            self.totals[name] = self.totals[name] + value if name in self.totals else value
+        self.progress()
 
 
 class Parallel(Protocol):
@@ -34,10 +59,16 @@ class Parallel(Protocol):
 
     sharded: bool
     """Whether this process holds a part of the weights or of the optimizer's state only."""
-    needs_same_shapes: bool
-    """Whether all processes run the same number of micro-batches, filled up by ones without samples."""
+    static: bool
+    """Whether all micro-batches must have the same shapes."""
+    can_redo: bool
+    """Whether a step that failed in one process can be done again."""
     sum_across: SumAcross
     """Of an optimizer's sums (bert/optimizers.py); None where they are the same in all processes."""
+
+    def count(self, own: int) -> Optional[int]:
+        """How many micro-batches to run, where this process has samples for `own` and all must run as many; None where
+        they need not."""
 
     def run(self, micro_batches: MicroBatches, work: Work, training: bool) -> None:
         """Does all micro-batches of this process. Raises Stop, in all processes, where one is told to stop."""
@@ -55,8 +86,11 @@ class Parallel(Protocol):
 class Alone:
     """One process."""
 
-    sharded = needs_same_shapes = False
+    sharded, static, can_redo = False, False, True
     sum_across: SumAcross = None
+
+    def count(self, own: int) -> Optional[int]:
+        return None
 
     def run(self, micro_batches: MicroBatches, work: Work, training: bool) -> None:
         for first, micro_batch in micro_batches:
@@ -77,7 +111,7 @@ class DataParallel:
     """Each process has all weights. `masters` maps the model's parameters by name to those whose `.grad` is summed;
     `fold(names)` adds to them what the backward pass left in the model's parameters."""
 
-    sharded = needs_same_shapes = False
+    sharded, static, can_redo = False, False, True
     sum_across: SumAcross = None
 
     def __init__(
@@ -92,6 +126,9 @@ class DataParallel:
         self.buckets = make_buckets(model, masters)
         self.sums: List[Tuple[dist.Work, torch.Tensor]] = []
         self.has_gradient: Dict[str, bool] = {}
+
+    def count(self, own: int) -> Optional[int]:
+        return None
 
     def run(self, micro_batches: MicroBatches, work: Work, training: bool) -> None:
         self.met = False
@@ -174,16 +211,22 @@ def make_buckets(model: Model, masters: Mapping[str, Parameter]) -> List[Tuple[i
         for parameter in module.parameters():
             owner.setdefault(parameter, i)
     places = {name: owner.get(parameter, 0) for name, parameter in model.named_parameters() if name in masters}
-    buckets: List[Tuple[int, List[str]]] = []
+    names = sorted(places, key=lambda name: -places[name])
+    return [(places[bucket[-1]], bucket) for bucket in buckets_of(names, masters)]
+
+
+def buckets_of(names: Iterable[str], parameters: Mapping[str, Parameter]) -> Iterator[List[str]]:
+    """The names in lists of up to BUCKET_BYTES of float32 gradients, or of a single one."""
+    bucket: List[str] = []
     size = 0
-    for name in sorted(places, key=lambda name: -places[name]):
-        bytes_of = 4 * masters[name].numel()
-        if not buckets or size + bytes_of > BUCKET_BYTES:
-            buckets.append((places[name], []))
-            size = 0
-        size += bytes_of
-        buckets[-1] = (places[name], [*buckets[-1][1], name])
-    return buckets
+    for name in names:
+        size += 4 * parameters[name].numel()
+        if bucket and size > BUCKET_BYTES:
+            yield bucket
+            bucket, size = [], 4 * parameters[name].numel()
+        bucket.append(name)
+    if bucket:
+        yield bucket
 
 
 def flatten(parameters: Sequence[Parameter]) -> torch.Tensor:

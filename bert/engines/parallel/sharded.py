@@ -42,11 +42,14 @@ def shard(model: Model, device: str, dtype: torch.dtype, full: bool) -> List:
 class Sharded:
     """`modules` are those of `shard`."""
 
-    sharded = needs_same_shapes = True
+    sharded, static, can_redo = True, False, False
 
     def __init__(self, processes: Processes, modules: List, full: bool):
         self.processes, self.modules, self.full = processes, modules, full
         self.sum_across: SumAcross = self.sum
+
+    def count(self, own: int) -> int:
+        return self.processes.meet(own)
 
     def run(self, micro_batches: MicroBatches, work: Work, training: bool) -> None:
         try:

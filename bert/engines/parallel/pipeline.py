@@ -1,0 +1,212 @@
+"""Pipeline parallel: each process holds some stages of the model, on torch.distributed.pipelining.
+
+The processes are a table: `pipeline` rows of one stage each (or, interleaved, of several), and as many columns as there
+are copies of the model. Micro-batches go down a column, one after the other; gradients are summed along the rows. A
+parameter that stages of several processes use, such as the word embedding that is the decoder too, is held by each of
+them, and its gradients are summed.
+
+Shape letters: R rows of a micro-batch, L token slots of a row, H hidden; T = R L.
+"""
+
+import itertools
+from typing import Any, Callable, Dict, Iterable, List, Mapping, Sequence, Set, Tuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import Parameter
+
+from bert.engines.parallel.processes import Processes
+from bert.engines.parallel.reduction import Metrics, MicroBatches, SumAcross, Work, buckets_of, flatten
+from bert.model.batch import Batch, State
+from bert.model.model import Model
+from bert.model.stages import pipeline_stages
+from bert.signals import Stop
+from ops.attention import for_layers
+
+__all__ = ["Layout", "Pipelined", "StageModule"]
+
+ROUND = 16  # micro-batches of each process between two looks for a signal
+
+
+class Layout:
+    """Who holds which stages: of the process with this `rank` among `size`."""
+
+    def __init__(self, model: Model, pipeline: int, stages_per_process: int, rank: int, size: int):
+        self.pipeline, self.copies = pipeline, size // pipeline
+        self.place, self.copy = divmod(rank, self.copies)
+        self.stages = pipeline_stages([name for name, _ in model.blocks], pipeline, stages_per_process)
+        modules = dict(model.blocks)
+        users: Dict[Parameter, Set[int]] = {}
+        for stage in self.stages:
+            for block in stage.blocks:
+                for parameter in parameters_of(modules[block]):
+                    users.setdefault(parameter, set()).add(stage.ipu)
+        self.users = {name: sorted(users.get(p, {0})) for name, p in model.named_parameters()}
+        """Parameter name -> the places in the pipeline that hold it."""
+
+    def own_stages(self) -> List[int]:
+        return [number for number, stage in enumerate(self.stages) if stage.ipu == self.place]
+
+    def holds(self, name: str) -> bool:
+        """Whether this process holds the parameter of this name."""
+        return self.place in self.users[name]
+
+    def empty_others(self, model: Model) -> None:
+        """Frees the parameters that other processes hold."""
+        for name, parameter in model.named_parameters():
+            if not self.holds(name):
+                parameter.data = parameter.data.new_empty(0)
+
+    def groups_of_tied(self) -> List[Tuple[List[int], List[str]]]:
+        """(ranks, names) of parameters that several processes of this one's pipeline hold; all processes of the run
+        make the same groups."""
+        tied: Dict[Tuple[int, ...], List[str]] = {}
+        for name, places in self.users.items():
+            if len(places) > 1:
+                tied.setdefault(tuple(places), []).append(name)
+        groups = itertools.product(range(self.copies), tied.items())
+        return [([place * self.copies + copy for place in places], names) for copy, (places, names) in groups]
+
+
+def parameters_of(block: nn.Module) -> List[Parameter]:
+    """Of a block, and of modules that stand elsewhere in the model and that it names in `shared`."""
+    modules = [block, *(module for module in getattr(block, "shared", ()) if module is not None)]
+    return [parameter for module in modules for parameter in module.parameters()]
+
+
+class StageModule(nn.Module):
+    """A stage: from the hidden state of the stage before it to its own, [T, H] or [R, L, H], or to the loss, [1]."""
+
+    def __init__(self, model: Model, number: int, blocks: Sequence[str], is_last: bool):
+        super().__init__()
+        self.run, self.number, self.is_first, self.is_last = model.run, number, number == 0, is_last
+        modules = dict(model.blocks)
+        self.blocks = [(name, modules[name]) for name in blocks]
+        self.held = nn.ModuleList(module for _, module in self.blocks)
+        self.micro_batches: List[Tuple[int, Batch]] = []
+        self.seed: Callable[[int, int], None] = lambda first, stage: None
+        self.metrics: List[Mapping[str, torch.Tensor]] = []
+
+    def forward(self, hidden: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+        """`place` [1] is the micro-batch's among those of the round. The first stage's `hidden` is not used."""
+        first, batch = self.micro_batches[int(place)]
+        self.seed(first, self.number)
+        state = State(batch, batch.segments)
+        if not self.is_first:
+            state = state._replace(segments=for_layers(batch.segments, hidden.dtype), hidden=hidden)
+        state = self.run(state, self.blocks)
+        if not self.is_last:
+            return state.hidden
+        self.metrics.append(state.metrics)
+        return state.loss.reshape(1)
+
+
+class Pipelined:
+    """`masters`: the parameters of this process whose `.grad` is summed; `fold(names)` adds to them what the backward
+    pass left in the model's. `dtype` and `hidden_size` are those of what goes from stage to stage."""
+
+    sharded, static, can_redo = True, True, False
+
+    def __init__(
+        self,
+        processes: Processes,
+        model: Model,
+        layout: Layout,
+        masters: Mapping[str, Parameter],
+        fold: Callable[[Iterable[str]], None],
+        device: str,
+        dtype: torch.dtype,
+        hidden_size: int,
+    ):
+        from torch.distributed.device_mesh import init_device_mesh
+
+        mesh = init_device_mesh(device, (layout.pipeline, layout.copies), mesh_dim_names=("pipeline", "copies"))
+        self.column, self.row = mesh["pipeline"].get_group(), mesh["copies"].get_group()
+        self.tied: List[Tuple[Any, List[str]]] = []
+        for ranks, names in layout.groups_of_tied():
+            group = dist.new_group(ranks)
+            if processes.rank in ranks:
+                self.tied.append((group, names))
+        self.processes, self.layout, self.masters, self.fold = processes, layout, masters, fold
+        self.device, self.dtype, self.hidden_size = device, dtype, hidden_size
+        last = len(layout.stages) - 1
+        self.modules = [
+            StageModule(model, number, layout.stages[number].blocks, number == last) for number in layout.own_stages()
+        ]
+        self.schedules: Dict[Tuple, Any] = {}
+        self.sum_across: SumAcross = self.sum_skips
+
+    def count(self, own: int) -> int:
+        """Of micro-batches, in all pipelines: each process of a pipeline has one to work on."""
+        most = self.processes.meet(own)
+        return max(1, -(-most // self.layout.pipeline)) * self.layout.pipeline
+
+    def run(self, micro_batches: MicroBatches, work: Work, training: bool) -> None:
+        while True:
+            some = list(itertools.islice(micro_batches, ROUND * self.layout.pipeline))
+            if not some:
+                break
+            self.processes.meet()
+            for module in self.modules:
+                module.micro_batches, module.metrics, module.seed = some, [], work.seed
+            with self.processes.naming_who_is_lost():
+                self.do_round(some[0][1], len(some), training)
+            for metrics in self.modules[-1].metrics or [{}] * len(some):
+                work.add(metrics)
+        if training:
+            self.sum_gradients()
+
+    def do_round(self, example: Batch, count: int, training: bool) -> None:
+        places = torch.arange(count)
+        inputs = (places,) if self.modules[0].is_first else ()
+        targets = places if self.modules[-1].is_last else None
+        schedule = self.schedule(count, example.input_ids.shape, training)
+        (schedule.step if training else schedule.eval)(*inputs, target=targets, place=places)
+
+    def schedule(self, count: int, shape: torch.Size, training: bool):
+        """For so many micro-batches, whose tokens have this shape."""
+        from torch.distributed import pipelining
+
+        if (count, shape, training) not in self.schedules:
+            stages: List[Any] = []
+            example: Dict[str, Any] = dict(device="meta", requires_grad=training)
+            hidden = torch.empty(*shape, self.hidden_size, dtype=self.dtype, **example)
+            for module in self.modules:
+                before = torch.zeros(1, dtype=torch.int64) if module.is_first else hidden
+                after = torch.empty(1, **example) if module.is_last else hidden
+                options: Dict[str, Any] = dict(input_args=before, output_args=after, group=self.column)
+                place = module.number, len(self.layout.stages), torch.device(self.device)
+                stages.append(pipelining.PipelineStage(module, *place, **options))
+            options = dict(loss_fn=lambda loss, target: loss.sum(), scale_grads=False)
+            self.schedules[count, shape, training] = (
+                pipelining.Schedule1F1B(stages[0], count, **options)
+                if len(stages) == 1
+                else pipelining.ScheduleInterleaved1F1B(stages, count, **options)
+            )
+        return self.schedules[count, shape, training]
+
+    def sum_gradients(self) -> None:
+        """Of what several processes of a pipeline hold, then of all pipelines."""
+        self.fold(self.masters)
+        everything = [(self.row, list(self.masters))] if self.layout.copies > 1 else []
+        for group, names in [*self.tied, *everything]:
+            names = [name for name in names if self.masters[name].grad is not None]
+            with self.processes.naming_who_is_lost():
+                flats = [flatten([self.masters[name] for name in some]) for some in buckets_of(names, self.masters)]
+                for work in [dist.all_reduce(flat, group=group, async_op=True) for flat in flats]:
+                    work.wait()
+
+    def finish(self, failed: bool) -> bool:
+        return failed
+
+    def stop(self, stop: Stop) -> None:
+        pass
+
+    def sum_metrics(self, metrics: Metrics, names: Sequence[str], device: str) -> Metrics:
+        return self.processes.sum_metrics(metrics, names, device)
+
+    def sum_skips(self, sums: torch.Tensor) -> None:
+        """Parameters are whole: only whether the update is skipped is another stage's business too."""
+        with self.processes.naming_who_is_lost():
+            dist.all_reduce(sums[-1:], group=self.column)
