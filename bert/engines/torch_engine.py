@@ -3,7 +3,7 @@
 import gc
 import logging
 import time
-from typing import Any, Callable, ContextManager, Dict, Iterable, Mapping, Optional, TypeVar
+from typing import Any, Callable, ContextManager, Dict, Iterable, List, Mapping, Optional, TypeVar
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from bert.engines.engine import Arrays, ignore_progress
 from bert.engines.parallel.pipeline import Layout, Pipelined
 from bert.engines.parallel.processes import current
 from bert.engines.parallel.reduction import Alone, DataParallel, Metrics, MicroBatches, Parallel, Work
-from bert.engines.parallel.sharded import Sharded, shard
+from bert.engines.parallel.sharded import Sharded, make_mesh, shard
 from bert.engines.torch_devices import Memory, TorchDevice, choose_precision, wants_compile
 from bert.model.batch import Batch
 from bert.model.model import Model
@@ -82,30 +82,36 @@ class TorchEngine:
     def place(self, config: Config) -> Parallel:
         """Puts the parameters that this process holds on the device, and finds how processes share the work."""
         parallel, model, device = config.parallel, self.model, self.device.name
-        if self.processes and parallel.shard != "none":
-            modules = shard(model, device, self.dtype, full=parallel.shard == "full")
-            self.parameters = self.master_weights = dict(model.named_parameters())
-            return Sharded(self.processes, modules, full=parallel.shard == "full")
-        layout = None
+        layout, stages, gathered = None, [], []
         if self.processes and parallel.pipeline > 1:
             layout = Layout(model, parallel.pipeline, parallel.stages_per_process, self.rank, self.world_size)
+            mesh, stages = layout.make_mesh(device), layout.stage_modules(model)
             layout.empty_others(model)
-        model.to(device)
+        if self.processes and parallel.shard != "none":
+            copies = mesh["copies"] if layout else make_mesh(device, self.world_size)
+            roots: List[Any] = [*stages] or [model]
+            for root in roots:
+                gathered += shard(root, root.layers.values(), copies, self.dtype, full=parallel.shard == "full")
+        else:
+            model.to(device)
         own = {name: p for name, p in model.named_parameters() if layout is None or layout.holds(name)}
         self.parameters = self.master_weights = own
-        if self.dtype != torch.float32:
+        if self.dtype != torch.float32 and not gathered:
             self.master_weights = {name: nn.Parameter(weight.detach().clone()) for name, weight in own.items()}
             model.to(self.dtype)
             self.parameters = {name: p for name, p in model.named_parameters() if name in own}
             for name, weight in self.parameters.items():
                 # To its gradient the CPU's kernels add (ops/native.py).
                 weight.master = self.master_weights[name]  # type: ignore[attr-defined]
-        if self.processes and layout:
-            sums = self.processes, model, layout, self.master_weights, self.fold
-            return Pipelined(*sums, device, self.dtype, config.model.hidden_size)
-        if self.processes:
-            return DataParallel(self.processes, model, self.master_weights, self.fold)
-        return Alone()
+        if self.processes is None:
+            return Alone()
+        sums = self.master_weights, self.fold
+        if layout:
+            parts = mesh, stages, gathered
+            return Pipelined(self.processes, layout, *parts, *sums, self.dtype, config.model.hidden_size)
+        if gathered:
+            return Sharded(self.processes, gathered, full=parallel.shard == "full")
+        return DataParallel(self.processes, model, *sums)
 
     def describe(self) -> str:
         processes = f"{self.world_size} processes, " if self.world_size > 1 else ""
@@ -185,7 +191,7 @@ class TorchEngine:
 
     def packed_weights(self, batch: Arrays) -> ContextManager:
         """While open, the weights stay as they are, for the micro-batches of this batch."""
-        moves = isinstance(self.parallel, Sharded)  # what is gathered has its memory for a while only
+        moves = self.parallel.gathers  # what is gathered has its memory for a while only
         return packed_weights(0 if moves else -(-len(batch["input_ids"]) // self.micro_batch_size))
 
     def until_it_fits(self, passes: Callable[..., T], *arguments) -> T:

@@ -30,23 +30,36 @@ ROUND = 16  # micro-batches of each process between two looks for a signal
 
 
 class Layout:
-    """Who holds which stages: of the process with this `rank` among `size`."""
+    """Who holds which stages: of the process with this `rank` among `size`.
+
+    Raises InputError where there is no layer for each stage.
+    """
 
     def __init__(self, model: Model, pipeline: int, stages_per_process: int, rank: int, size: int):
         self.pipeline, self.copies = pipeline, size // pipeline
-        self.place, self.copy = divmod(rank, self.copies)
+        self.place = rank // self.copies
         self.stages = pipeline_stages([name for name, _ in model.blocks], pipeline, stages_per_process)
         modules = dict(model.blocks)
         users: Dict[Parameter, Set[int]] = {}
         for stage in self.stages:
             for block in stage.blocks:
-                for parameter in parameters_of(modules[block]):
-                    users.setdefault(parameter, set()).add(stage.ipu)
+                for module in modules_of(modules[block]):
+                    for parameter in module.parameters():
+                        users.setdefault(parameter, set()).add(stage.ipu)
         self.users = {name: sorted(users.get(p, {0})) for name, p in model.named_parameters()}
         """Parameter name -> the places in the pipeline that hold it."""
 
-    def own_stages(self) -> List[int]:
-        return [number for number, stage in enumerate(self.stages) if stage.ipu == self.place]
+    def make_mesh(self, device: str) -> Any:
+        """Of all processes, ["pipeline", "copies"]."""
+        from torch.distributed.device_mesh import init_device_mesh
+
+        return init_device_mesh(device, (self.pipeline, self.copies), mesh_dim_names=("pipeline", "copies"))
+
+    def stage_modules(self, model: Model) -> List["StageModule"]:
+        """Of this process."""
+        last = len(self.stages) - 1
+        own = [(number, stage) for number, stage in enumerate(self.stages) if stage.ipu == self.place]
+        return [StageModule(model, number, stage.blocks, number == last) for number, stage in own]
 
     def holds(self, name: str) -> bool:
         """Whether this process holds the parameter of this name."""
@@ -69,10 +82,9 @@ class Layout:
         return [([place * self.copies + copy for place in places], names) for copy, (places, names) in groups]
 
 
-def parameters_of(block: nn.Module) -> List[Parameter]:
-    """Of a block, and of modules that stand elsewhere in the model and that it names in `shared`."""
-    modules = [block, *(module for module in getattr(block, "shared", ()) if module is not None)]
-    return [parameter for module in modules for parameter in module.parameters()]
+def modules_of(block: nn.Module) -> List[nn.Module]:
+    """A block, and the modules that stand elsewhere in the model and that it names in `shared`."""
+    return [block, *(module for module in getattr(block, "shared", ()) if module is not None)]
 
 
 class StageModule(nn.Module):
@@ -83,10 +95,15 @@ class StageModule(nn.Module):
         self.run, self.number, self.is_first, self.is_last = model.run, number, number == 0, is_last
         modules = dict(model.blocks)
         self.blocks = [(name, modules[name]) for name in blocks]
-        self.held = nn.ModuleList(module for _, module in self.blocks)
+        self.held = nn.ModuleList(part for _, module in self.blocks for part in modules_of(module))
         self.micro_batches: List[Tuple[int, Batch]] = []
         self.seed: Callable[[int, int], None] = lambda first, stage: None
         self.metrics: List[Mapping[str, torch.Tensor]] = []
+
+    @property
+    def layers(self) -> Dict[str, nn.Module]:
+        """The encoder's layers among its blocks, by name."""
+        return {name: module for name, module in self.blocks if name.startswith("layer")}
 
     def forward(self, hidden: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
         """`place` [1] is the micro-batch's among those of the round. The first stage's `hidden` is not used."""
@@ -104,24 +121,23 @@ class StageModule(nn.Module):
 
 class Pipelined:
     """`masters`: the parameters of this process whose `.grad` is summed; `fold(names)` adds to them what the backward
-    pass left in the model's. `dtype` and `hidden_size` are those of what goes from stage to stage."""
+    pass left in the model's. `gathered`: the modules of `shard`, where the copies of a stage hold a part of it each.
+    `dtype` and `hidden_size` are those of what goes from stage to stage."""
 
     sharded, static, can_redo = True, True, False
 
     def __init__(
         self,
         processes: Processes,
-        model: Model,
         layout: Layout,
+        mesh: Any,
+        modules: List[StageModule],
+        gathered: List[Any],
         masters: Mapping[str, Parameter],
         fold: Callable[[Iterable[str]], None],
-        device: str,
         dtype: torch.dtype,
         hidden_size: int,
     ):
-        from torch.distributed.device_mesh import init_device_mesh
-
-        mesh = init_device_mesh(device, (layout.pipeline, layout.copies), mesh_dim_names=("pipeline", "copies"))
         self.column, self.row = mesh["pipeline"].get_group(), mesh["copies"].get_group()
         self.tied: List[Tuple[Any, List[str]]] = []
         for ranks, names in layout.groups_of_tied():
@@ -129,11 +145,9 @@ class Pipelined:
             if processes.rank in ranks:
                 self.tied.append((group, names))
         self.processes, self.layout, self.masters, self.fold = processes, layout, masters, fold
-        self.device, self.dtype, self.hidden_size = device, dtype, hidden_size
-        last = len(layout.stages) - 1
-        self.modules = [
-            StageModule(model, number, layout.stages[number].blocks, number == last) for number in layout.own_stages()
-        ]
+        self.modules, self.gathered, self.device = modules, gathered, mesh.device_type
+        self.gathers = bool(gathered)
+        self.dtype, self.hidden_size = dtype, hidden_size
         self.schedules: Dict[Tuple, Any] = {}
         self.sum_across: SumAcross = self.sum_skips
 
@@ -156,6 +170,9 @@ class Pipelined:
                 work.add(metrics)
         if training:
             self.sum_gradients()
+            return
+        for module in self.gathered:
+            module.reshard()  # what was gathered would not see the next update
 
     def do_round(self, example: Batch, count: int, training: bool) -> None:
         places = torch.arange(count)
@@ -187,14 +204,18 @@ class Pipelined:
         return self.schedules[count, shape, training]
 
     def sum_gradients(self) -> None:
-        """Of what several processes of a pipeline hold, then of all pipelines."""
+        """Of what several processes of a pipeline hold, then, unless FSDP2 did it, of all pipelines."""
         self.fold(self.masters)
-        everything = [(self.row, list(self.masters))] if self.layout.copies > 1 else []
+        is_whole = self.layout.copies > 1 and not self.gathered
+        everything = [(self.row, list(self.masters))] if is_whole else []
         for group, names in [*self.tied, *everything]:
             names = [name for name in names if self.masters[name].grad is not None]
             with self.processes.naming_who_is_lost():
-                flats = [flatten([self.masters[name] for name in some]) for some in buckets_of(names, self.masters)]
-                for work in [dist.all_reduce(flat, group=group, async_op=True) for flat in flats]:
+                if self.gathered:
+                    sums = [local(self.masters[name].grad) for name in names]
+                else:
+                    sums = [flatten([self.masters[name] for name in some]) for some in buckets_of(names, self.masters)]
+                for work in [dist.all_reduce(each, group=group, async_op=True) for each in sums]:
                     work.wait()
 
     def finish(self, failed: bool) -> bool:
@@ -207,6 +228,13 @@ class Pipelined:
         return self.processes.sum_metrics(metrics, names, device)
 
     def sum_skips(self, sums: torch.Tensor) -> None:
-        """Parameters are whole: only whether the update is skipped is another stage's business too."""
+        """Only whether the update is skipped is another stage's business too."""
         with self.processes.naming_who_is_lost():
+            if self.gathered:
+                dist.all_reduce(sums, group=self.row)
             dist.all_reduce(sums[-1:], group=self.column)
+
+
+def local(gradient: Any) -> torch.Tensor:
+    """The part of a DTensor that is here."""
+    return gradient.to_local()

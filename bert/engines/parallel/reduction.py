@@ -59,6 +59,8 @@ class Parallel(Protocol):
 
     sharded: bool
     """Whether this process holds a part of the weights or of the optimizer's state only."""
+    gathers: bool
+    """Whether weights are gathered when a layer computes."""
     static: bool
     """Whether all micro-batches must have the same shapes."""
     can_redo: bool
@@ -86,7 +88,7 @@ class Parallel(Protocol):
 class Alone:
     """One process."""
 
-    sharded, static, can_redo = False, False, True
+    sharded, gathers, static, can_redo = False, False, False, True
     sum_across: SumAcross = None
 
     def count(self, own: int) -> Optional[int]:
@@ -111,7 +113,7 @@ class DataParallel:
     """Each process has all weights. `masters` maps the model's parameters by name to those whose `.grad` is summed;
     `fold(names)` adds to them what the backward pass left in the model's parameters."""
 
-    sharded, static, can_redo = False, False, True
+    sharded, gathers, static, can_redo = False, False, False, True
     sum_across: SumAcross = None
 
     def __init__(

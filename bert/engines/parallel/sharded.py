@@ -7,29 +7,37 @@ gathered, in the type that it computes in. What happens when, in a step of sever
     full         gathered in each forward and each backward pass, layer by layer; so are gradients summed into parts
 """
 
-from typing import List, Sequence
+import warnings
+from typing import Any, Iterable, List, Sequence
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from bert.engines.parallel.processes import Processes
 from bert.engines.parallel.reduction import Metrics, MicroBatches, SumAcross, Work, with_next
-from bert.model.model import Model
 from bert.signals import Stop
 
-__all__ = ["Sharded", "shard"]
+__all__ = ["Sharded", "make_mesh", "shard"]
 
 
-def shard(model: Model, device: str, dtype: torch.dtype, full: bool) -> List:
-    """Makes the parameters of `model` DTensors over all processes, whose layers compute in `dtype`, and
-    returns the modules that gather theirs together: the layers, and the model for what is in none."""
+def make_mesh(device: str, size: int) -> Any:
+    """All processes, in a row."""
     from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh(device, (size,))
+
+
+def shard(model: nn.Module, layers: Iterable[nn.Module], mesh: Any, dtype: torch.dtype, full: bool) -> List:
+    """Makes the parameters of `model` DTensors over the processes of `mesh`, computes with them in `dtype`, and returns
+    the modules that gather theirs together: the layers, and last the model for what is in none."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    mesh = init_device_mesh(device, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    # Nothing changes what a layer returns in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     modules: List = []
-    for module in dict.fromkeys(model.layers.values()):
+    for module in dict.fromkeys(layers):
         modules.append(fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=full))
     modules.append(fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False))
     for module in modules:
@@ -40,9 +48,9 @@ def shard(model: Model, device: str, dtype: torch.dtype, full: bool) -> List:
 
 
 class Sharded:
-    """`modules` are those of `shard`."""
+    """`modules` are those of `shard`, and `model` the last of them."""
 
-    sharded, static, can_redo = True, False, False
+    sharded, gathers, static, can_redo = True, True, False, False
 
     def __init__(self, processes: Processes, modules: List, full: bool):
         self.processes, self.modules, self.full = processes, modules, full
