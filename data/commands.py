@@ -45,13 +45,15 @@ def option(
     expected: str = "",
     choices: Collection[str] = (),
     flag: str = "",
+    metavar: str = "",
 ) -> Any:
     """A field of a dataclass of options. The docstring under it is its help.
 
     `allowed` tells which values it may have, `expected` says so in words; `choices` are all that a string may be.
     `flag` is its name on the command line, by default `--` and the field's name; without dashes it is positional.
+    `metavar` stands for its value in the help.
     """
-    metadata = {"allowed": allowed, "expected": expected, "choices": choices, "flag": flag}
+    metadata = {"allowed": allowed, "expected": expected, "choices": choices, "flag": flag, "metavar": metavar}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -98,7 +100,7 @@ def argument_settings(field: "dataclasses.Field[Any]", kind: Any, docstring: str
     if field.metadata.get("choices"):
         settings["choices"] = list(field.metadata["choices"])
     else:
-        settings["metavar"] = METAVARS[value_type]
+        settings["metavar"] = field.metadata.get("metavar") or METAVARS[value_type]
     if typing.get_origin(kind) is list:
         settings["nargs"] = "+"
     if field.default not in (dataclasses.MISSING, None):

@@ -6,7 +6,8 @@ Text is streamed. Each chunk of it goes to a process, which tokenizes it and lea
 (`data.preparing.chunks`); the samples of a group of parts, from about a gigabyte of text, are then spread over shards.
 So memory is bounded whatever the corpus's size, and every shard draws from all of its group's text. The same text,
 vocabulary, options and seed give the same files, byte for byte, on any number of processes and however often the run
-was killed on the way (`data.preparing.staging`).
+was killed on the way (`data.preparing.staging`). Several machines may each make every N-th part
+(`data.preparing.shares`).
 """
 
 import contextlib
@@ -16,8 +17,9 @@ import sys
 from collections import deque
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from itertools import chain, groupby, islice
-from typing import Any, Deque, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, TypeVar, Union
 
 import numpy as np
 import tokenizers
@@ -28,18 +30,24 @@ from data.errors import InputError
 from data.masking import choice_reference
 from data.preparing import splits
 from data.preparing.chunks import read_part_counts
-from data.preparing.corpus import Document, check_formats, corpus_bytes, documents, find_files
+from data.preparing.corpus import Document, check_formats, corpus_bytes, documents, file_bytes, find_files
 from data.preparing.options import PrepareOptions
 from data.preparing.python_prose import PYTHON
+from data.preparing.shares import Share, chunk_checksum, chunk_path, end_share, join_shares, remove_shares
 from data.preparing.splits import TextChunk
 from data.preparing.staging import Staging, check_output, open_staging
 from data.preparing.workers import InlineWorker, Workers
 from data.samples import layout
-from data.tokenizer import read_vocab, train_vocab, vocab_sha256, write_tokenizer_files
+from data.tokenizer import read_vocab, train_vocab, vocab_sha256, write_tokenizer_files, write_vocab
 
-__all__ = ["PrepareOptions", "Summary", "main", "prepare"]
+__all__ = ["PrepareOptions", "Summary", "main", "make_part", "make_vocab", "prepare"]
 
 SPLIT_NAMES = ("train", "held_out")  # by number
+
+Item = TypeVar("Item")
+Pool = Union[InlineWorker, Workers]
+Group = Tuple[Sequence[str], Iterator[Dict[str, Any]]]
+"""the parts of a group of chunks, and the tasks that make the missing ones; the parts are known when those are done"""
 
 # An attribute of a shard has room for 64 KB.
 NAMED_FILES = 20
@@ -66,6 +74,13 @@ EXAMPLES = """examples:
   # samples of one segment, for MLM alone
   python -m data.prepare --input 'corpus/*.txt' --vocab vocab.txt --nsp false --output shards/
 
+  # on 16 machines with one output folder, here as a Slurm array (sbatch --array=1-16); the last line once all ended
+  python -m data.prepare --part $SLURM_ARRAY_TASK_ID/16 --input 'corpus/*.txt' --vocab vocab.txt --output shards/
+  python -m data.prepare --finish 16 --input 'corpus/*.txt' --vocab vocab.txt --output shards/
+
+  # the vocabulary alone, for the parts: shards/vocab.txt
+  python -m data.prepare --vocab-only --input 'corpus/*.txt' --output shards/
+
   # no text at hand: the manual and the docstrings of this Python, with a vocabulary trained on them
   python -m data.prepare --input python --vocab-size 8192 --output shards/
 
@@ -73,7 +88,7 @@ The output folder gets train-00000.h5 and so on, held_out-00000.h5 and so on, vo
 tokenizer_config.json; data/FORMAT.md describes the shards. The same text, options and seed give the same files, on any
 number of processes. Until they are whole they are in .NAME.unfinished, beside the output folder or, where that is there
 already, in it; what a stopped run has done there is used when the same command is given again (the text is read up to
-there, not tokenized). Remove that folder to begin anew."""
+there, not tokenized). Remove that folder to begin anew. docs/preparing.md is about many machines."""
 
 
 @dataclass
@@ -125,43 +140,137 @@ class Summary:
 
 def prepare(options: PrepareOptions, progress: bool = True) -> Summary:
     """Makes the data set `options.output`: train-*.h5, held_out-*.h5 if asked for, vocab.txt, tokenizer.json,
-    tokenizer_config.json.
+    tokenizer_config.json. With `options.finish` it makes it of the parts that are there (`make_part`).
 
     Continues a run that was stopped. Raises InputError for anything that cannot be used: an option, a file that is
     missing or not as its format says, a text without samples, a vocabulary, an output folder that holds a data set, or
-    another run's work on it. Nothing is left behind then. Raises PrepareStopped when a process dies or the disk is
-    full; what was done stays.
+    another run's work on it. Nothing is left behind then, but for parts. Raises PrepareStopped when a process dies or the
+    disk is full; what was done stays.
     """
-    options.check()
-    choose = choice_reference(options.units)
-    files = find_files(options.input)
-    check_formats(files, options.format)
-    check_output(options.output, options.vocab)
-    tokens = None if options.vocab is None else read_vocab(options.vocab)
-    total, size = corpus_bytes(files), options.vocab_size
-
-    def read(purpose: str) -> Iterator[Document]:
-        with tqdm(total=total, unit="B", unit_scale=True, desc=purpose, disable=not progress) as bar:
-            yield from documents(files, options.format, bar.update)
-
-    with open_staging(options.output, identity(options, files, tokens)) as staging:
+    files, tokens = check_input(options)
+    made_of = identity(options, files, tokens)
+    with open_staging(options.output, made_of) as staging:
+        used = partial(remove_shares, options.output, options.finish or 0)
         if staging.report is not None:  # a run that was killed as it ended had done all
+            used()
             staging.remove()
             return Summary(**dict(staging.report, output=options.output))
         trained = os.path.join(staging.data, "vocab.txt")  # by a stopped run
         if tokens is None and os.path.exists(trained):
             tokens = read_vocab(trained)
-        if tokens is None:
-            stride = -(-total // VOCAB_TEXT_BYTES) or 1
-            tokens = train_vocab(lambda: (text for number, text in read("vocabulary") if number % stride == 0), size)
+        tokens = tokens or train_on(files, options, progress)
         write_tokenizer_files(staging.data, tokens)
-        chunks = splits.split_into_chunks(read("samples"), options.held_out, options.seed)
-        settings = {"tokens": tokens, "options": asdict(replace(options, input=[])), "choose": choose}
-        groups = make_groups(chunks, staging, options, {**settings, "made_by": made_by(options, files)})
-        summary = summarize(options, len(tokens), groups)
+        if options.finish:
+            parts = join_shares(options.output, options.finish, made_of)
+            few, groups = len(parts) < 2, joined_groups(parts, progress)
+        else:
+            few, chunks = peek(read_chunks(files, options, progress))
+            groups = groups_of(chunks, staging)
+        with open_pool(few, tokens, files, options, staging) as pool:
+            records = make_groups(groups, staging, options, len(tokens), pool)
+        summary = summarize(options, len(tokens), records)
         check_samples_made(summary, files, options.held_out)
-        staging.publish(asdict(summary))
+        staging.publish(asdict(summary), then=used)
     return summary
+
+
+def make_part(options: PrepareOptions, progress: bool = True) -> str:
+    """Makes one of the parts that `prepare` joins, `options.part`, and gives the command's report.
+
+    Continues a part that was stopped; one that is whole stays as it is. Raises as `prepare` does.
+    """
+    files, tokens = check_input(options)
+    assert options.part and tokens  # or the check would have failed
+    share = Share(options.output, *map(int, options.part.split("/")))
+    made_of = identity(options, files, tokens)
+    if os.path.isdir(share.folder):
+        share.check(made_of)
+        return table({"part": f"{options.part} is there already, made with these options", "in": share.folder})
+    with open_staging(share.folder, made_of, share.staging) as staging:
+        checksums: List[str] = []
+
+        def tasks() -> Iterator[Dict[str, Any]]:
+            for number, chunk in enumerate(read_chunks(files, options, progress)):
+                checksums.append(chunk_checksum(chunk))
+                path = chunk_path(staging.data, number, checksums[-1])
+                if share.has(number) and not os.path.exists(path):
+                    yield part_task(path, number, chunk)
+
+        few, missing = peek(tasks())
+        with open_pool(few, tokens, files, options, staging) as pool:
+            run_all(missing, pool, workers_of(options) + 2)
+        end_share(staging, made_of, checksums)
+    own = len(range(share.number - 1, len(checksums), share.count))
+    return table(
+        {
+            "part": f"{options.part}, {own:,} of {len(checksums):,} chunks of the text",
+            "written to": share.folder,
+            "next": f"once all parts are there, the same command with --finish {share.count} instead of --part",
+        }
+    )
+
+
+def make_vocab(options: PrepareOptions, progress: bool = True) -> str:
+    """Trains the vocabulary of a text, writes it to vocab.txt in `options.output`, and gives the command's report."""
+    files, _ = check_input(options)
+    tokens = train_on(files, options, progress)
+    os.makedirs(options.output, exist_ok=True)
+    path = os.path.join(options.output, "vocab.txt")
+    write_vocab(path, tokens)
+    return table({"vocabulary": f"{len(tokens):,} tokens", "written to": path})
+
+
+def check_input(options: PrepareOptions) -> Tuple[List[str], Optional[List[str]]]:
+    """The files of the text and the vocabulary, if one is given; raises InputError for what cannot be used."""
+    options.check()
+    files = find_files(options.input)
+    if not options.finish:  # which does not read the text
+        check_formats(files, options.format)
+    check_output(options.output, options.vocab)
+    return files, None if options.vocab is None else read_vocab(options.vocab)
+
+
+def read_documents(files: Sequence[str], text_format: str, purpose: str, progress: bool) -> Iterator[Document]:
+    total = corpus_bytes(files)
+    with tqdm(total=total, unit="B", unit_scale=True, desc=purpose, disable=not progress) as bar:
+        yield from documents(files, text_format, bar.update)
+
+
+def read_chunks(files: Sequence[str], options: PrepareOptions, progress: bool) -> Iterator[TextChunk]:
+    texts = read_documents(files, options.format, "samples", progress)
+    return splits.split_into_chunks(texts, options.held_out, options.seed)
+
+
+def train_on(files: Sequence[str], options: PrepareOptions, progress: bool) -> List[str]:
+    """The vocabulary of a text: of a long one's, every k-th document's."""
+    stride = -(-corpus_bytes(files) // VOCAB_TEXT_BYTES) or 1
+
+    def texts() -> Iterator[List[str]]:
+        read = read_documents(files, options.format, "vocabulary", progress)
+        return (text for number, text in read if number % stride == 0)
+
+    return train_vocab(texts, options.vocab_size)
+
+
+def open_pool(
+    few: bool, tokens: List[str], files: Sequence[str], options: PrepareOptions, staging: Staging
+) -> "contextlib.closing[Pool]":
+    """What does tasks; `few` are done here and now."""
+    settings = {
+        "tokens": tokens,
+        "options": asdict(replace(options, input=[])),
+        "choose": choice_reference(options.units),
+        "made_by": made_by(options, files),
+    }
+    workers = workers_of(options)
+    inline = few or workers == 1
+    return contextlib.closing(InlineWorker(settings) if inline else Workers(settings, workers, staging.lock))
+
+
+def peek(items: Iterator[Item]) -> Tuple[bool, Iterator[Item]]:
+    """Whether there are fewer than two, and all of them."""
+    first = list(islice(items, 2))
+    return len(first) < 2, chain(first, items)
 
 
 def made_by(options: PrepareOptions, files: Sequence[str]) -> Dict[str, Any]:
@@ -180,10 +289,12 @@ def made_by(options: PrepareOptions, files: Sequence[str]) -> Dict[str, Any]:
 
 def identity(options: PrepareOptions, files: Sequence[str], tokens: Optional[List[str]]) -> Dict[str, Any]:
     """What has to be the same for a stopped run to be continued (name -> JSON value)."""
-    free = ("input", "output", "workers", "whole_word_masking")
+    free = ("input", "output", "workers", "whole_word_masking", "part", "finish", "vocab_only")
+    # Where files lie, and since when, may differ between machines; parts have a checksum of the text.
+    state = portable_state if options.part or options.finish else file_state
     return {
         **{name: value for name, value in asdict(options).items() if name not in free},
-        "files": [file_state(path) for path in files],
+        "files": [state(path) for path in files],
         "vocab": tokens and vocab_sha256(tokens),
         "vocab_size": None if tokens else options.vocab_size,
         "masked_units": options.units,
@@ -202,30 +313,43 @@ def file_state(path: str) -> List[Union[str, int]]:
     return [os.path.realpath(path), state.st_size, state.st_mtime_ns]
 
 
+def portable_state(path: str) -> List[Union[str, int]]:
+    """What has to be the same of a file on all machines."""
+    return [os.path.basename(path), file_bytes(path)]
+
+
+def groups_of(chunks: Iterator[TextChunk], staging: Staging) -> Iterator[Group]:
+    for _, numbered in groupby(enumerate(chunks), lambda pair: pair[0] // GROUP_CHUNKS):
+        parts: List[str] = []
+        yield parts, part_tasks(numbered, staging, parts)
+
+
+def joined_groups(parts: Sequence[str], progress: bool) -> Iterator[Group]:
+    for start in tqdm(range(0, len(parts), GROUP_CHUNKS), unit="group", desc="shards", disable=not progress):
+        yield parts[start : start + GROUP_CHUNKS], iter(())
+
+
 def make_groups(
-    chunks: Iterator[TextChunk], staging: Staging, options: PrepareOptions, settings: Dict[str, Any]
+    groups: Iterator[Group], staging: Staging, options: PrepareOptions, vocab_size: int, pool: Pool
 ) -> List[Dict[str, Any]]:
     """Makes what is missing of the parts and then of the shards of each group of chunks; gives the groups' records.
 
-    `settings` are ChunkMaker's. A record has the counts of the group's parts, and the number of its shards by split.
+    A record has the counts of the group's parts, and the number of its shards by split.
     """
-    workers = options.workers or len(os.sched_getaffinity(0))
-    datasets = layout(options.sequence_length, options.mask_tokens, len(settings["tokens"])).values()
+    workers = workers_of(options)
+    datasets = layout(options.sequence_length, options.mask_tokens, vocab_size).values()
     sample_bytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in datasets)
     shards_at_once = max(1, min(workers, SHARDS_BYTES // (options.samples_per_shard * sample_bytes)))
-    first, records = list(islice(chunks, 2)), staging.groups()
-    few = len(first) < 2 or workers == 1
-    pool = InlineWorker(settings) if few else Workers(settings, workers, staging.lock)
-    with contextlib.closing(pool):
-        for group, numbered in groupby(enumerate(chain(first, chunks)), lambda pair: pair[0] // GROUP_CHUNKS):
-            if group < len(records):
-                continue
-            parts: List[str] = []
-            run_all(part_tasks(numbered, staging, parts), pool, workers + 2)
-            record, tasks = shard_tasks(parts, staging, options, records)
-            run_all(tasks, pool, shards_at_once)
-            staging.end_group(group, record, parts)
-            records.append(record)
+    records = staging.groups()
+    for group, (parts, tasks) in enumerate(groups):
+        if group < len(records):
+            continue
+        run_all(tasks, pool, workers + 2)
+        record, shards = shard_tasks(parts, staging, options, records)
+        run_all(shards, pool, shards_at_once)
+        # What other machines made stays until the data set is whole: only they could make it again.
+        staging.end_group(group, record, [] if options.finish else parts)
+        records.append(record)
     return records
 
 
@@ -233,11 +357,16 @@ def part_tasks(
     numbered: Iterable[Tuple[int, TextChunk]], staging: Staging, parts: List[str]
 ) -> Iterator[Dict[str, Any]]:
     """The tasks that make the missing parts of a group of numbered chunks; appends the paths of all to `parts`."""
-    for number, (split, texts) in numbered:
+    for number, chunk in numbered:
         path = staging.part(number)
         parts.append(path)
         if not os.path.exists(path):
-            yield {"do": "make_part", "path": path, "number": number, "split": split, "documents": texts}
+            yield part_task(path, number, chunk)
+
+
+def part_task(path: str, number: int, chunk: TextChunk) -> Dict[str, Any]:
+    split, texts = chunk
+    return {"do": "make_part", "path": path, "number": number, "split": split, "documents": texts}
 
 
 def shard_tasks(
@@ -263,7 +392,11 @@ def shard_tasks(
     return record, tasks
 
 
-def run_all(tasks: Iterable[Dict[str, Any]], pool: Union[InlineWorker, Workers], limit: int) -> None:
+def workers_of(options: PrepareOptions) -> int:
+    return options.workers or len(os.sched_getaffinity(0))
+
+
+def run_all(tasks: Iterable[Dict[str, Any]], pool: Pool, limit: int) -> None:
     """Has tasks done, at most `limit` at a time."""
     pending: Deque[Future[None]] = deque()
     for task in tasks:
@@ -315,7 +448,10 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     """The command. Gives its exit status, as `run_command` says."""
     options = parse_options(PrepareOptions, arguments, "data.prepare", EXAMPLES)
     advice = f"{options.output} is not whole; the same command goes on from here"
-    return run_command(lambda: print(prepare(options)), advice)
+    command: Callable[[PrepareOptions], object] = prepare
+    if options.part or options.vocab_only:
+        command = make_part if options.part else make_vocab
+    return run_command(lambda: print(command(options)), advice)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from data.samples import token_dtype
 from data.shards import ShardInfo
 
 __all__ = ["SPECIAL_TOKENS", "TextEncoder", "find_vocab", "make_tokenizer", "read_vocab", "train_vocab"]
-__all__ += ["vocab_sha256", "write_tokenizer_files"]
+__all__ += ["vocab_sha256", "write_tokenizer_files", "write_vocab"]
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
@@ -114,14 +114,22 @@ def write_tokenizer_files(folder: str, tokens: Sequence[str], longest: int = 512
         **{f"{token.strip('[]').lower()}_token": token for token in SPECIAL_TOKENS},
     }
     contents = {
-        "vocab.txt": "".join(f"{token}\n" for token in tokens),
         "tokenizer.json": make_tokenizer(tokens).to_str(pretty=True) + "\n",
         "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
     }
+    write_vocab(os.path.join(folder, "vocab.txt"), tokens)
     for name, text in contents.items():
-        path = os.path.join(folder, name)
-        with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+        write_text(os.path.join(folder, name), text)
+
+
+def write_vocab(path: str, tokens: Sequence[str]) -> None:
+    """Writes a vocabulary, a token a line."""
+    write_text(path, "".join(f"{token}\n" for token in tokens))
+
+
+def write_text(path: str, text: str) -> None:
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
 
 
 def train_vocab(read_texts: Callable[[], Iterable[List[str]]], vocab_size: int) -> List[str]:

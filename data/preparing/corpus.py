@@ -14,7 +14,7 @@ from data.errors import InputError
 from data.preparing.python_prose import PYTHON, python_bytes, python_lines
 from data.preparing.text_file import read_lines
 
-__all__ = ["FORMATS", "Document", "check_formats", "corpus_bytes", "documents", "find_files"]
+__all__ = ["FORMATS", "Document", "check_formats", "corpus_bytes", "documents", "file_bytes", "find_files"]
 
 FORMATS = ("lines", "wikitext", "wikiextractor", "jsonl")
 
@@ -57,7 +57,11 @@ def find_files(inputs: Sequence[str]) -> List[str]:
 
 def corpus_bytes(files: Sequence[str]) -> int:
     """How many bytes `documents` reports to `on_bytes` for these files, in all."""
-    return sum(python_bytes() if path == PYTHON else os.path.getsize(path) for path in files)
+    return sum(map(file_bytes, files))
+
+
+def file_bytes(path: str) -> int:
+    return python_bytes() if path == PYTHON else os.path.getsize(path)
 
 
 def check_formats(files: Sequence[str], text_format: str) -> None:

@@ -1,5 +1,6 @@
 """The options of `data.prepare`."""
 
+import os
 from dataclasses import dataclass
 from typing import List, Optional
 
@@ -7,6 +8,7 @@ from data.commands import check_options, option
 from data.errors import InputError
 from data.masking import CHOICES
 from data.preparing.corpus import FORMATS
+from data.preparing.shares import is_share
 
 __all__ = ["PrepareOptions"]
 
@@ -55,6 +57,13 @@ class PrepareOptions:
     """seed of every random choice"""
     workers: Optional[int] = option(None, lambda count: count >= 1, "1 or more processes")
     """processes that make samples (default: one for every core)"""
+    part: Optional[str] = option(None, is_share, "K/N with K from 1 to N, such as 3/16", metavar="K/N")
+    """make the K-th of N parts, in the output folder, which all machines share; in any order, at any time. Each reads
+    all of the text and does 1/N of the rest. It needs --vocab"""
+    finish: Optional[int] = option(None, lambda count: count >= 1, "the number of parts, 1 or more")
+    """check and join the N parts that were made with the same options, to what one machine makes"""
+    vocab_only: bool = False
+    """train the vocabulary, write it to vocab.txt in the output folder, and stop"""
 
     def check(self) -> None:
         """Raises InputError that names the first option that cannot be used."""
@@ -67,6 +76,20 @@ class PrepareOptions:
             )
         if self.whole_word_masking and self.masked_units not in ("tokens", "words"):
             raise InputError(f"--masked-units is {self.masked_units}, expected words: --whole-word-masking is given")
+        self.check_step()
+
+    def check_step(self) -> None:
+        steps = [f"--{name}" for name in ("part", "finish") if getattr(self, name)] + ["--vocab-only"] * self.vocab_only
+        if len(steps) > 1:
+            raise InputError(f"{' and '.join(steps)} are given, expected one of them: they follow each other")
+        if self.vocab_only and self.vocab:
+            raise InputError("--vocab-only and --vocab are given, expected one of them: there is nothing to train")
+        if steps and not self.vocab_only and not self.vocab:
+            raise InputError(
+                f"{steps[0]} needs --vocab: a vocabulary is trained on all of the text, not on a part. Use one that is "
+                "there, or train it first, with `python -m data.prepare --vocab-only --input ... --output "
+                f"{self.output}`, and give --vocab {os.path.join(self.output, 'vocab.txt')}"
+            )
 
     @property
     def units(self) -> str:

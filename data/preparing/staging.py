@@ -18,12 +18,12 @@ import json
 import os
 import shutil
 import time
-from typing import Any, Dict, Iterator, List, Optional, Sequence
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
 
 from data.errors import InputError
 from data.files import read_json, write_json
 
-__all__ = ["Staging", "check_output", "open_staging"]
+__all__ = ["Staging", "check_output", "differences", "open_staging"]
 
 DATA_SET_FILES = ("train-*.h5", "held_out-*.h5", "vocab.txt", "tokenizer.json", "tokenizer_config.json")
 LOCK_SECONDS = 3  # how long a killed run's last processes may take to end
@@ -68,10 +68,11 @@ class Staging:
             and all(os.path.exists(os.path.join(self.target, name)) for name in state["moving"]["files"])
         )
 
-    def publish(self, report: Dict[str, Any]) -> None:
+    def publish(self, report: Dict[str, Any], then: Callable[[], None] = lambda: None) -> None:
         """Moves the data set to its place: at once, or file by file into a folder that is there already.
 
-        `report` (JSON values) is for the next run, should this one be killed between the move and the end.
+        `report` (JSON values) is for the next run, should this one be killed between the move and the end. `then` is
+        what else has to be done before the end.
         """
         names = sorted(os.listdir(self.data))
         write_json(self.state_path, dict(self.state(), moving={"files": names, "report": report}))
@@ -81,6 +82,7 @@ class Staging:
         else:
             os.makedirs(os.path.dirname(self.target), exist_ok=True)
             os.replace(self.data, self.target)
+        then()
         self.remove()
 
     def remove(self) -> None:
@@ -97,11 +99,10 @@ class Staging:
             os.mkdir(self.data)
             write_json(self.state_path, {"options": options})
             return
-        pairs = {name: (state["options"].get(name), value) for name, value in options.items()}
-        differences = [difference(name, *pair) for name, pair in pairs.items() if pair[0] != pair[1]]
-        if differences:
+        differing = differences(state["options"], options)
+        if differing:
             raise InputError(
-                f"{output}: a run that was stopped had {'; '.join(differences)}. Give its options to go on with it, or "
+                f"{output}: a run that was stopped had {'; '.join(differing)}. Give its options to go on with it, or "
                 f"remove {self.folder} to begin anew"
             )
         if published:
@@ -135,10 +136,14 @@ def clear(folder: str, keep: str) -> None:
             shutil.rmtree(entry.path) if entry.is_dir() else os.remove(entry.path)
 
 
-def difference(name: str, earlier: Any, given: Any) -> str:
-    """How an option differs from that of an earlier run."""
-    earlier, given = json.dumps(earlier), json.dumps(given)
-    return f"other {name}" if len(earlier) + len(given) > 200 else f"{name} {earlier}, not {given}"
+def differences(earlier: Dict[str, Any], given: Dict[str, Any]) -> List[str]:
+    """How options (name -> JSON value) differ from those of an earlier run."""
+    found = []
+    for name in given:
+        old, new = json.dumps(earlier.get(name)), json.dumps(given[name])
+        if old != new:
+            found.append(f"other {name}" if len(old) + len(new) > 200 else f"{name} {old}, not {new}")
+    return found
 
 
 def check_output(output: str, vocab: Optional[str]) -> None:
@@ -159,14 +164,15 @@ def check_output(output: str, vocab: Optional[str]) -> None:
 
 
 @contextlib.contextmanager
-def open_staging(output: str, options: Dict[str, Any]) -> Iterator[Staging]:
-    """The staging folder for `output`, with what an earlier run with the same options (name -> JSON value) did.
+def open_staging(output: str, options: Dict[str, Any], staging: Optional[Staging] = None) -> Iterator[Staging]:
+    """The staging folder for `output`, with what an earlier run with the same options (name -> JSON value) did. By
+    default it is `find_staging`'s.
 
     An InputError in the body removes it, for the same command cannot get further; any other error leaves it for the
     next run. Raises InputError when another process is at work on it, it was begun with other options, or it cannot be
     made.
     """
-    staging = find_staging(output)
+    staging = staging or find_staging(output)
     try:
         os.makedirs(staging.folder, exist_ok=True)
         staging.lock = hold_lock(os.path.join(staging.folder, "lock"), output)
