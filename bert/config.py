@@ -84,8 +84,8 @@ class DataConfig:
     workers: PositiveInt = 2
     """Threads of the loader's process; no more than the machine has cores."""
     text: Union[str, List[str]] = field(default_factory=list)
-    """If `files` are not there yet, make them from this text: paths or globs, or `python`, the prose that Python
-    brings. They go into the folder of `files`, which must be named train-*.h5."""
+    """If `files` are not there yet, make them from this text: paths, URLs or globs of them, or `python`, the prose
+    that Python brings. They go into the folder of `files`, which must be named train-*.h5."""
     text_format: Literal["lines", "wikitext", "wikiextractor", "jsonl"] = "lines"
     """How `text` separates documents: blank lines, `= Title =` lines, WikiExtractor's <doc>, or a line of JSON each."""
     duplicates: PositiveInt = 1

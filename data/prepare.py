@@ -33,6 +33,7 @@ from data.preparing.chunks import read_part_counts
 from data.preparing.corpus import Document, check_formats, corpus_bytes, documents, file_bytes, find_files
 from data.preparing.options import PrepareOptions
 from data.preparing.python_prose import PYTHON
+from data.preparing.remote import base_name, is_url, remote_state
 from data.preparing.shares import Share, chunk_checksum, chunk_path, end_share, join_shares, remove_shares
 from data.preparing.splits import TextChunk
 from data.preparing.staging import Staging, check_output, open_staging
@@ -74,6 +75,9 @@ EXAMPLES = """examples:
   # samples of one segment, for MLM alone
   python -m data.prepare --input 'corpus/*.txt' --vocab vocab.txt --nsp false --output shards/
 
+  # text that lies elsewhere: `pip install fsspec s3fs`, and the same for gs://, hf://, https:// with their packages
+  python -m data.prepare --input 's3://bucket/corpus/*.txt.zst' --vocab vocab.txt --output shards/
+
   # on 16 machines with one output folder, here as a Slurm array (sbatch --array=1-16); the last line once all ended
   python -m data.prepare --part $SLURM_ARRAY_TASK_ID/16 --input 'corpus/*.txt' --vocab vocab.txt --output shards/
   python -m data.prepare --finish 16 --input 'corpus/*.txt' --vocab vocab.txt --output shards/
@@ -88,7 +92,7 @@ The output folder gets train-00000.h5 and so on, held_out-00000.h5 and so on, vo
 tokenizer_config.json; data/FORMAT.md describes the shards. The same text, options and seed give the same files, on any
 number of processes. Until they are whole they are in .NAME.unfinished, beside the output folder or, where that is there
 already, in it; what a stopped run has done there is used when the same command is given again (the text is read up to
-there, not tokenized). Remove that folder to begin anew. docs/preparing.md is about many machines."""
+there, not tokenized). Remove that folder to begin anew. docs/preparing.md is about many machines and remote text."""
 
 
 @dataclass
@@ -144,8 +148,8 @@ def prepare(options: PrepareOptions, progress: bool = True) -> Summary:
 
     Continues a run that was stopped. Raises InputError for anything that cannot be used: an option, a file that is
     missing or not as its format says, a text without samples, a vocabulary, an output folder that holds a data set, or
-    another run's work on it. Nothing is left behind then, but for parts. Raises PrepareStopped when a process dies or the
-    disk is full; what was done stays.
+    another run's work on it. Nothing is left behind then, but for parts. Raises PrepareStopped when a process dies, the
+    disk is full, or a remote file breaks off; what was done stays.
     """
     files, tokens = check_input(options)
     made_of = identity(options, files, tokens)
@@ -278,7 +282,7 @@ def made_by(options: PrepareOptions, files: Sequence[str]) -> Dict[str, Any]:
     names = ("format", "mask_share", "short_share", "duplicates", "held_out", "seed", "masking")
     return {
         "command": "data.prepare",
-        "input": [os.path.basename(path) for path in files[:NAMED_FILES]],
+        "input": [base_name(path) for path in files[:NAMED_FILES]],
         "input_files": len(files),
         **{name: getattr(options, name) for name in names},
         "whole_word_masking": options.units == "words",
@@ -309,13 +313,15 @@ def file_state(path: str) -> List[Union[str, int]]:
     """What tells whether a file is still the one that a stopped run has read."""
     if path == PYTHON:
         return [path, sys.version]
+    if is_url(path):
+        return remote_state(path)
     state = os.stat(path)
     return [os.path.realpath(path), state.st_size, state.st_mtime_ns]
 
 
 def portable_state(path: str) -> List[Union[str, int]]:
     """What has to be the same of a file on all machines."""
-    return [os.path.basename(path), file_bytes(path)]
+    return [base_name(path), file_bytes(path)]
 
 
 def groups_of(chunks: Iterator[TextChunk], staging: Staging) -> Iterator[Group]:

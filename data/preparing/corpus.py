@@ -1,7 +1,8 @@
 """Text files to documents, streamed: a document is a list of lines, each a sentence, a paragraph or a heading.
 
-`PrepareOptions.format` says what the formats of a file are. A file is UTF-8, and may be compressed: `.gz`, `.zst`. The
-name `python` stands for a corpus without a file (`data.preparing.python_prose`).
+`PrepareOptions.format` says what the formats of a file are. A file is UTF-8, may be compressed (`.gz`, `.zst`), and
+may be a URL (`data.preparing.remote`). The name `python` stands for a corpus without a file
+(`data.preparing.python_prose`).
 """
 
 import glob
@@ -12,6 +13,7 @@ from typing import Callable, Iterable, Iterator, List, NamedTuple, Sequence, Set
 
 from data.errors import InputError
 from data.preparing.python_prose import PYTHON, python_bytes, python_lines
+from data.preparing.remote import base_name, find_remote, is_url, remote_size
 from data.preparing.text_file import read_lines
 
 __all__ = ["FORMATS", "Document", "check_formats", "corpus_bytes", "documents", "file_bytes", "find_files"]
@@ -30,21 +32,24 @@ class Document(NamedTuple):
 
 
 def find_files(inputs: Sequence[str]) -> List[str]:
-    """The files that paths and globs name, each once, sorted; `python` stays as it is.
+    """The files that paths, URLs and globs of them name, each once, sorted; `python` stays as it is.
 
     Raises InputError that names the input for which there is no file.
     """
     files: Set[str] = set()
     for name in inputs:
+        if is_url(name):
+            files.update(find_remote(name))
+            continue
         literal = name == PYTHON or os.path.exists(name)
         matches = [name] if literal else [path for path in glob.glob(name, recursive=True) if not os.path.isdir(path)]
         if not matches:
             raise InputError(
-                f"{name}: no file matches; --input takes text files, globs in quotes such as 'corpus/*.txt', "
+                f"{name}: no file matches; --input takes text files, URLs, globs in quotes such as 'corpus/*.txt', "
                 f"or {PYTHON!r} for the prose of Python's own manual"
             )
         files.update(matches)
-    for path in sorted(files - {PYTHON}):
+    for path in sorted(path for path in files - {PYTHON} if not is_url(path)):
         if not os.path.isfile(path):
             pattern = os.path.join(path, "*.txt")
             raise InputError(f"{path}: is not a file; name the text files in it, such as {pattern!r}")
@@ -61,7 +66,9 @@ def corpus_bytes(files: Sequence[str]) -> int:
 
 
 def file_bytes(path: str) -> int:
-    return python_bytes() if path == PYTHON else os.path.getsize(path)
+    if path == PYTHON:
+        return python_bytes()
+    return remote_size(path) if is_url(path) else os.path.getsize(path)
 
 
 def check_formats(files: Sequence[str], text_format: str) -> None:
@@ -72,7 +79,8 @@ def check_formats(files: Sequence[str], text_format: str) -> None:
     for path in files:
         if path == PYTHON:
             continue
-        name = os.path.splitext(path)[0] if path.endswith((".gz", ".zst")) else path
+        name = base_name(path)
+        name = os.path.splitext(name)[0] if name.endswith((".gz", ".zst")) else name
         if name.endswith((".jsonl", ".ndjson")) and text_format != "jsonl":
             own_format = f"is named as JSON lines, --format is {text_format}"
             raise InputError(f"{path}: {own_format}. Give --format jsonl, or name it otherwise")

@@ -18,8 +18,9 @@ class PrepareOptions:
     """Makes a BERT pre-training data set from text: HDF5 shards of masked samples, with their vocabulary."""
 
     input: List[str]
-    """UTF-8 text files, plain, .gz or .zst, or globs in quotes; or the word `python` for the English prose that every
-    Python brings"""
+    """UTF-8 text files, plain, .gz or .zst, or globs in quotes; also URLs, such as s3://bucket/corpus/*.txt, gs://,
+    hf:// or https://, with fsspec and the package of the protocol; or the word `python` for the English prose that
+    every Python brings"""
     output: str
     """the folder to make; one that holds a data set is refused"""
     format: str = option("lines", choices=FORMATS)

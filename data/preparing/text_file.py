@@ -1,4 +1,4 @@
-"""Text files to lines, streamed: plain, gzip (`.gz`) or Zstandard (`.zst`), UTF-8."""
+"""Text files to lines, streamed: plain, gzip (`.gz`) or Zstandard (`.zst`), UTF-8; here or remote."""
 
 import gzip
 import itertools
@@ -6,6 +6,7 @@ import zlib
 from typing import BinaryIO, Callable, Iterator
 
 from data.errors import InputError
+from data.preparing.remote import base_name, is_url, open_remote
 
 __all__ = ["read_lines"]
 
@@ -46,8 +47,8 @@ def read_lines(path: str, on_bytes: Callable[[int], object], cut_long: bool = Tr
 
 def text_blocks(path: str, on_bytes: Callable[[int], object]) -> Iterator[bytes]:
     """A file's decompressed bytes in blocks, none of them empty."""
-    decompress = zstandard_blocks if path.endswith(".zst") else plain_or_gzip_blocks
-    with open(path, "rb") as file:
+    decompress = zstandard_blocks if base_name(path).endswith(".zst") else plain_or_gzip_blocks
+    with open_remote(path) if is_url(path) else open(path, "rb") as file:
         read = 0
         for block in decompress(path, file):
             on_bytes(file.tell() - read)
@@ -57,7 +58,7 @@ def text_blocks(path: str, on_bytes: Callable[[int], object]) -> Iterator[bytes]
 
 
 def plain_or_gzip_blocks(path: str, file: BinaryIO) -> Iterator[bytes]:
-    contents = gzip.GzipFile(fileobj=file) if path.endswith(".gz") else file
+    contents = gzip.GzipFile(fileobj=file) if base_name(path).endswith(".gz") else file
     try:
         yield from iter(lambda: contents.read(READ_BYTES), b"")
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:

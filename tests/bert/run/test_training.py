@@ -321,7 +321,7 @@ def test_text_becomes_shards_where_there_are_none(tmp_path, shards, capsys):
     words = arguments(
         tmp_path,
         shards,
-        data__text=tmp_path / "own.txt",
+        data__text=(tmp_path / "own.txt").as_uri(),
         data__files=tmp_path / "own" / "train-*.h5",
         data__held_out=0.1,
         data__held_out_files=tmp_path / "own" / "held_out-*.h5",
