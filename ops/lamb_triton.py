@@ -7,12 +7,13 @@
 3. For each chunk: the update once more, and moments, weights and bfloat16 compute weights written.
 
 That moves 44 bytes a parameter, 2 more for a compute weight: as many as reading the gradients alone first, with a
-launch less. In the kernels w, g, m, v, u are the equations'.
+launch less. Where processes have parts of the parameters, 2 is two kernels, with the sum over the processes between
+them. In the kernels w, g, m, v, u are the equations'.
 """
 
 import contextlib
 import itertools
-from typing import Dict, List, Sequence, Tuple
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import triton
@@ -111,35 +112,74 @@ def _norms_kernel(
 
 
 @triton.jit
+def _squares(row, w_squares, u_squares, REDUCED: constexpr):
+    """The squares of a parameter's norms, from its chunks."""
+    lanes = tl.arange(0, REDUCED)
+    first, own = tl.load(row + FIRST_CHUNK), tl.load(row + CHUNKS)
+    w_square, u_square = tl.zeros([REDUCED], tl.float64), tl.zeros([REDUCED], tl.float64)
+    begin = 0
+    while begin < own:  # no range: Triton's interpreter, with NumPy 2.4, takes no loaded number as its end
+        inside = begin + lanes < own
+        w_square += tl.load(w_squares + first + begin + lanes, mask=inside, other=0.0)
+        u_square += tl.load(u_squares + first + begin + lanes, mask=inside, other=0.0)
+        begin += REDUCED
+    return tl.sum(w_square, axis=0), tl.sum(u_square, axis=0)
+
+
+@triton.jit
+def _any(infinite, chunks, REDUCED: constexpr):
+    lanes = tl.arange(0, REDUCED)
+    is_infinite = tl.zeros([REDUCED], tl.int32)
+    begin = 0
+    while begin < chunks:
+        is_infinite |= tl.load(infinite + begin + lanes, mask=begin + lanes < chunks, other=0)
+        begin += REDUCED
+    return tl.max(is_infinite, axis=0)
+
+
+@triton.jit
+def _step(group, w_square, u_square):
+    w_norm, u_norm = tl.sqrt(w_square), tl.sqrt(u_square)
+    has_ratio = (tl.load(group + TRUST_RATIO) != 0) & (w_norm > 0) & (u_norm > 0)
+    ratio = tl.where(has_ratio, w_norm, 1.0) / tl.where(has_ratio, u_norm, 1.0)
+    # Not infinite: infinity times an update of 0 would be NaN.
+    return tl.minimum(tl.load(group + LEARNING_RATE).to(tl.float64) * ratio, 3.4028234e38).to(tl.float32)
+
+
+@triton.jit
 def _ratios_kernel(
     parameters, groups, w_squares, u_squares, infinite, steps, skip, skipped, count, chunks, REDUCED: constexpr
 ):
     number = tl.program_id(0)
-    lanes = tl.arange(0, REDUCED)
     if number < count:
         row = parameters + number * PARAMETER_COLUMNS
-        group = groups + tl.load(row + GROUP) * GROUP_COLUMNS
-        first, own = tl.load(row + FIRST_CHUNK), tl.load(row + CHUNKS)
-        w_square, u_square = tl.zeros([REDUCED], tl.float64), tl.zeros([REDUCED], tl.float64)
-        begin = 0
-        while begin < own:  # no range: Triton's interpreter, with NumPy 2.4, takes no loaded number as its end
-            inside = begin + lanes < own
-            w_square += tl.load(w_squares + first + begin + lanes, mask=inside, other=0.0)
-            u_square += tl.load(u_squares + first + begin + lanes, mask=inside, other=0.0)
-            begin += REDUCED
-        w_norm, u_norm = tl.sqrt(tl.sum(w_square, axis=0)), tl.sqrt(tl.sum(u_square, axis=0))
-        has_ratio = (tl.load(group + TRUST_RATIO) != 0) & (w_norm > 0) & (u_norm > 0)
-        ratio = tl.where(has_ratio, w_norm, 1.0) / tl.where(has_ratio, u_norm, 1.0)
-        # Not infinite: infinity times an update of 0 would be NaN.
-        step = tl.minimum(tl.load(group + LEARNING_RATE).to(tl.float64) * ratio, 3.4028234e38)
-        tl.store(steps + number, step.to(tl.float32))
+        w_square, u_square = _squares(row, w_squares, u_squares, REDUCED)
+        tl.store(steps + number, _step(groups + tl.load(row + GROUP) * GROUP_COLUMNS, w_square, u_square))
     else:  # one program more, for all of them
-        is_infinite = tl.zeros([REDUCED], tl.int32)
-        begin = 0
-        while begin < chunks:
-            is_infinite |= tl.load(infinite + begin + lanes, mask=begin + lanes < chunks, other=0)
-            begin += REDUCED
-        any_infinite = tl.max(is_infinite, axis=0)
+        any_infinite = _any(infinite, chunks, REDUCED)
+        tl.store(skip, any_infinite)
+        tl.store(skipped, tl.load(skipped) + any_infinite)
+
+
+@triton.jit
+def _sums_kernel(parameters, w_squares, u_squares, infinite, sums, count, chunks, REDUCED: constexpr):
+    number = tl.program_id(0)
+    if number < count:
+        w_square, u_square = _squares(parameters + number * PARAMETER_COLUMNS, w_squares, u_squares, REDUCED)
+        tl.store(sums + number, w_square)
+        tl.store(sums + count + number, u_square)
+    else:
+        tl.store(sums + 2 * count, _any(infinite, chunks, REDUCED).to(tl.float64))
+
+
+@triton.jit
+def _steps_kernel(parameters, groups, sums, steps, skip, skipped, count):
+    number = tl.program_id(0)
+    if number < count:
+        group = groups + tl.load(parameters + number * PARAMETER_COLUMNS + GROUP) * GROUP_COLUMNS
+        tl.store(steps + number, _step(group, tl.load(sums + number), tl.load(sums + count + number)))
+    else:
+        any_infinite = (tl.load(sums + 2 * count) > 0).to(tl.int32)
         tl.store(skip, any_infinite)
         tl.store(skipped, tl.load(skipped) + any_infinite)
 
@@ -180,28 +220,43 @@ class LambTriton:
     """`lamb_native` for CUDA: the same arguments. Keeps its tables on the device and renews those that have changed."""
 
     def __init__(self) -> None:
-        self._chunk_counts: List[int] = []
-        self._rows: List[Tuple] = []
-        self._options: List[Tuple] = []
+        self._chunk_counts: Optional[List[int]] = None
+        self._rows: Optional[List[Tuple]] = None
+        self._options: Optional[List[Tuple]] = None
 
     def __call__(
-        self, weights, gradients, exp_avgs, exp_avg_sqs, compute_weights, groups: Sequence[Dict], skipped
+        self,
+        weights,
+        gradients,
+        exp_avgs,
+        exp_avg_sqs,
+        compute_weights,
+        groups: Sequence[Dict],
+        skipped,
+        sum_across: Optional[Callable[[torch.Tensor], None]] = None,
     ) -> None:
         device, tensors = skipped.device, (weights, gradients, exp_avgs, exp_avg_sqs, compute_weights)
         self._renew_tables(tensors, groups, device)
         tables, count, chunks = (self._row_table, self._option_table), len(weights), len(self._numbers)
-        sums = (self._w_squares, self._u_squares, self._infinite)
+        squares = (self._w_squares, self._u_squares, self._infinite)
         steps, sizes = (self._steps, self._skip), (self._aligned, CHUNK, BLOCK)
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            _norms_kernel[(chunks,)](*tables, self._numbers, *sums, *sizes, num_warps=8)
-            _ratios_kernel[(count + 1,)](*tables, *sums, *steps, skipped, count, chunks, REDUCED)
+            _norms_kernel[(chunks,)](*tables, self._numbers, *squares, *sizes, num_warps=8)
+            if sum_across is None:
+                _ratios_kernel[(count + 1,)](*tables, *squares, *steps, skipped, count, chunks, REDUCED)
+            else:
+                sums = torch.empty(2 * count + 1, dtype=torch.float64, device=device)
+                _sums_kernel[(count + 1,)](self._row_table, *squares, sums, count, chunks, REDUCED)
+                sum_across(sums)
+                _steps_kernel[(count + 1,)](*tables, sums, *steps, skipped, count)
             _write_kernel[(chunks,)](*tables, self._numbers, *steps, *sizes, num_warps=8)
 
     def _renew_tables(self, tensors: Tuple[List, ...], groups: Sequence[Dict], device: torch.device) -> None:
         weights = tensors[0]
         chunk_counts = [-(-w.numel() // CHUNK) for w in weights]
         if chunk_counts != self._chunk_counts:
-            numbers = torch.arange(len(weights), dtype=torch.int32).repeat_interleave(torch.tensor(chunk_counts))
+            repeats = torch.tensor(chunk_counts, dtype=torch.int64)
+            numbers = torch.arange(len(weights), dtype=torch.int32).repeat_interleave(repeats)
             self._chunk_counts, self._numbers = chunk_counts, _upload(numbers, device)
             self._w_squares, self._u_squares = torch.empty(2, len(numbers), dtype=torch.float64, device=device)
             self._infinite = torch.empty(len(numbers), dtype=torch.int32, device=device)
@@ -218,7 +273,7 @@ class LambTriton:
         first_chunks = [0, *itertools.accumulate(chunk_counts)]
         rows = list(zip(*addresses, [w.numel() for w in weights], group_column, first_chunks, chunk_counts))
         if rows != self._rows:
-            self._rows, self._row_table = rows, _upload(torch.tensor(rows), device)
+            self._rows, self._row_table = rows, _upload(torch.tensor(rows, dtype=torch.int64), device)
             self._aligned = all(address % 16 == 0 for column in addresses for address in column)
 
 
