@@ -1,12 +1,15 @@
 """Optimizers by name, and what every one of them has: named state, skipped updates, weights to compute with.
 
+Parameters may be DTensors, of which each process holds a part (ops/shards.py). An optimizer that goes by elements then
+works as it is. One that needs more of a parameter, as LAMB its norm and Muon all of a matrix, has to ask the others.
+
 Another optimizer is one more entry, `OPTIMIZERS["mine"] = make_mine`: steps, checkpoints and resuming then work. A
 maker takes the named parameters and the config's optimizer section, and returns optimizers whose groups list their
 parameters' `names` beside `params`. It tells parameters apart by name and number of dimensions, not by size.
 """
 
 import dataclasses
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Tuple
 
 import torch
 from torch.nn import Parameter
@@ -14,7 +17,8 @@ from torch.optim import Optimizer
 
 from bert.config import OptimizerConfig
 from data.errors import InputError
-from ops.lamb import Lamb, lamb_groups
+from ops.lamb import Lamb, SumAcross, lamb_groups
+from ops.shards import as_part, is_dtensor, local_part, part_of, shard_like
 
 __all__ = ["NamedOptimizer", "OPTIMIZERS", "check_state", "make_optimizer"]
 
@@ -61,8 +65,38 @@ def make_muon(named_parameters: NamedParameters, config: OptimizerConfig) -> Lis
     if matrices:
         group = {"params": list(matrices.values()), "names": list(matrices)}
         options = dict(lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
-        optimizers.append(muon([group], **options))
+        shares = any(map(is_dtensor, matrices.values()))
+        optimizers.append(ShardedMuon([group], muon, options) if shares else muon([group], **options))
     return optimizers
+
+
+class ShardedMuon(Optimizer):
+    """torch's Muon for matrices that are DTensors. The momentum stays with the parts; what is to be orthogonalized is
+    gathered, a matrix at a time, and each process does all of it and takes its part.
+
+    torch's own orthogonalizes DTensors in place: in bfloat16 with another rounding for each number of processes, with
+    some fifteen gathers, and not at all where there are more processes than rows.
+    """
+
+    def __init__(self, groups: List[Dict[str, Any]], muon: Callable[..., Optimizer], options: Dict[str, Any]):
+        super().__init__(groups, muon([Parameter(torch.zeros(1, 1))], **options).defaults)
+        self.muon = muon
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            without_momentum = dict(weight_decay=0.0, momentum=0.0, nesterov=False)
+            options = {**{key: group[key] for key in self.defaults}, **without_momentum}
+            for weight in [p for p in group["params"] if p.grad is not None]:
+                state = self.state[weight]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(weight)
+                buffer = state["momentum_buffer"].lerp_(weight.grad, 1 - group["momentum"])
+                update = Parameter(torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device))
+                update.grad = weight.grad.lerp(buffer, group["momentum"]).full_tensor()
+                self.muon([update], **options).step()  # from zeros
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                local_part(weight).add_(part_of(update, weight))
 
 
 Maker = Callable[[NamedParameters, OptimizerConfig], List[Optimizer]]
@@ -75,15 +109,29 @@ class NamedOptimizer:
     `skipped` counts, on the parameters' device, the updates that were left out because a gradient was not finite:
     weights, state and compute weights are then as they were. `compute_weights` maps parameters to bfloat16 tensors of
     their shapes, which each update fills with the weights rounded to nearest even.
+
+    With several processes whose parameters are parts, or others, `sum_across` makes a float64 tensor on the parameters'
+    device the sum over these processes, so that all skip the same updates; the last value tells them, and LAMB's norms
+    come before it (ops/lamb.py). All processes make the same steps. Raises ValueError for DTensors without it.
     """
 
-    def __init__(self, named_parameters: NamedParameters, config: OptimizerConfig, compute_weights: Mapping):
+    def __init__(
+        self,
+        named_parameters: NamedParameters,
+        config: OptimizerConfig,
+        compute_weights: Mapping,
+        sum_across: Optional[SumAcross] = None,
+    ):
+        if sum_across is None and any(is_dtensor(p) for _, p in named_parameters):
+            raise ValueError("parameters are DTensors: sum_across is None, expected a sum over their processes")
         self.named_parameters, self.config, self.compute_weights = named_parameters, config, dict(compute_weights)
+        self.sum_across = sum_across
         self.optimizers = OPTIMIZERS[config.name](named_parameters, config)
         self.skipped = torch.zeros((), dtype=torch.int64, device=named_parameters[0][1].device)
         for optimizer in self.optimizers:
             if isinstance(optimizer, Lamb):
                 optimizer.compute_weights, optimizer.skipped = self.compute_weights, self.skipped
+                optimizer.sum_across = sum_across
 
     def step(self, learning_rate: float) -> None:
         """One update with the gradients that the parameters have."""
@@ -97,7 +145,7 @@ class NamedOptimizer:
                 optimizer.step()
             with torch.no_grad():
                 for parameter, rounded in self.compute_weights.items():
-                    rounded.copy_(parameter)
+                    local_part(rounded).copy_(local_part(parameter))
 
     def check_gradients(self) -> bool:
         """Counts the update as skipped where a gradient is not finite; False where it must not be made.
@@ -105,10 +153,17 @@ class NamedOptimizer:
         Optimizers that can leave it out on the device, without a wait for it, are told there: by `found_inf`, as
         torch.amp.GradScaler tells them.
         """
-        gradients = [p.grad for _, p in self.named_parameters if p.grad is not None and p.numel() > 0]
-        if not gradients:
+        gradients = [local_part(p.grad) for _, p in self.named_parameters if p.grad is not None]
+        gradients = [gradient for gradient in gradients if gradient.numel() > 0]
+        if not gradients and self.sum_across is None:
             return False
-        broken = ~torch.stack(torch._foreach_norm(gradients, float("inf"))).isfinite().all()
+        broken = torch.zeros_like(self.skipped, dtype=torch.bool)
+        if gradients:
+            broken = ~torch.stack(torch._foreach_norm(gradients, float("inf"))).isfinite().all()
+        if self.sum_across is not None:
+            total = broken.double().view(1)
+            self.sum_across(total)
+            broken = total[0] > 0
         self.skipped += broken
         if not all(getattr(optimizer, "_step_supports_amp_scaling", False) for optimizer in self.optimizers):
             return not bool(broken)
@@ -117,15 +172,17 @@ class NamedOptimizer:
         return True
 
     def state_dict(self) -> Dict[str, torch.Tensor]:
-        """ "<parameter name>.<key>" -> tensor, on the CPU; a number is a tensor too. Empty before the first step."""
+        """ "<parameter name>.<key>" -> tensor, on the CPU; a number is a tensor too. DTensors are as they are. Empty
+        before the first step."""
         return {
-            f"{name}.{key}": torch.as_tensor(value).detach().cpu().contiguous()
+            f"{name}.{key}": value if is_dtensor(value) else torch.as_tensor(value).detach().cpu().contiguous()
             for optimizer, name, parameter in named_in_groups(self.optimizers)
             for key, value in optimizer.state.get(parameter, {}).items()
         }
 
     def load_state_dict(self, tensors: Mapping[str, torch.Tensor], skipped: int = 0) -> None:
-        """Takes what `state_dict` gives, and the number of skipped updates.
+        """Copies what `state_dict` gives, and the number of skipped updates. Where the state is DTensors, `tensors` are
+        such, or whole tensors, of which each process takes its part.
 
         A parameter that has no state in `tensors` never had a gradient, and starts afresh. Raises InputError for keys
         or shapes that are not this optimizer's.
@@ -138,30 +195,32 @@ class NamedOptimizer:
             optimizer.state.clear()
         for name, tensor in tensors.items():
             (optimizer, parameter), key, like = owners[name.rpartition(".")[0]], name.rpartition(".")[2], layout[name]
-            is_number = not isinstance(like, torch.Tensor)
-            value = tensor.item() if is_number else tensor.to(like.device, like.dtype, copy=True)
-            optimizer.state[parameter][key] = value
+            is_tensor = isinstance(like, torch.Tensor)
+            optimizer.state[parameter][key] = shard_like(tensor, like) if is_tensor else tensor.item()
 
     def state_bytes(self) -> int:
-        """Bytes of the state that steps keep for all parameters, whether it is there already or not."""
-        likes = [torch.as_tensor(like) for like in self.state_layout().values()]
+        """Bytes of the state that steps keep here for all parameters, whether it is there already or not."""
+        likes = [torch.as_tensor(local_part(like)) for like in self.state_layout().values()]
         return sum(like.numel() * like.element_size() for like in likes)
 
     def state_layout(self) -> Dict[str, Any]:
-        """ "<parameter name>.<key>" -> what is there after a step: a number, or a tensor of its shape, type and device
-        without memory of its own. A step of tiny parameters shows it."""
-        tiny = [(name, Parameter(p.detach().new_zeros([2] * p.dim()))) for name, p in self.named_parameters]
+        """ "<parameter name>.<key>" -> what is there after a step: a number, or a tensor (a DTensor) of its shape, type
+        and device without memory of its own. A step of tiny parameters shows it."""
+        tiny = [
+            (name, Parameter(torch.zeros([2] * p.dim(), dtype=p.dtype, device=p.device)))
+            for name, p in self.named_parameters
+        ]
         for _, parameter in tiny:
             parameter.grad = torch.zeros_like(parameter)
         whole = dataclasses.replace(self.config, trust_ratio_slices=1)  # no state goes by slices
         optimizers = OPTIMIZERS[self.config.name](tiny, whole)
         for optimizer in optimizers:
             optimizer.step()
-        shapes, layout = {name: p.shape for name, p in self.named_parameters}, {}
+        own, layout = dict(self.named_parameters), {}
         for optimizer, name, parameter in named_in_groups(optimizers):
             for key, value in optimizer.state[parameter].items():
-                if isinstance(value, torch.Tensor):
-                    value = value.new_empty(()).expand(shapes[name] if value.shape == parameter.shape else value.shape)
+                if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                    value = as_part(value.new_empty(()).expand(local_part(own[name]).shape), own[name])
                 layout[f"{name}.{key}"] = value
         return layout
 
@@ -195,10 +254,11 @@ def make_optimizer(
     named_parameters: Iterable[Tuple[str, Parameter]],
     config: OptimizerConfig,
     compute_weights: Mapping[torch.Tensor, torch.Tensor] = {},
+    sum_across: Optional[SumAcross] = None,
 ) -> NamedOptimizer:
     """The optimizer that `config` names, for all parameters."""
     check_name(config)
-    return NamedOptimizer(list(named_parameters), config, compute_weights)
+    return NamedOptimizer(list(named_parameters), config, compute_weights, sum_across)
 
 
 def check_name(config: OptimizerConfig) -> None:
