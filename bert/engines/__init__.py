@@ -6,7 +6,7 @@ A fork adds its own: `ENGINES["name"] = make`, and the name to `device` in bert/
 from typing import Callable, Dict
 
 from bert.config import Config
-from bert.engines.choosing import find_device, has_static_shapes, makes_up_input, part_of, process_of
+from bert.engines.choosing import find_device, has_static_shapes, makes_up_input, part_of, process_of, take_cores
 from bert.engines.engine import Engine
 from bert.engines.ipu import IpuEngine
 from bert.engines.micro_batch import fit_micro_batch
@@ -25,6 +25,8 @@ def make_engine(config: Config, device: str, make_model: Callable[[Config, Task]
     """The engine for `device`, one of ENGINES, its model initialised from the seed. Raises InputError for another."""
     if device not in ENGINES:
         raise InputError(f'device is "{device}", expected one of {", ".join(ENGINES)}')
+    if device == "cpu":
+        take_cores()
     task = make_task(config)
     model = make_model(config, task)
     initialize(model, config.model.initializer_range, config.training.seed)

@@ -8,11 +8,13 @@ import sys
 from typing import Tuple
 
 from bert.config import Config
+from bert.engines.cores import bind, cores_of_process, describe
 from bert.validation import validate_for_ipu
 from data.errors import InputError
 from data.rows import WHOLE, Part
 
 __all__ = ["choose_device", "find_device", "has_static_shapes", "makes_up_input", "part_of", "process_of"]
+__all__ += ["take_card", "take_cores"]
 
 # What the IPU engine takes from Graphcore's packages. Others of these names have none of it.
 SDK_NAMES = {
@@ -54,7 +56,9 @@ def choose_device(wanted: str, ipus: int = 1, needs_hardware: bool = True) -> Tu
         reason = "" if wanted == "cuda" else f": {why}"
         return "cuda", f"cuda ({torch.cuda.get_device_name()}{reason})"
     reason = "" if wanted == "cpu" else f": no CUDA device, {why}"
-    return "cpu", f"cpu ({torch.get_num_threads()} threads{reason})"
+    own = cores_of_process() if process_of("cpu")[1] > 1 else None
+    words = describe(*own) if own else f"{torch.get_num_threads()} threads"
+    return "cpu", f"cpu ({words}{reason})"
 
 
 def find_device(config: Config) -> Tuple[str, str]:
@@ -114,6 +118,14 @@ def take_card() -> None:
             f"process. Start fewer: torchrun --nproc-per-node {cards}, or use --device cpu"
         )
     torch.cuda.set_device(card)
+
+
+def take_cores() -> None:
+    """Has each of torchrun's processes on a machine use cores of its own. To be called before weights are made, so that
+    their memory is near, and after the loader has started, which may use all cores."""
+    own = cores_of_process() if process_of("cpu")[1] > 1 else None
+    if own:
+        bind(own[0])
 
 
 def is_installed(name: str) -> bool:
