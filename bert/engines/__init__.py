@@ -3,10 +3,20 @@
 A fork adds its own: `ENGINES["name"] = make`, and the name to `device` in bert/config.py.
 """
 
-from typing import Callable, Dict
+from typing import Callable, Dict, Tuple
+
+import torch
 
 from bert.config import Config
-from bert.engines.choosing import find_device, has_static_shapes, makes_up_input, part_of, process_of, take_cores
+from bert.engines.choosing import (
+    find_device,
+    has_static_shapes,
+    makes_up_input,
+    numa_nodes,
+    part_of,
+    process_of,
+    take_cores,
+)
 from bert.engines.engine import Engine
 from bert.engines.ipu import IpuEngine
 from bert.engines.micro_batch import fit_micro_batch
@@ -17,8 +27,8 @@ from bert.model.model import Model, initialize
 from bert.tasks import Task, make_model, make_task
 from data.errors import InputError
 
-__all__ = ["ENGINES", "Engine", "find_device", "has_static_shapes", "make_engine", "makes_up_input", "part_of"]
-__all__ += ["process_of"]
+__all__ = ["ENGINES", "Engine", "expected_of_torch", "find_device", "has_static_shapes", "make_engine"]
+__all__ += ["makes_up_input", "numa_nodes", "part_of", "process_of"]
 
 
 def make_engine(config: Config, device: str, make_model: Callable[[Config, Task], Model] = make_model) -> Engine:
@@ -35,16 +45,33 @@ def make_engine(config: Config, device: str, make_model: Callable[[Config, Task]
 
 def make_torch_engine(config: Config, task: Task, model: Model, device: TorchDevice) -> TorchEngine:
     """With the config's micro-batch, or the one that suits the device and fits it."""
-    data, training = config.data, config.training
-    value_bytes = 4 if choose_precision(device, training.precision) == "float32" else 2
-    suitable = device.hidden_bytes // (value_bytes * data.sequence_length * config.model.hidden_size)
-    rows = max(1, min(training.micro_batch_size or suitable, training.global_batch_size))
+    rows = suitable_rows(config, device, choose_precision(device, config.training.precision))
     engine = TorchEngine(config, task, model, device, rows)
-    if not training.micro_batch_size and engine.parallel.can_redo:
+    if not config.training.micro_batch_size and engine.parallel.can_redo:
         fit_micro_batch(engine, row_shape(config, static=False), rows)
     return engine
 
 
+def suitable_rows(config: Config, device: TorchDevice, precision: str) -> int:
+    """Rows of a micro-batch, memory aside."""
+    data, training, value_bytes = config.data, config.training, 4 if precision == "float32" else 2
+    suitable = device.hidden_bytes // (value_bytes * data.sequence_length * config.model.hidden_size)
+    return max(1, min(training.micro_batch_size or suitable, training.global_batch_size))
+
+
+def expected_of_torch(config: Config) -> Tuple[str, int, int]:
+    """Of a run on CUDA or CPU, for a plan: the precision, the rows of a micro-batch, and how many bytes of logits are
+    there at a time, at most. A CUDA device that is not here is taken to have bfloat16 and memory enough."""
+    name = config.device if config.device in TORCH_DEVICES else find_device(config)[0]
+    device = TORCH_DEVICES[name]()
+    precision: str = config.training.precision
+    if precision == "auto":
+        is_here = device.memory is None or torch.cuda.is_available()
+        precision = choose_precision(device, precision) if is_here else "bfloat16"
+    return precision, suitable_rows(config, device, precision), 2**25 if device.memory is None else 2**31
+
+
+TORCH_DEVICES: Dict[str, Callable[[], TorchDevice]] = {"cpu": Cpu, "cuda": Cuda}
 ENGINES: Dict[str, Callable[[Config, Task, Model], Engine]] = {
     "cpu": lambda config, task, model: make_torch_engine(config, task, model, Cpu()),
     "cuda": lambda config, task, model: make_torch_engine(config, task, model, Cuda()),

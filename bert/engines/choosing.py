@@ -5,16 +5,16 @@ import importlib.util
 import os
 import platform
 import sys
-from typing import Tuple
+from typing import List, Tuple
 
 from bert.config import Config
-from bert.engines.cores import bind, cores_of_process, describe
+from bert.engines.cores import Core, bind, cores_of_process, describe, nodes, read_cores
 from bert.validation import validate_for_ipu
 from data.errors import InputError
 from data.rows import WHOLE, Part
 
-__all__ = ["choose_device", "find_device", "has_static_shapes", "makes_up_input", "part_of", "process_of"]
-__all__ += ["take_card", "take_cores"]
+__all__ = ["choose_device", "find_device", "has_static_shapes", "makes_up_input", "numa_nodes", "part_of"]
+__all__ += ["process_of", "take_card", "take_cores"]
 
 # What the IPU engine takes from Graphcore's packages. Others of these names have none of it.
 SDK_NAMES = {
@@ -126,6 +126,11 @@ def take_cores() -> None:
     own = cores_of_process() if process_of("cpu")[1] > 1 else None
     if own:
         bind(own[0])
+
+
+def numa_nodes(device: str) -> List[List[Core]]:
+    """The cores of each NUMA node that this process may use, where the device is the CPU; none elsewhere."""
+    return nodes(read_cores(os.sched_getaffinity(0))) if device == "cpu" and hasattr(os, "sched_getaffinity") else []
 
 
 def is_installed(name: str) -> bool:
