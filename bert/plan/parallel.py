@@ -19,12 +19,22 @@ from bert.tasks import make_model, make_task
 from bert.text import count_of, percent
 from data.errors import InputError
 
-__all__ = ["Memory", "Workload", "bubble", "bytes_sent", "head_bytes", "layer_bytes", "memory_of_ranks"]
-__all__ += ["micro_batches_kept", "parallel_lines", "processes_of", "state_memory", "value_bytes"]
+__all__ = ["Held", "Memory", "Workload", "bubble", "bytes_sent", "head_bytes", "held_by", "layer_bytes"]
+__all__ += ["memory_of_ranks", "micro_batches_kept", "parallel_lines", "processes_of", "state_memory", "value_bytes"]
 
 FLOAT32 = 4
 MOMENTS = 2  # of LAMB and AdamW
 MEMORY_PARTS = ("weights", "gradients", "optimizer", "gathered", "activations")
+
+
+class Held(NamedTuple):
+    """How many parameters a process computes with."""
+
+    together: int
+    rest: int
+    """In no layer: embeddings, heads."""
+    layer: int
+    """Of one layer."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +43,7 @@ class Memory:
 
     blocks: str
     """Which part of the model it is of, in words."""
-    parameters: int
+    held: Held
     weights: float
     """In the type that the model computes in, and in float32 where that is another."""
     gradients: float
@@ -101,25 +111,26 @@ def head_bytes(model: ModelConfig, precision: str, masked: int, logit_bytes: int
     return size * 5 * model.hidden_size * masked + FLOAT32 * model.vocab_size * model.hidden_size + logits
 
 
-def state_memory(parameters: int, largest: int, shard: str, copies: int, precision: str) -> Dict[str, float]:
-    """weights, gradients, optimizer and gathered bytes of a process that computes with so many parameters, `largest` of
-    which are of the two blocks, one after the other, that have the most.
+def state_memory(held: Held, shard: str, copies: int, precision: str) -> Dict[str, float]:
+    """weights, gradients, optimizer and gathered bytes of a process.
 
-    The model computes with weights of 4 or 2 bytes, beside which the optimizer has its own float32 ones where they are
-    2; gradients are added up in float32. With `shard` optimizer, a process keeps 1/N of the float32 weights and the
-    moments; with full, 1/N of all, and gathers the weights of two blocks at a time and makes their gradients.
+    The model computes with weights of 4 or 2 bytes; the optimizer has its own float32 ones where they are 2, and
+    wherever there are shards; gradients are added up in float32. With `shard` optimizer, 1/N of the float32 weights and
+    moments is kept; with full 1/N of everything, and the weights are gathered for two layers at a time and, while they
+    are used, for what is in no layer, and a layer's gradients are made in both types.
     """
-    size = value_bytes(precision)
-    own, computed, masters = 1 / copies, size * parameters, FLOAT32 * parameters
-    weights: float = computed if size == FLOAT32 else computed + masters
-    if shard == "optimizer" and copies > 1:
-        weights = computed + own * masters
-    if shard != "full" or copies == 1:
-        moments = MOMENTS * masters * (own if shard == "optimizer" else 1)
-        return {"weights": weights, "gradients": masters, "optimizer": moments, "gathered": 0.0}
-    gathered = 2.0 * size * largest
-    sharded = {"weights": own * weights, "gradients": own * masters, "optimizer": own * MOMENTS * masters}
-    return {**sharded, "gathered": gathered}
+    size, all_float32 = value_bytes(precision), FLOAT32 * held.together
+    computed, own = size * held.together, 1 / copies
+    moments = MOMENTS * all_float32
+    if shard == "none" or copies == 1:
+        weights: float = computed if size == FLOAT32 else computed + all_float32
+        return {"weights": weights, "gradients": all_float32, "optimizer": moments, "gathered": 0}
+    if shard == "optimizer":
+        weights = computed + own * all_float32
+        return {"weights": weights, "gradients": all_float32, "optimizer": own * moments, "gathered": 0}
+    gathered = size * (held.rest + 2 * held.layer) + (size + FLOAT32) * held.layer
+    weights, gradients = own * all_float32, own * all_float32
+    return {"weights": weights, "gradients": gradients, "optimizer": own * moments, "gathered": gathered}
 
 
 def memory_of_ranks(config: Config, work: Workload) -> List[Memory]:
@@ -136,10 +147,8 @@ def memory_of_ranks(config: Config, work: Workload) -> List[Memory]:
     for rank in range(parallel.pipeline):
         runs = [stage.blocks for stage in stages if stage.ipu == rank]
         names = [name for run in runs for name in run]
-        pairs = zip(names, names[1:] or names)
-        largest = max(count_parameters([blocks[one], blocks[other]]) for one, other in pairs)
-        parameters = count_parameters([blocks[name] for name in names])
-        state = state_memory(parameters, largest, parallel.shard, work.copies, work.precision)
+        held = held_by([blocks[name] for name in names], [blocks[name] for name in names if name.startswith("layer")])
+        state = state_memory(held, parallel.shard, work.copies, work.precision)
         layers = sum(name.startswith("layer") for name in names)
         kept = micro_batches_kept(rank, parallel.pipeline, parallel.stages_per_process, work.micro_batches)
         of_token = kept * (layers * layer_bytes(model, work.precision) + embedded * (rank == 0)) + under_way
@@ -147,7 +156,7 @@ def memory_of_ranks(config: Config, work: Workload) -> List[Memory]:
         if rank == parallel.pipeline - 1:
             activations += head_bytes(model, work.precision, work.masked, work.logit_bytes)
         words = ", ".join(run[0] if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs)
-        ranks.append(Memory(words, parameters, **state, activations=activations))
+        ranks.append(Memory(words, held, **state, activations=activations))
     return ranks
 
 
@@ -157,16 +166,23 @@ def count_parameters(modules: Sequence[nn.Module]) -> int:
     return sum(parameter.numel() for parameter in {p for module in everywhere for p in module.parameters()})
 
 
-def bytes_sent(parameters: int, shard: str, copies: int, precision: str, micro_batches: int) -> float:
+def held_by(blocks: Sequence[nn.Module], layers: Sequence[nn.Module]) -> Held:
+    """The parameters of these blocks, `layers` among them."""
+    together, layer = count_parameters(blocks), max(count_parameters([layer]) for layer in layers)
+    return Held(together, together - count_parameters(layers), layer)
+
+
+def bytes_sent(held: Held, shard: str, copies: int, precision: str, micro_batches: int) -> float:
     """What a process sends to the other copies of its part of the model in a step, and receives, in rings.
 
     An all-reduce of x bytes sends 2 (N - 1) / N x, a reduce-scatter and an all-gather half of that each. Without shards
     float32 gradients are all-reduced; with `optimizer` they are reduce-scattered, and the new weights gathered; with
-    full the weights are gathered in both passes of each micro-batch, and gradients reduce-scattered after it.
+    full this is done in each micro-batch, and layers are gathered again in its backward pass.
     """
-    size = value_bytes(precision)
-    values = {"none": 2 * FLOAT32, "optimizer": FLOAT32 + size, "full": micro_batches * (2 * size + FLOAT32)}
-    return (copies - 1) / copies * parameters * values[shard]
+    size, layers = value_bytes(precision), held.together - held.rest
+    once = (FLOAT32 + size) * held.together
+    values = {"none": 2 * FLOAT32 * held.together, "optimizer": once, "full": micro_batches * (once + size * layers)}
+    return (copies - 1) / copies * values[shard]
 
 
 def processes_of(config: Config) -> Tuple[int, str]:
@@ -217,7 +233,7 @@ def memory_table(ranks: Sequence[Memory]) -> List[str]:
     rows = [["process", "blocks", "parameters", *parts, "together"]]
     for number, memory in enumerate(ranks):
         sizes = [f"{size / 1e9:.2f}" for size in (*(getattr(memory, part) for part in parts), memory.total)]
-        rows.append([str(number), memory.blocks, f"{memory.parameters / 1e6:.1f} M", *sizes])
+        rows.append([str(number), memory.blocks, f"{memory.held.together / 1e6:.1f} M", *sizes])
     return [
         "  memory of each process of a copy where a backward pass begins, in GB, by formula:",
         *table(rows, left=("blocks",)),
@@ -236,7 +252,7 @@ def waiting_lines(config: Config, work: Workload) -> List[str]:
         sent = value_bytes(work.precision) * work.tokens * config.model.hidden_size / 1e6
         lines.append(f"  sent from stage to stage in each pass of a micro-batch: {sent:.1f} MB")
     if work.copies > 1:
-        parameters = max(memory.parameters for memory in memory_of_ranks(config, work))
-        sent = bytes_sent(parameters, parallel.shard, work.copies, work.precision, work.micro_batches)
+        held = max(memory.held for memory in memory_of_ranks(config, work))
+        sent = bytes_sent(held, parallel.shard, work.copies, work.precision, work.micro_batches)
         lines.append(f"  sent to other copies in a step: {sent / 1e9:.2f} GB by each process, as much received")
     return lines

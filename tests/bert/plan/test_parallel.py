@@ -10,10 +10,11 @@ from bert.engines.micro_batch import full_rows
 from bert.geometry import row_shape
 from bert.model.batch import State
 from bert.plan.parallel import (
+    Held,
     Workload,
     bubble,
     bytes_sent,
-    count_parameters,
+    held_by,
     layer_bytes,
     memory_of_ranks,
     micro_batches_kept,
@@ -65,23 +66,26 @@ def test_the_state_is_what_the_engine_holds(engine):
     config = config_of("pod16_phase1", LARGER)
     engine.measure(full_rows(8, row_shape(config, static=False)))
     masters, model = engine.master_weights.values(), list(engine.model.parameters())
-    parameters = count_parameters([engine.model])
-    state = state_memory(parameters, 0, "none", 4, engine.precision)
+    blocks, layers = [module for _, module in engine.model.blocks], list(engine.model.layers.values())
+    state = state_memory(held_by(blocks, layers), "none", 4, engine.precision)
     assert state["weights"] == sum(nbytes([*model, *masters]).values())
     assert state["gradients"] == sum(nbytes(p.grad for p in masters).values())
     assert state["optimizer"] == pytest.approx(engine.optimizer.state_bytes(), rel=1e-3)
 
 
+HELD = Held(1000, 400, 200)
+
+
 def test_shards_divide_what_they_say_and_no_more():
-    whole = state_memory(1000, 300, "none", 4, "bfloat16")
+    whole = state_memory(HELD, "none", 4, "bfloat16")
     assert whole == {"weights": 6000, "gradients": 4000, "optimizer": 8000, "gathered": 0}
-    optimizer = state_memory(1000, 300, "optimizer", 4, "bfloat16")
+    optimizer = state_memory(HELD, "optimizer", 4, "bfloat16")
     assert optimizer == {"weights": 3000, "gradients": 4000, "optimizer": 2000, "gathered": 0}
-    full = state_memory(1000, 300, "full", 4, "bfloat16")
-    assert full == {"weights": 1500, "gradients": 1000, "optimizer": 2000, "gathered": 1200}
-    assert state_memory(1000, 300, "optimizer", 4, "float32")["weights"] == 5000
+    full = state_memory(HELD, "full", 4, "bfloat16")
+    assert full == {"weights": 1000, "gradients": 1000, "optimizer": 2000, "gathered": 2 * 800 + 6 * 200}
+    assert state_memory(HELD, "optimizer", 4, "float32")["weights"] == 5000
     for shard in ("optimizer", "full"):
-        assert state_memory(1000, 300, shard, 1, "float32") == state_memory(1000, 300, "none", 1, "float32")
+        assert state_memory(HELD, shard, 1, "float32") == state_memory(HELD, "none", 1, "float32")
 
 
 def test_a_pipeline_holds_each_parameter_once_but_the_tied_embedding():
@@ -90,7 +94,7 @@ def test_a_pipeline_holds_each_parameter_once_but_the_tied_embedding():
     ranks = memory_of_ranks(config_of("pod16_phase1", "--parallel.pipeline 4"), work)
     model = config_of("pod16_phase1").model
     tied = model.vocab_size * model.hidden_size
-    assert sum(rank.parameters for rank in ranks) == whole.parameters + tied
+    assert sum(rank.held.together for rank in ranks) == whole.held.together + tied
     assert [rank.blocks for rank in ranks][::3] == ["embeddings to layer2", "layer9 to heads"]
     layer = layer_bytes(model, "float32") * 1024
     assert ranks[1].activations - ranks[2].activations == 3 * layer  # one micro-batch more of three layers
@@ -98,10 +102,10 @@ def test_a_pipeline_holds_each_parameter_once_but_the_tied_embedding():
 
 
 def test_what_is_sent_is_what_rings_send():
-    assert bytes_sent(1000, "none", 1, "bfloat16", 8) == 0
-    assert bytes_sent(1000, "none", 4, "bfloat16", 8) == 2 * 3 / 4 * 4000
-    assert bytes_sent(1000, "optimizer", 4, "bfloat16", 8) == 3 / 4 * (4000 + 2000)
-    assert bytes_sent(1000, "full", 4, "bfloat16", 8) == 3 / 4 * 8 * (2000 + 2000 + 4000)
+    assert bytes_sent(HELD, "none", 1, "bfloat16", 8) == 0
+    assert bytes_sent(HELD, "none", 4, "bfloat16", 8) == 2 * 3 / 4 * 4000
+    assert bytes_sent(HELD, "optimizer", 4, "bfloat16", 8) == 3 / 4 * (4000 + 2000)
+    assert bytes_sent(HELD, "full", 4, "bfloat16", 8) == 3 / 4 * 8 * (2000 + 4000 + 1200)
 
 
 def order_of_1f1b(processes, micro_batches):
