@@ -10,6 +10,7 @@ from bert.config import Config, ParallelConfig
 from bert.engines import find_device, make_engine, numa_nodes
 from bert.engines.cores import Core, bind
 from bert.engines.micro_batch import full_rows
+from bert.engines.parallel.pipeline import ROUND
 from bert.geometry import row_shape
 from bert.plan.parallel import processes_of
 from bert.plan.step import DataFacts, epochs_of, optimizer_name, run_name
@@ -128,7 +129,8 @@ def processes_lines(config: Config, measured: Measured, rows: int) -> List[str]:
     if size == 1:
         return []
     micro_batches = -(-rows * parallel.pipeline // (size * measured.rows))
-    filling = (parallel.pipeline - 1) / parallel.stages_per_process
+    rounds = -(-micro_batches // (ROUND * parallel.pipeline))
+    filling = rounds * (parallel.pipeline - 1) / parallel.stages_per_process
     passes = (micro_batches + filling) * measured.micro_batch / parallel.pipeline
     step = passes + measured.update / (parallel.pipeline if parallel.shard == "none" else size)
     return [

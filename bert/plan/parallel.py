@@ -13,6 +13,7 @@ from torch import nn
 
 from bert.config import Config, ModelConfig
 from bert.engines import expected_of_torch
+from bert.engines.parallel.pipeline import ROUND, parameters_of
 from bert.model.stages import pipeline_stages
 from bert.plan.tables import table
 from bert.tasks import make_model, make_task
@@ -24,7 +25,7 @@ __all__ += ["memory_of_ranks", "micro_batches_kept", "parallel_lines", "processe
 
 FLOAT32 = 4
 MOMENTS = 2  # of LAMB and AdamW
-MEMORY_PARTS = ("weights", "gradients", "optimizer", "gathered", "activations")
+MEMORY_PARTS = ("weights", "gradients", "optimizer", "gathered", "activations", "received")
 
 
 class Held(NamedTuple):
@@ -52,10 +53,12 @@ class Memory:
     """Weights of other processes, and gradients for them, that are there for a moment."""
     activations: float
     """With the gradients of the layer whose backward pass is under way (2 H and 2 I of a token)."""
+    received: float
+    """Room for what comes from the stages before and after, of each micro-batch of a round."""
 
     @property
     def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.gathered + self.activations
+        return self.weights + self.gradients + self.optimizer + self.gathered + self.activations + self.received
 
 
 class Workload(NamedTuple):
@@ -155,21 +158,25 @@ def memory_of_ranks(config: Config, work: Workload) -> List[Memory]:
         activations = of_token * work.tokens
         if rank == parallel.pipeline - 1:
             activations += head_bytes(model, work.precision, work.masked, work.logit_bytes)
+        borders = 2 * parallel.stages_per_process - (rank == 0) - (rank == parallel.pipeline - 1)
+        received = borders * round_of(work, parallel.pipeline) * embedded * work.tokens
         words = ", ".join(run[0] if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs)
-        ranks.append(Memory(words, held, **state, activations=activations))
+        ranks.append(Memory(words, held, **state, activations=activations, received=received))
     return ranks
 
 
-def count_parameters(modules: Sequence[nn.Module]) -> int:
-    """Of these blocks, with those that stand elsewhere in the model: of the heads the word embedding and the pooler."""
-    everywhere = [*modules, *(other for module in modules for other in getattr(module, "shared", ()) if other)]
-    return sum(parameter.numel() for parameter in {p for module in everywhere for p in module.parameters()})
+def round_of(work: Workload, pipeline: int) -> int:
+    """How many micro-batches go through a pipeline before it drains."""
+    return min(-(-work.micro_batches // pipeline), ROUND) * pipeline
 
 
 def held_by(blocks: Sequence[nn.Module], layers: Sequence[nn.Module]) -> Held:
     """The parameters of these blocks, `layers` among them."""
-    together, layer = count_parameters(blocks), max(count_parameters([layer]) for layer in layers)
-    return Held(together, together - count_parameters(layers), layer)
+
+    def count(modules: Sequence[nn.Module]) -> int:
+        return sum(parameter.numel() for parameter in {p for module in modules for p in parameters_of(module)})
+
+    return Held(count(blocks), count(blocks) - count(layers), max(count([layer]) for layer in layers))
 
 
 def bytes_sent(held: Held, shard: str, copies: int, precision: str, micro_batches: int) -> float:
@@ -245,10 +252,10 @@ def waiting_lines(config: Config, work: Workload) -> List[str]:
     """What is sent, and the pipeline's bubble."""
     parallel, lines = config.parallel, []
     if parallel.pipeline > 1:
-        stages, m = parallel.stages_per_process, work.micro_batches
+        stages, m = parallel.stages_per_process, round_of(work, parallel.pipeline)
         share, kind = bubble(parallel.pipeline, stages, m), "interleaved 1F1B" if stages > 1 else "1F1B"
         terms = f"{parallel.pipeline - 1} / ({stages} x {m} + {parallel.pipeline - 1})"
-        lines.append(f"  bubble ({kind}): each process waits {terms} = {percent(share, 1)} of the passes")
+        lines.append(f"  bubble ({kind}, {m} micro-batches a round): a process waits {terms} = {percent(share, 1)}")
         sent = value_bytes(work.precision) * work.tokens * config.model.hidden_size / 1e6
         lines.append(f"  sent from stage to stage in each pass of a micro-batch: {sent:.1f} MB")
     if work.copies > 1:

@@ -98,7 +98,9 @@ def test_a_pipeline_holds_each_parameter_once_but_the_tied_embedding():
     assert [rank.blocks for rank in ranks][::3] == ["embeddings to layer2", "layer9 to heads"]
     layer = layer_bytes(model, "float32") * 1024
     assert ranks[1].activations - ranks[2].activations == 3 * layer  # one micro-batch more of three layers
-    assert whole.activations > 12 * layer
+    assert whole.activations > 12 * layer and whole.received == 0
+    hidden = 16 * 1024 * model.hidden_size * 4  # of all 16 micro-batches
+    assert [rank.received for rank in ranks] == [hidden, 2 * hidden, 2 * hidden, hidden]
 
 
 def test_what_is_sent_is_what_rings_send():
@@ -182,7 +184,7 @@ def test_the_plan_of_several_processes_needs_no_device(tmp_path, monkeypatch, ca
         "the fewest that the config asks for",
         "64 micro-batches of 1024, in bfloat16",
         "layer9 to heads 45.9 M",
-        "bubble (1F1B): each process waits 3 / (1 x 64 + 3) = 4.5 % of the passes",
+        "bubble (1F1B, 64 micro-batches a round): a process waits 3 / (1 x 64 + 3) = 4.5 %",
         "sent from stage to stage in each pass of a micro-batch: 201.3 MB",
         'Not measured: device is "cuda"',
     ):
