@@ -13,13 +13,13 @@ several results into one table. Samples are random.
 Weak: a step has --samples for each process. Strong: it has --samples for all together. Efficiency is the rate of
 sequences against that of one process, per GPU; on CPUs against one process with all threads, per machine.
 
-A step is measured twice: with all processes together, and apart, in which each does its own rows without
-communication, at the same time as the others. What it takes longer together is reduction and waiting for each other
-(and a pipeline's bubble, and with parallel.shard what the update takes less is taken off). That is of a step of the
-samples measured here, and `at the config's batch` if it and the update are once a step of the config's global batch.
+A step is measured twice: with all processes together, and apart, in which each does its own rows with the whole model
+and without communication, at the same time as the others. What it takes longer together is reduction and waiting for
+each other, and a pipeline's bubble; with parallel.shard, what the update is shorter is taken off. It is shown as a share
+of the step that was measured, and of one of the config's global batch: there it and the update are still once a step.
 
 Peak memory is of the step with all together: CUDA's allocated memory, or on the CPU what the process has more than
-before the engine was made. It stands beside the formula of bert/plan/parallel.py.
+before the engine was made, some 0.2 GB of libraries among it. It stands beside the formula of bert/plan/parallel.py.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from benchmarks.pretraining import make_batch
 from benchmarks.report import make_parser, median, print_table, write_json
 from benchmarks.synthetic import length_distribution, random_samples
-from benchmarks.timing import cuda_or_cpu, device_name, timed
+from benchmarks.timing import Stopwatch, cuda_or_cpu, device_name, timed
 from bert.command_line import parse_command_line
 from bert.config import ParallelConfig
 from bert.engines import expected_of_torch, make_engine, part_of, process_of
@@ -120,6 +120,13 @@ class Way:
         step()
         return [timed(self.device, step) for _ in range(steps)]
 
+    def update_seconds(self, batch):
+        """Of the update in a further step."""
+        engine, watch = self.engine, Stopwatch(self.device)
+        engine.update = watch.around("update", engine.update)
+        engine.step(self.batches[batch], 1e-4, engine.steps_done + 1)
+        return watch.seconds["update"]
+
     def peak_bytes(self):
         if self.device == "cuda":
             return torch.cuda.max_memory_allocated()
@@ -128,10 +135,10 @@ class Way:
 
 def formula_bytes(config, rank, size, micro_batch, rows):
     """Peak memory of process `rank`, as the plan has it."""
-    precision, _, logit_bytes = expected_of_torch(config)
+    precision, _, logit_bytes, packs = expected_of_torch(config)
     copies = max(1, size // config.parallel.pipeline)
     tokens, masked = [micro_batch * slots for slots in (config.data.sequence_length, config.data.mask_tokens)]
-    work = Workload(precision, copies, max(1, rows // micro_batch), tokens, masked, logit_bytes)
+    work = Workload(precision, copies, max(1, rows // micro_batch), tokens, masked, logit_bytes, packs)
     return memory_of_ranks(config, work)[rank // copies].total
 
 
@@ -150,7 +157,7 @@ def measure(own, config, device):
         way = Way(device, config, batches)
         figures = {mode: {"together": way.seconds(mode, own.steps)} for mode in MODES[: 1 + (size > 1)]}
         micro_batch, peak, settings = way.engine.micro_batch_size, way.peak_bytes(), way.engine.describe()
-        update = way.engine.measure({name: array[:micro_batch] for name, array in batches["weak"].items()})["optimizer"]
+        update = way.update_seconds("weak")
     del way
     gc.collect()
     if size > 1:
@@ -178,7 +185,8 @@ def measure(own, config, device):
     units = size if device == "cuda" else size // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     about = {"processes": size, "units": units, "device": device_name(device), "settings": settings}
     batch = {"samples": counts, "global_batch": config.training.global_batch_size}
-    return {**about, **batch, "shard": config.parallel.shard, "ranks": [mine, *others]}
+    parallel = {"shard": config.parallel.shard, "pipeline": config.parallel.pipeline}
+    return {**about, **batch, **parallel, "ranks": [mine, *others]}
 
 
 def start(own, options, processes, path):
@@ -207,7 +215,7 @@ def summarize(runs):
     for mode in ranks[0]["figures"]:
         together = median([seconds for rank in ranks for seconds in rank["figures"][mode]["together"]])
         apart = [seconds for rank in ranks for seconds in rank["figures"][mode].get("apart", [])]
-        waiting = together - median(apart) if apart else 0.0
+        waiting = together - median(apart) / run["pipeline"] if apart else 0.0
         samples, once = run["samples"][mode], update + max(0.0, waiting)
         at_batch = (together - once) / samples + once / run["global_batch"]
         summary[mode] = {

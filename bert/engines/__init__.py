@@ -59,16 +59,18 @@ def suitable_rows(config: Config, device: TorchDevice, precision: str) -> int:
     return max(1, min(training.micro_batch_size or suitable, training.global_batch_size))
 
 
-def expected_of_torch(config: Config) -> Tuple[str, int, int]:
-    """Of a run on CUDA or CPU, for a plan: the precision, the rows of a micro-batch, and how many bytes of logits are
-    there at a time, at most. A CUDA device that is not here is taken to have bfloat16 and memory enough."""
+def expected_of_torch(config: Config) -> Tuple[str, int, int, bool]:
+    """Of a run on CUDA or CPU, for a plan: the precision, the rows of a micro-batch, how many bytes of logits are there
+    at a time, at most, and whether weights are packed. A CUDA device that is not here is taken to have bfloat16 and
+    memory enough."""
     name = config.device if config.device in TORCH_DEVICES else find_device(config)[0]
     device = TORCH_DEVICES[name]()
     precision: str = config.training.precision
     if precision == "auto":
         is_here = device.memory is None or torch.cuda.is_available()
         precision = choose_precision(device, precision) if is_here else "bfloat16"
-    return precision, suitable_rows(config, device, precision), 2**25 if device.memory is None else 2**31
+    is_cpu = device.memory is None
+    return precision, suitable_rows(config, device, precision), 2**25 if is_cpu else 2**31, is_cpu
 
 
 TORCH_DEVICES: Dict[str, Callable[[], TorchDevice]] = {"cpu": Cpu, "cuda": Cuda}

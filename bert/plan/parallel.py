@@ -76,6 +76,8 @@ class Workload(NamedTuple):
     """Masked tokens of a micro-batch."""
     logit_bytes: int
     """Of the part of the logits that is there at a time, at most."""
+    packs: bool
+    """Whether whole weights are packed for products, both ways (ops/native.py)."""
 
 
 def bubble(processes: int, stages_per_process: int, micro_batches: int) -> float:
@@ -152,6 +154,8 @@ def memory_of_ranks(config: Config, work: Workload) -> List[Memory]:
         names = [name for run in runs for name in run]
         held = held_by([blocks[name] for name in names], [blocks[name] for name in names if name.startswith("layer")])
         state = state_memory(held, parallel.shard, work.copies, work.precision)
+        if work.packs and (parallel.shard == "none" or work.copies == 1):
+            state["weights"] += 2 * size * held.together
         layers = sum(name.startswith("layer") for name in names)
         kept = micro_batches_kept(rank, parallel.pipeline, parallel.stages_per_process, work.micro_batches)
         of_token = kept * (layers * layer_bytes(model, work.precision) + embedded * (rank == 0)) + under_way
@@ -218,12 +222,12 @@ def parallel_lines(config: Config, rows: int) -> List[str]:
     if size == 1:
         return []
     copies = size // parallel.pipeline
-    precision, micro_batch, logit_bytes = expected_of_torch(config)
+    precision, micro_batch, logit_bytes, packs = expected_of_torch(config)
     rows = -(-rows // copies)
     micro_batch = min(micro_batch, rows)
     micro_batches = -(-rows // micro_batch)
     tokens, masked = micro_batch * config.data.sequence_length, micro_batch * config.data.mask_tokens
-    work = Workload(precision, copies, micro_batches, tokens, masked, logit_bytes)
+    work = Workload(precision, copies, micro_batches, tokens, masked, logit_bytes, packs)
     pipeline = f"a pipeline of {parallel.pipeline} processes" if parallel.pipeline > 1 else "one process"
     all_rows = f"{rows:,} rows, {count_of(micro_batches, 'micro-batch', 'micro-batches')} of {micro_batch}"
     return [

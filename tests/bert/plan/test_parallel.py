@@ -89,7 +89,7 @@ def test_shards_divide_what_they_say_and_no_more():
 
 
 def test_a_pipeline_holds_each_parameter_once_but_the_tied_embedding():
-    work = Workload("float32", 1, 16, 1024, 160, 2**25)
+    work = Workload("float32", 1, 16, 1024, 160, 2**25, False)
     (whole,) = memory_of_ranks(config_of("pod16_phase1"), work)
     ranks = memory_of_ranks(config_of("pod16_phase1", "--parallel.pipeline 4"), work)
     model = config_of("pod16_phase1").model
