@@ -15,8 +15,9 @@ sequences against that of one process, per GPU; on CPUs against one process with
 
 A step is measured twice: with all processes together, and apart, in which each does its own rows with the whole model
 and without communication, at the same time as the others. What it takes longer together is reduction and waiting for
-each other, and a pipeline's bubble; with parallel.shard, what the update is shorter is taken off. It is shown as a share
-of the step that was measured, and of one of the config's global batch: there it and the update are still once a step.
+each other, and a pipeline's bubble; with parallel.shard, what the update is shorter is taken off. It is shown as a
+share of the step that was measured, and of one of the config's global batch, where it and the update are still once a
+step.
 
 Peak memory is of the step with all together: CUDA's allocated memory, or on the CPU what the process has more than
 before the engine was made, some 0.2 GB of libraries among it. It stands beside the formula of bert/plan/parallel.py.
