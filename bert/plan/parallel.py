@@ -13,7 +13,7 @@ from torch import nn
 
 from bert.config import Config, ModelConfig
 from bert.engines import expected_of_torch
-from bert.engines.parallel.pipeline import ROUND, parameters_of
+from bert.engines.parallel.pipeline import ROUND, modules_of
 from bert.model.stages import pipeline_stages
 from bert.plan.tables import table
 from bert.tasks import make_model, make_task
@@ -178,7 +178,10 @@ def held_by(blocks: Sequence[nn.Module], layers: Sequence[nn.Module]) -> Held:
     """The parameters of these blocks, `layers` among them."""
 
     def count(modules: Sequence[nn.Module]) -> int:
-        return sum(parameter.numel() for parameter in {p for module in modules for p in parameters_of(module)})
+        return sum(
+            parameter.numel()
+            for parameter in {p for block in modules for module in modules_of(block) for p in module.parameters()}
+        )
 
     return Held(count(blocks), count(blocks) - count(layers), max(count([layer]) for layer in layers))
 
