@@ -12,7 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-__all__ = ["draw_bars"]
+__all__ = ["draw_bars", "draw_lines"]
 
 
 def draw_bars(path, title, groups):
@@ -35,6 +35,21 @@ def draw_bars(path, title, groups):
     axes.set_title(title)
     handles = dict(zip(*reversed(axes.get_legend_handles_labels())))
     figure.legend(handles.values(), handles.keys(), loc="outside right upper")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def draw_lines(path, title, across, lines):
+    """Draws {label: {x: y}} as a picture of lines; `across` says what x is, whose axis doubles from tick to tick."""
+    figure, axes = plt.subplots(figsize=(7, 4), constrained_layout=True)
+    for label, points in lines.items():
+        axes.plot(list(points), list(points.values()), marker="o", label=label)
+    ticks = sorted({x for points in lines.values() for x in points})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [f"{x:,}" for x in ticks])
+    axes.set(xlabel=across, title=title)
+    axes.set_ylim(bottom=0)
+    axes.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

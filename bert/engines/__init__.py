@@ -3,10 +3,20 @@
 A fork adds its own: `ENGINES["name"] = make`, and the name to `device` in bert/config.py.
 """
 
-from typing import Callable, Dict
+from typing import Callable, Dict, Tuple
+
+import torch
 
 from bert.config import Config
-from bert.engines.choosing import find_device, has_static_shapes, makes_up_input, part_of, process_of
+from bert.engines.choosing import (
+    find_device,
+    has_static_shapes,
+    makes_up_input,
+    numa_nodes,
+    part_of,
+    process_of,
+    take_cores,
+)
 from bert.engines.engine import Engine
 from bert.engines.ipu import IpuEngine
 from bert.engines.micro_batch import fit_micro_batch
@@ -17,14 +27,16 @@ from bert.model.model import Model, initialize
 from bert.tasks import Task, make_model, make_task
 from data.errors import InputError
 
-__all__ = ["ENGINES", "Engine", "find_device", "has_static_shapes", "make_engine", "makes_up_input", "part_of"]
-__all__ += ["process_of"]
+__all__ = ["ENGINES", "Engine", "expected_of_torch", "find_device", "has_static_shapes", "make_engine"]
+__all__ += ["makes_up_input", "numa_nodes", "part_of", "process_of"]
 
 
 def make_engine(config: Config, device: str, make_model: Callable[[Config, Task], Model] = make_model) -> Engine:
     """The engine for `device`, one of ENGINES, its model initialised from the seed. Raises InputError for another."""
     if device not in ENGINES:
         raise InputError(f'device is "{device}", expected one of {", ".join(ENGINES)}')
+    if device == "cpu":
+        take_cores()
     task = make_task(config)
     model = make_model(config, task)
     initialize(model, config.model.initializer_range, config.training.seed)
@@ -33,16 +45,35 @@ def make_engine(config: Config, device: str, make_model: Callable[[Config, Task]
 
 def make_torch_engine(config: Config, task: Task, model: Model, device: TorchDevice) -> TorchEngine:
     """With the config's micro-batch, or the one that suits the device and fits it."""
-    data, training = config.data, config.training
-    value_bytes = 4 if choose_precision(device, training.precision) == "float32" else 2
-    suitable = device.hidden_bytes // (value_bytes * data.sequence_length * config.model.hidden_size)
-    rows = max(1, min(training.micro_batch_size or suitable, training.global_batch_size))
+    rows = suitable_rows(config, device, choose_precision(device, config.training.precision))
     engine = TorchEngine(config, task, model, device, rows)
-    if not training.micro_batch_size and engine.parallel.can_redo:
+    if not config.training.micro_batch_size and engine.parallel.can_redo:
         fit_micro_batch(engine, row_shape(config, static=False), rows)
     return engine
 
 
+def suitable_rows(config: Config, device: TorchDevice, precision: str) -> int:
+    """Rows of a micro-batch, memory aside."""
+    data, training, value_bytes = config.data, config.training, 4 if precision == "float32" else 2
+    suitable = device.hidden_bytes // (value_bytes * data.sequence_length * config.model.hidden_size)
+    return max(1, min(training.micro_batch_size or suitable, training.global_batch_size))
+
+
+def expected_of_torch(config: Config) -> Tuple[str, int, int, bool]:
+    """Of a run on CUDA or CPU, for a plan: the precision, the rows of a micro-batch, how many bytes of logits are there
+    at a time, at most, and whether weights are packed. A CUDA device that is not here is taken to have bfloat16 and
+    memory enough."""
+    name = config.device if config.device in TORCH_DEVICES else find_device(config)[0]
+    device = TORCH_DEVICES[name]()
+    precision: str = config.training.precision
+    if precision == "auto":
+        is_here = device.memory is None or torch.cuda.is_available()
+        precision = choose_precision(device, precision) if is_here else "bfloat16"
+    is_cpu = device.memory is None
+    return precision, suitable_rows(config, device, precision), 2**25 if is_cpu else 2**31, is_cpu
+
+
+TORCH_DEVICES: Dict[str, Callable[[], TorchDevice]] = {"cpu": Cpu, "cuda": Cuda}
 ENGINES: Dict[str, Callable[[Config, Task, Model], Engine]] = {
     "cpu": lambda config, task, model: make_torch_engine(config, task, model, Cpu()),
     "cuda": lambda config, task, model: make_torch_engine(config, task, model, Cuda()),

@@ -5,14 +5,16 @@ import importlib.util
 import os
 import platform
 import sys
-from typing import Tuple
+from typing import List, Tuple
 
 from bert.config import Config
+from bert.engines.cores import Core, bind, cores_of_process, describe, nodes, read_cores
 from bert.validation import validate_for_ipu
 from data.errors import InputError
 from data.rows import WHOLE, Part
 
-__all__ = ["choose_device", "find_device", "has_static_shapes", "makes_up_input", "part_of", "process_of"]
+__all__ = ["choose_device", "find_device", "has_static_shapes", "makes_up_input", "numa_nodes", "part_of"]
+__all__ += ["process_of", "take_card", "take_cores"]
 
 # What the IPU engine takes from Graphcore's packages. Others of these names have none of it.
 SDK_NAMES = {
@@ -54,7 +56,9 @@ def choose_device(wanted: str, ipus: int = 1, needs_hardware: bool = True) -> Tu
         reason = "" if wanted == "cuda" else f": {why}"
         return "cuda", f"cuda ({torch.cuda.get_device_name()}{reason})"
     reason = "" if wanted == "cpu" else f": no CUDA device, {why}"
-    return "cpu", f"cpu ({torch.get_num_threads()} threads{reason})"
+    own = cores_of_process() if process_of("cpu")[1] > 1 else None
+    words = describe(*own) if own else f"{torch.get_num_threads()} threads"
+    return "cpu", f"cpu ({words}{reason})"
 
 
 def find_device(config: Config) -> Tuple[str, str]:
@@ -114,6 +118,19 @@ def take_card() -> None:
             f"process. Start fewer: torchrun --nproc-per-node {cards}, or use --device cpu"
         )
     torch.cuda.set_device(card)
+
+
+def take_cores() -> None:
+    """Has each of torchrun's processes on a machine use cores of its own. To be called before weights are made, so that
+    their memory is near, and after the loader has started, which may use all cores."""
+    own = cores_of_process() if process_of("cpu")[1] > 1 else None
+    if own:
+        bind(own[0])
+
+
+def numa_nodes(device: str) -> List[List[Core]]:
+    """The cores of each NUMA node that this process may use, where the device is the CPU; none elsewhere."""
+    return nodes(read_cores(os.sched_getaffinity(0))) if device == "cpu" and hasattr(os, "sched_getaffinity") else []
 
 
 def is_installed(name: str) -> bool:

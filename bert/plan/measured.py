@@ -1,12 +1,18 @@
 """The plan for CUDA or CPU: a micro-batch is measured on this machine, and scaled to a step and the whole run."""
 
+import dataclasses
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from typing import Dict, List
+from typing import Dict, List, Sequence, Tuple
 
-from bert.config import Config
-from bert.engines import find_device, make_engine
+from bert.config import Config, ParallelConfig
+from bert.engines import find_device, make_engine, numa_nodes
+from bert.engines.cores import Core, bind
 from bert.engines.micro_batch import full_rows
+from bert.engines.parallel.pipeline import ROUND
 from bert.geometry import row_shape
+from bert.plan.parallel import processes_of
 from bert.plan.step import DataFacts, epochs_of, optimizer_name, run_name
 from bert.text import count_of, duration
 
@@ -27,14 +33,18 @@ class Measured:
     """Seconds of its forward and backward pass."""
     update: float
     """Seconds of the optimizer's update."""
+    nodes: Sequence[List[Core]] = ()
+    """The cores of each NUMA node, where it was measured on the CPU."""
 
 
 def measure(config: Config, rows_of_a_step: int) -> Measured:
-    """Runs steps of one micro-batch of full rows, one sample each, on the device of `config`, from initial weights.
+    """Runs steps of one micro-batch of full rows, one sample each, on the device of `config`, from initial weights, in
+    this process alone.
 
     Raises InputError where the device is not there, where not even one row fits it, and where `auto` finds IPUs that
     cannot run `config`.
     """
+    config = dataclasses.replace(config, parallel=ParallelConfig())
     device, line = find_device(config)
     engine = make_engine(config, device)
     engine.expect_rows(rows_of_a_step)
@@ -46,15 +56,43 @@ def measure(config: Config, rows_of_a_step: int) -> Measured:
         times.append(engine.measure(batch))
     seconds = {part: sum(parts[part] for parts in times) / len(times) for part in times[0]}
     update = seconds.pop("optimizer", 0.0)
-    return Measured(f"{line}, {engine.describe()}", rows, sum(seconds.values()), update)
+    return Measured(f"{line}, {engine.describe()}", rows, sum(seconds.values()), update, numa_nodes(device))
+
+
+def measure_on(cores: Sequence[Core], config: Config, rows_of_a_step: int) -> Measured:
+    """`measure` on these cores alone, a thread each, in a process of its own: so memory is near them too."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, initializer=bind, initargs=(cores,)) as process:
+        return process.submit(measure, config, rows_of_a_step).result()
+
+
+def numa_lines(config: Config, measured: Measured, rows_of_a_step: int) -> List[str]:
+    """On a CPU of several NUMA nodes: whether a process on each is faster than one on all."""
+    if len(measured.nodes) < 2:
+        return []
+    count, smallest = len(measured.nodes), min(measured.nodes, key=len)
+    one = measure_on(smallest, config, rows_of_a_step)
+    together, all_cores = count * one.rows / one.micro_batch, measured.rows / measured.micro_batch
+    rates = f"{count} x {rounded(together / count)} = {rounded(together)} rows/s"
+    line = f"measured with {count_of(len(smallest), 'core')} of one of {count} NUMA nodes: {rates}; with all cores: "
+    better = f"Faster: torchrun --nproc-per-node {count} run_pretraining.py ... (docs/scaling.md)"
+    slower = "One process is as fast as one on each node"
+    return [f"  {line}{rounded(all_cores)}. {better if together > all_cores else slower}"]
+
+
+def rows_and_samples(config: Config, facts: DataFacts) -> Tuple[int, int]:
+    """Of a step."""
+    batch, packing = config.training.global_batch_size, config.data.packing
+    per_row = (facts.per_row or 1.0) if packing != "off" else 1.0
+    rows = batch if packing in ("off", "rows") else max(1, round(batch / per_row))
+    return rows, int(rows * per_row) if packing == "rows" else batch
 
 
 def measured_report(config: Config, facts: DataFacts, why_not_ipu: str) -> List[str]:
     """The plan in lines for people; `why_not_ipu` says why it is not for IPUs, if the config leaves that open."""
-    batch, packing, steps = config.training.global_batch_size, config.data.packing, config.training.max_steps
+    packing, steps = config.data.packing, config.training.max_steps
+    rows, samples = rows_and_samples(config, facts)
     per_row = (facts.per_row or 1.0) if packing != "off" else 1.0
-    rows = batch if packing in ("off", "rows") else max(1, round(batch / per_row))
-    samples = int(rows * per_row) if packing == "rows" else batch
     measured = measure(config, rows)
     micro_batches = -(-rows // measured.rows)
     step = micro_batches * measured.micro_batch + measured.update
@@ -77,10 +115,28 @@ def measured_report(config: Config, facts: DataFacts, why_not_ipu: str) -> List[
         f"  a step: {total}, {rounded(samples / step)} sequences/s",
         f"  the whole run, {steps:,} steps, {steps * samples:,} samples: about {duration(steps * step)}"
         f"{epochs_of(steps * samples, facts)}",
+        *processes_lines(config, measured, rows),
+        *numa_lines(config, measured, rows),
         "  Not counted: reading data, checkpoints, evaluation. Rows that are not full are faster, where no padding is "
         "computed.",
     ]
     return [line for line in lines if line]
+
+
+def processes_lines(config: Config, measured: Measured, rows: int) -> List[str]:
+    """How long a step takes on all processes of the run, if sending takes no time; nothing for a process alone."""
+    size, parallel = processes_of(config)[0], config.parallel
+    if size == 1:
+        return []
+    micro_batches = -(-rows * parallel.pipeline // (size * measured.rows))
+    rounds = -(-micro_batches // (ROUND * parallel.pipeline))
+    filling = rounds * (parallel.pipeline - 1) / parallel.stages_per_process
+    passes = (micro_batches + filling) * measured.micro_batch / parallel.pipeline
+    step = passes + measured.update / (parallel.pipeline if parallel.shard == "none" else size)
+    return [
+        f"  on {size} processes, if sending takes no time: {rounded(step)} s a step, the whole run about "
+        f"{duration(config.training.max_steps * step)}"
+    ]
 
 
 def rounded(number: float) -> str:

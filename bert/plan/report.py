@@ -4,8 +4,10 @@ import textwrap
 from typing import List, Sequence, Tuple
 
 from bert.config import Config, IpuConfig
+from bert.engines import process_of
 from bert.plan.ipu_plan import IpuPlan, make_ipu_plan
-from bert.plan.measured import measured_report
+from bert.plan.measured import measured_report, rows_and_samples
+from bert.plan.parallel import parallel_lines
 from bert.plan.speed import time_lines
 from bert.plan.step import DataFacts, look_at_data, optimizer_name, run_name, step_lines
 from bert.plan.tables import memory_lines, stage_lines
@@ -28,7 +30,8 @@ def print_plan(config: Config) -> None:
     for_ipu, why_not = is_for_ipu(config)
     facts = look_at_data(config)
     if not for_ipu:
-        print_lines(measured_report(config, facts, why_not))
+        if not process_of(config.device)[0]:  # one of torchrun's processes is enough
+            print_processes(config, facts, why_not)
         return
     from bert.plan.picture import draw_plan  # here: matplotlib takes a while to import
 
@@ -41,6 +44,18 @@ def print_plan(config: Config) -> None:
         print_lines(
             ["This is the plan for IPUs. To measure this machine: --plan --device cpu, or --plan --device cuda"]
         )
+
+
+def print_processes(config: Config, facts: DataFacts, why_not_ipu: str) -> None:
+    """The plan for CUDA or CPU. What several processes hold and send is printed even where the device is missing."""
+    lines = parallel_lines(config, rows_and_samples(config, facts)[0])
+    print_lines(lines)
+    try:
+        print_lines(measured_report(config, facts, why_not_ipu))
+    except InputError as error:
+        if not lines:
+            raise
+        print_lines([f"Not measured: {error}"])
 
 
 def print_lines(lines: Sequence[str]) -> None:

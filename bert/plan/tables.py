@@ -1,4 +1,4 @@
-"""The tables of a plan for IPUs: the stages and the memory."""
+"""Tables: of a plan for IPUs the stages and the memory."""
 
 from typing import List, Sequence
 
@@ -7,7 +7,7 @@ from bert.plan.ipu_plan import IPU_BYTES, MIB, IpuPlan
 from bert.plan.step import optimizer_name
 from bert.text import percent
 
-__all__ = ["gflop", "memory_lines", "stage_lines"]
+__all__ = ["gflop", "memory_lines", "stage_lines", "table"]
 
 
 def stage_lines(plan: IpuPlan) -> List[str]:

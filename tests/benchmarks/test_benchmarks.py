@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks import data_wait
+from benchmarks import data_wait, scaling
 from benchmarks.processes import Worker
 from benchmarks.synthetic import random_samples, write_data_set
 from bert.engines.torch_devices import Cpu
@@ -185,3 +185,31 @@ def test_curves_of_runs_are_drawn_side_by_side(tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "own_loss" in printed and "4.6000" in printed and "6.0000" in printed
     assert results["two"]["steps"] == [10, 20, 30, 40] and results["two"]["own_loss"][0] == 5.9
+
+
+@pytest.mark.slow
+def test_the_scaling_benchmark_measures_one_and_two_processes_and_draws_them(tmp_path, tiny):
+    picture = tmp_path / "scaling.png"
+    options = ["--samples", 8, "--rounds", 1, "--steps", 1, "--config", tiny, "--plot", picture]
+    results, printed = run(tmp_path, "benchmarks/scaling.py", *options)
+    one, two = results["summaries"]
+    assert (one["processes"], two["processes"], two["samples"]) == (1, 2, {"weak": 16, "strong": 8})
+    for mode in ("weak", "strong"):
+        assert one[mode]["efficiency"] == 1 and one[mode]["waiting"] == 0
+        assert two[mode]["efficiency"] == pytest.approx(two[mode]["rate"] / one[mode]["rate"])  # of one machine
+        assert two[mode]["waiting"] < 1 and two[mode]["waiting_at_batch"] < 1
+    assert len(results["runs"][1]["ranks"]) == 2 and "2 strong" in printed
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_predicted_efficiency_is_what_the_page_says():
+    for row in scaling.prediction_rows():
+        assert f"| {' | '.join(row)} |" in read_page("docs/scaling.md")
+    free = scaling.predicted(1024, None)[1]
+    slow = [scaling.predicted(gpus, link)[1] for link in scaling.LINKS.values() for gpus in scaling.GPUS]
+    assert all(0 < efficiency <= 1 for efficiency in slow) and free > scaling.predicted(1024, 25e9 / 8)[1]
+
+
+def read_page(path):
+    with open(os.path.join(ROOT, path), encoding="utf-8") as file:
+        return file.read()

@@ -7,7 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from bert.plan.measured import Measured, measured_report
+from bert.engines.cores import Core, read_cores
+from bert.plan.measured import Measured, measure_on, measured_report
 from bert.plan.picture import visits_of
 from bert.plan.report import ipu_report, is_for_ipu
 from bert.plan.speed import Speed, calibrate, other_pods
@@ -185,3 +186,31 @@ def test_on_a_cpu_a_micro_batch_is_measured(tmp_path, monkeypatch, capsys, packi
     assert "the whole run, 10,000 steps, 2,560,000 samples: about" in printed and "512.00 epochs" in printed
     assert ("one a row" in printed) == (packing == "off")
     assert os.listdir(str(tmp_path)) == ["train-00000.h5"]
+
+
+NODES = [[Core(0, (0,))], [Core(1, (1,))]]
+
+
+@pytest.mark.parametrize("seconds, better", [(0.9, True), (1.1, False)])
+def test_one_process_on_each_numa_node_is_recommended_where_it_was_measured_to_be_faster(monkeypatch, seconds, better):
+    monkeypatch.setattr("bert.plan.measured.measure", lambda config, rows: Measured("here", 100, 0.5, 0.25, NODES))
+    monkeypatch.setattr("bert.plan.measured.measure_on", lambda cores, config, rows: Measured("", 100, seconds, 0.25))
+    lines = " ".join(measured_report(config_of("cpu_small"), DataFacts(), ""))
+    assert f"1 core of one of 2 NUMA nodes: 2 x {100 / seconds:.3g}" in lines.replace("rows/s", "")
+    assert ("Faster: torchrun --nproc-per-node 2 run_pretraining.py" in lines) == better
+
+
+@pytest.mark.slow
+def test_with_the_cores_of_one_node_a_process_of_its_own_measures():
+    cores = read_cores({min(os.sched_getaffinity(0))})
+    config = config_of("cpu_small", f"{SMALL} --training.micro_batch_size 2 --device cpu")
+    measured = measure_on(cores, config, 2)
+    assert measured.machine.startswith("cpu (1 threads") and measured.micro_batch > 0
+
+
+def test_processes_share_the_micro_batches(monkeypatch):
+    monkeypatch.setattr("bert.plan.measured.measure", lambda config, rows: Measured("here", 16, 0.5, 0.25))
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    lines = " ".join(measured_report(config_of("cpu_small", "--parallel.pipeline 2"), DataFacts(), ""))
+    # 256 rows in 4 copies are 4 micro-batches each, and filling takes as long as one more
+    assert f"on 8 processes, if sending takes no time: {5 * 0.5 / 2 + 0.25 / 2:.3g} s a step" in lines
