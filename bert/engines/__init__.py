@@ -55,7 +55,10 @@ def make_torch_engine(config: Config, task: Task, model: Model, device: TorchDev
 def suitable_rows(config: Config, device: TorchDevice, precision: str) -> int:
     """Rows of a micro-batch, memory aside."""
     data, training, value_bytes = config.data, config.training, 4 if precision == "float32" else 2
-    suitable = device.hidden_bytes // (value_bytes * data.sequence_length * config.model.hidden_size)
+    # Where models are in parts, nothing tries what fits; and the stages of a pipeline hold several micro-batches.
+    in_parts = config.parallel.shard != "none" or config.parallel.pipeline > 1
+    hidden_bytes = device.hidden_bytes // (8 if in_parts and device.memory else 1)
+    suitable = hidden_bytes // (value_bytes * data.sequence_length * config.model.hidden_size)
     return max(1, min(training.micro_batch_size or suitable, training.global_batch_size))
 
 
