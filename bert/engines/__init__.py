@@ -6,7 +6,15 @@ A fork adds its own: `ENGINES["name"] = make`, and the name to `device` in bert/
 from typing import Callable, Dict
 
 from bert.config import Config
-from bert.engines.choosing import find_device, has_static_shapes, makes_up_input, part_of, process_of
+from bert.engines.choosing import (
+    evaluated_part,
+    find_device,
+    has_static_shapes,
+    local_parts,
+    makes_up_input,
+    part_of,
+    process_of,
+)
 from bert.engines.engine import Engine
 from bert.engines.ipu import IpuEngine
 from bert.engines.micro_batch import fit_micro_batch
@@ -17,8 +25,8 @@ from bert.model.model import Model, initialize
 from bert.tasks import Task, make_model, make_task
 from data.errors import InputError
 
-__all__ = ["ENGINES", "Engine", "find_device", "has_static_shapes", "make_engine", "makes_up_input", "part_of"]
-__all__ += ["process_of"]
+__all__ = ["ENGINES", "Engine", "evaluated_part", "find_device", "has_static_shapes", "local_parts", "make_engine"]
+__all__ += ["makes_up_input", "part_of", "process_of"]
 
 
 def make_engine(config: Config, device: str, make_model: Callable[[Config, Task], Model] = make_model) -> Engine:
