@@ -187,14 +187,14 @@ def run_together(*works):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(5)
+        thread.join(30)
         assert not thread.is_alive()
     return errors
 
 
 def test_an_error_reaches_every_process(own_files):
     def until_it_fails(loader):
-        deadline = time.monotonic() + 2
+        deadline = time.monotonic() + 10
         while time.monotonic() < deadline:
             loader.check()
             time.sleep(0.01)
@@ -212,10 +212,11 @@ def test_a_slot_has_room_for_the_parts_alone():
     assert SlotRows([Part(0, 8), Part(1, 8), Part(0, 8), Part(1, 8)], 100).count == 2 * 13
 
 
-def is_refused(connection):
+def is_refused(address):
     try:
-        return connection.recv(1) == b""
-    except ConnectionResetError:
+        with connect(address, 1) as connection:
+            return connection.recv(1) == b""
+    except (LoaderDied, ConnectionResetError):
         return True
 
 
@@ -225,8 +226,7 @@ def test_another_users_process_gets_nothing_nor_does_one_that_says_nothing(files
     with shared_file(4096) as memory:
         clients = sharing.Clients(listener.detach(), 2, memory.fileno(), messages)
         monkeypatch.setattr(sharing.os, "getuid", lambda: os.geteuid() + 1)
-        with connect(address, 1) as other:
-            assert is_refused(other)
+        assert is_refused(address)
         monkeypatch.undo()
         with socket.socket(socket.AF_UNIX) as silent:
             silent.connect(f"\0{address}")
@@ -236,12 +236,11 @@ def test_another_users_process_gets_nothing_nor_does_one_that_says_nothing(files
                 assert os.fstat(descriptor).st_size == 4096
                 os.close(descriptor)
                 assert mine.recv(100) == b'"missed"\n'
-                with pytest.raises(LoaderDied):  # all are there
-                    connect(address, 1)
+                assert is_refused(address)  # all are there
                 mine.sendall(b"[1, 2]\n")
-                assert messages.get(timeout=2) == [1, 2]
+                assert messages.get(timeout=10) == [1, 2]
                 mine.shutdown(socket.SHUT_RDWR)
-            assert messages.get(timeout=2) == [1, None]
+            assert messages.get(timeout=10) == [1, None]
 
 
 def test_where_the_first_process_fails_before_it_opens_the_loader_the_others_learn_it(files):
@@ -302,8 +301,8 @@ def three_processes(files):
         for process in started:
             process.kill()
             process.wait()
-        assert_ends(pid)
-        deadline = time.monotonic() + 2
+        assert_ends(pid, 10)
+        deadline = time.monotonic() + 10
         while has_sockets(address):
             assert time.monotonic() < deadline
     finally:
@@ -338,7 +337,7 @@ def test_where_the_first_process_or_the_loader_is_killed_all_end(files, killed):
         os.kill(pid if killed == "loader" else started[0].pid, signal.SIGKILL)
         for process in started[killed != "loader" :]:
             began = time.monotonic()
-            _, errors = process.communicate("\n" * 5, timeout=5)
+            _, errors = process.communicate("\n" * 5, timeout=20)
             assert process.returncode == 1 and "LoaderDied: the loader's process " in errors
-            assert time.monotonic() - began < 3
-        assert not is_running(pid)
+            assert time.monotonic() - began < 10
+        assert_ends(pid, 10)
