@@ -3,29 +3,40 @@ BERT's way.
 
     python benchmarks/loader.py                              # on a synthetic data set, made in a temporary folder
     python benchmarks/loader.py --files 'shards/train-*.h5'  # on real shards
+    python benchmarks/loader.py --ranks 1 2 4 8              # for so many processes of a machine
 
 GB/s count a sample as it is in a shard of this project. "cold" drops the files from the page cache first; files on
 tmpfs cannot be dropped, so it is left out there. NVIDIA's way is measured on a shard in its own format, gzip and all:
 the seconds to read it whole, and those to hand out all its samples, extrapolated from the measured ones.
+
+With --ranks processes take their parts of the same batches as fast as they can: from one loader that they share; each
+from a loader of its own that assembles whole batches; and, as users of torch do, each from a DataLoader (1 worker) with
+a DistributedSampler. samples/s are those of all processes together; memory is the peak of resident bytes of the
+loaders' processes, in which the ring of batches is counted once.
 """
 
 import os
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import h5py
 import numpy as np
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from benchmarks.processes import Worker
 from benchmarks.report import make_parser, median, print_table, write_json
 from benchmarks.synthetic import write_data_set
 from bert.text import count_of
 from data.foreign.bert_layout import BERT_FEATURES
 from data.foreign.nvidia import write_nvidia
 from data.loading.loader import Loader, LoaderSettings
+from data.loading.ring import SlotRows, ring_bytes
 from data.loading.shard_files import open_shards
+from data.loading.sharing import LocalRanks, connect, listen
+from data.rows import WHOLE, Part
 from data.samples import FIELDS, layout
 from data.shards import expand, read_samples
 
@@ -83,8 +94,12 @@ def sample_tensors(ids, length, first, positions, labels, count, nsp):
     )
 
 
+def loader_settings(arguments, packing="samples"):
+    return LoaderSettings(arguments.batch_size, 0, packing, workers=arguments.workers)
+
+
 def open_loader(arguments, shards, packing):
-    return Loader(shards, LoaderSettings(arguments.batch_size, 0, packing, workers=arguments.workers))
+    return Loader(shards, loader_settings(arguments, packing))
 
 
 def measure_loader(arguments, shards, packing):
@@ -129,6 +144,109 @@ def measure_whole_shard(path, seconds):
     dataset = WholeShardDataset(path)
     reading = time.perf_counter() - began
     return len(dataset) / (reading + len(dataset) / measure_data_loader(dataset, 256, 0, seconds))
+
+
+class Rank:
+    """One of several processes that take their parts of the same batches; `open` says how."""
+
+    def __init__(self, arguments, rank, ranks):
+        self.arguments, self.rank, self.ranks = arguments, rank, ranks
+        self.shards, self.part, self.batches = open_shards(arguments.files), Part(rank, ranks), None
+        self.pids = []  # of the loader's processes, if they are this process's
+
+    def listen(self):
+        self.endpoint, address = listen()
+        return address
+
+    def open_shared(self, address):
+        if self.rank:
+            self.endpoint = connect(address, self.rank)
+        local = LocalRanks([Part(rank, self.ranks) for rank in range(self.ranks)], self.rank, self.endpoint)
+        self.loader, self.part = Loader(self.shards, loader_settings(self.arguments), local=local), WHOLE
+        self.endpoint.close()
+        self.pids = [] if self.rank else [self.loader._process.process.pid]
+
+    def open_own(self, _):
+        self.loader = open_loader(self.arguments, self.shards, "samples")
+        self.pids = [self.loader._process.process.pid]
+
+    def open_torch(self, _):
+        dataset = H5pyDataset(self.shards)
+        sampler = torch.utils.data.DistributedSampler(dataset, self.ranks, self.rank)
+        self.batches = iter(torch.utils.data.DataLoader(dataset, 256, sampler=sampler, num_workers=1))
+        self.pids = [worker.pid for worker in self.batches._workers]
+
+    def take(self, count):
+        """Takes `count` batches; returns the samples that the global ones have, or of torch's this process's own."""
+        samples = 0
+        for _ in range(count):
+            if self.batches:
+                samples += len(next(self.batches)[0])
+            else:
+                batch = self.loader.next()
+                self.part.of(batch.arrays)
+                samples += batch.samples
+        return samples
+
+    def peak_memory(self):
+        return sum(map(peak_memory, self.pids))
+
+
+def peak_memory(pid):
+    """Bytes."""
+    with open(f"/proc/{pid}/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def measure_ranks(arguments, ranks, way):
+    """(samples/s, peak memory in bytes)"""
+    workers = [Worker(Rank, arguments, rank, ranks) for rank in range(ranks)]
+    with ThreadPoolExecutor(ranks) as threads:
+
+        def ask(function, *values):
+            return list(threads.map(lambda worker: worker.ask(function, *values), workers))
+
+        try:
+            address = workers[0].ask(Rank.listen) if way == "open_shared" else None
+            ask(getattr(Rank, way), address)
+            few = 1 if way == "open_torch" else 6  # more than are made ahead
+            ask(Rank.take, few)
+            began = time.perf_counter()
+            ask(Rank.take, few)
+            count = max(few, int(few * arguments.seconds / (time.perf_counter() - began)))
+            began = time.perf_counter()
+            taken = ask(Rank.take, count)
+            seconds = time.perf_counter() - began
+            return (sum(taken) if way == "open_torch" else taken[0]) / seconds, sum(ask(Rank.peak_memory))
+        finally:
+            threads.map(Worker.__exit__, workers)
+
+
+def run_ranks(arguments):
+    info = open_shards(arguments.files)[0]
+    settings = loader_settings(arguments)
+    ways = {"shared loader": "open_shared", "a loader each": "open_own", "DataLoader each": "open_torch"}
+    rounds = {}
+    for _ in range(arguments.rounds):
+        for ranks in arguments.ranks:
+            for name, way in ways.items():
+                rounds.setdefault((ranks, name), []).append(measure_ranks(arguments, ranks, way))
+    rows, results = [], []
+    for (ranks, name), values in rounds.items():
+        whole = ring_bytes(settings.layout(info, arguments.batch_size), settings.slots)
+        parts = SlotRows([Part(rank, ranks) for rank in range(ranks)], arguments.batch_size).count
+        ring = {
+            "shared loader": ring_bytes(settings.layout(info, parts), settings.slots),
+            "a loader each": ranks * whole,
+        }.get(name, 0)
+        rate, memory = (median(column) for column in zip(*values))
+        results.append(
+            dict(ranks=ranks, way=name, samples_per_second=rate, ring_bytes=ring, peak_bytes=memory, rounds=values)
+        )
+        rows.append([f"{ranks}, {name}", f"{rate:,.0f}", f"{ring / 1e6:,.0f}", f"{memory / 1e6:,.0f}"])
+    print(f"global batch {arguments.batch_size:,}; medians of {count_of(arguments.rounds, 'round')}")
+    print_table(["ranks", "samples/s", "ring, MB", "all memory, MB"], rows)
+    write_json(arguments.json, {"batch_size": arguments.batch_size, "ranks": results}, torch=torch.__version__)
 
 
 def in_memory(path):
@@ -193,6 +311,7 @@ def main():
     parser.add_argument("--batch-size", type=int, default=65536, help="global batch, in samples (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="threads of the loader (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement (default: %(default)s)")
+    parser.add_argument("--ranks", type=int, nargs="+", help="measure loading for so many processes instead")
     parser.add_argument("--rounds", type=int, default=3, help="in which the ways take turns (default: %(default)s)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -200,7 +319,10 @@ def main():
             sizes = arguments.sequence_length, arguments.mask_tokens, 30522
             arguments.files = [write_data_set(folder, "wikipedia", arguments.samples, *sizes)]
         arguments.files = expand(arguments.files)
-        run(arguments, folder)
+        if arguments.ranks:
+            run_ranks(arguments)
+        else:
+            run(arguments, folder)
 
 
 if __name__ == "__main__":

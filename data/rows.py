@@ -11,7 +11,7 @@ losses over any cut into micro-batches gives the mean over the global batch, and
 """
 
 from functools import lru_cache
-from typing import Any, Dict, NamedTuple, Sequence, Tuple
+from typing import Any, Dict, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -20,7 +20,7 @@ from data.packing import Packing, pack
 from data.samples import Samples
 
 __all__ = ["MLM", "NSP", "WHOLE", "Arrays", "Layout", "Part", "RowShape", "Target", "fill_packed", "fill_unpacked"]
-__all__ += ["normalize_weights", "packed_batch", "unpacked_batch", "unpad", "weight_counts"]
+__all__ += ["normalize_weights", "packed_batch", "rank_of_rows", "unpacked_batch", "unpad", "weight_counts"]
 
 TOKEN_FIELDS = ("input_ids", "token_type_ids", "position_ids")
 
@@ -68,14 +68,12 @@ class Part(NamedTuple):
     size: int = 1
 
     def rows(self, tokens: np.ndarray) -> np.ndarray:
-        """Its rows, in ascending order; `tokens` [R] are the tokens of each row.
+        """Its rows, in ascending order; `tokens` [R] are the tokens of each row."""
+        return np.flatnonzero(rank_of_rows(tokens, self.size) == self.rank)
 
-        The parts' numbers of tokens differ by the longest row's at most: the rows, longest first, go to the parts in
-        turn, forwards and backwards (0 1 2 2 1 0 0 ...).
-        """
-        order = np.argsort(-tokens.astype(np.int64), kind="stable")
-        turn = np.arange(len(tokens)) % (2 * self.size)
-        return np.sort(order[np.minimum(turn, 2 * self.size - 1 - turn) == self.rank])
+    def most_rows(self, rows: int) -> int:
+        """How many it has at most of a global batch of so many."""
+        return -(-rows // self.size)
 
     def of(self, batch: Arrays) -> Arrays:
         """Its rows of a global batch."""
@@ -86,6 +84,21 @@ class Part(NamedTuple):
 
 
 WHOLE = Part()
+
+
+def rank_of_rows(tokens: np.ndarray, size: int) -> np.ndarray:
+    """[R] int: which of `size` parts each row belongs to; `tokens` [R] are the tokens of each, below 65,536.
+
+    The parts' numbers of tokens differ by the longest row's at most: the rows, longest first, go to the parts in turn,
+    forwards and backwards (0 1 2 2 1 0 0 ...).
+    """
+    if size == 1:
+        return np.zeros(len(tokens), np.int64)
+    turn = np.arange(len(tokens)) % (2 * size)
+    ranks = np.empty(len(tokens), np.int64)
+    order = np.argsort(np.uint16(65535) - tokens.astype(np.uint16), kind="stable")  # of 16 bits: a radix sort
+    ranks[order] = np.minimum(turn, 2 * size - 1 - turn)
+    return ranks
 
 
 class Target(NamedTuple):
@@ -123,9 +136,10 @@ def fill_unpacked(batch: Arrays, samples: Samples) -> None:
 
 
 def fill_packed(batch: Arrays, samples: Samples, packing: Packing, first_row: int = 0) -> None:
-    """Writes checked samples where `packing` puts them: `batch` holds its R rows from `first_row` on; none stays empty.
+    """Writes checked samples where `packing` puts them: `batch` holds its R rows from `first_row` on.
 
-    The samples come row after row, in the order of their places. Weights become 0 and 1 as in `fill_unpacked`.
+    The samples come row after row, in the order of their places. Rows without one become padding. Weights become 0 and
+    1 as in `fill_unpacked`.
     """
     row, place, start = packing.row - first_row, packing.place, packing.start
     length, slots = samples.input_ids.shape[1], samples.mlm_positions.shape[1]
@@ -158,9 +172,11 @@ def weight_counts(batch: Arrays) -> Dict[str, int]:
     return {target.weights: int(np.count_nonzero(batch[target.weights])) for target in (MLM, NSP)}
 
 
-def normalize_weights(batch: Arrays) -> Dict[str, int]:
-    """Turns weights of 0 and 1 into those of a global batch, in place; returns their `weight_counts`."""
-    counts = weight_counts(batch)
+def normalize_weights(batch: Arrays, counts: Optional[Mapping[str, int]] = None) -> Mapping[str, int]:
+    """Turns weights of 0 and 1 into those of a global batch, in place; returns its `weight_counts`, which are to be
+    given where `batch` has some of its rows alone."""
+    if counts is None:
+        counts = weight_counts(batch)
     for name, count in counts.items():
         batch[name] *= np.float32(1 / max(1, count))
     return counts

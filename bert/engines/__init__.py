@@ -9,8 +9,10 @@ import torch
 
 from bert.config import Config
 from bert.engines.choosing import (
+    evaluated_part,
     find_device,
     has_static_shapes,
+    local_parts,
     makes_up_input,
     numa_nodes,
     part_of,
@@ -27,8 +29,16 @@ from bert.model.model import Model, initialize
 from bert.tasks import Task, make_model, make_task
 from data.errors import InputError
 
-__all__ = ["ENGINES", "Engine", "expected_of_torch", "find_device", "has_static_shapes", "make_engine"]
-__all__ += ["makes_up_input", "numa_nodes", "part_of", "process_of"]
+__all__ = [
+    "ENGINES",
+    "Engine",
+    "evaluated_part",
+    "expected_of_torch",
+    "find_device",
+    "has_static_shapes",
+    "local_parts",
+]
+__all__ += ["local_parts", "make_engine", "makes_up_input", "numa_nodes", "part_of", "process_of"]
 
 
 def make_engine(config: Config, device: str, make_model: Callable[[Config, Task], Model] = make_model) -> Engine:

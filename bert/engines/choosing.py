@@ -13,8 +13,8 @@ from bert.validation import validate_for_ipu
 from data.errors import InputError
 from data.rows import WHOLE, Part
 
-__all__ = ["choose_device", "find_device", "has_static_shapes", "makes_up_input", "numa_nodes", "part_of"]
-__all__ += ["process_of", "take_card", "take_cores"]
+__all__ = ["choose_device", "evaluated_part", "find_device", "has_static_shapes", "local_parts", "makes_up_input"]
+__all__ += ["numa_nodes", "part_of", "process_of", "take_card", "take_cores"]
 
 # What the IPU engine takes from Graphcore's packages. Others of these names have none of it.
 SDK_NAMES = {
@@ -98,11 +98,25 @@ def process_of(device: str) -> Tuple[int, int]:
 
 def part_of(config: Config, device: str) -> Part:
     """Which rows of a global batch this process gets: all processes of a pipeline get the same."""
+    parts, rank = local_parts(config, device)
+    return parts[rank]
+
+
+def local_parts(config: Config, device: str) -> Tuple[List[Part], int]:
+    """The parts of all processes that torchrun started on this machine, and which of them this process is; of another
+    one its part alone."""
     rank, size = process_of(device)
-    if device == "ipu":  # the engine takes its own
-        return WHOLE
-    replicas = max(1, size // config.parallel.pipeline)
-    return Part(rank % replicas, replicas)
+    replicas = size if device == "ipu" else max(1, size // config.parallel.pipeline)
+    place, count = 0, 1
+    if device != "ipu" and {"LOCAL_RANK", "LOCAL_WORLD_SIZE"} <= set(os.environ):
+        place, count = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    first = rank - place  # torchrun numbers machine after machine
+    return [Part(number % replicas, replicas) for number in range(first, first + count)], place
+
+
+def evaluated_part(config: Config, device: str) -> Part:
+    """Which rows this process evaluates. On IPUs all, in each of poprun's processes: they do not add up metrics."""
+    return WHOLE if device == "ipu" else part_of(config, device)
 
 
 def take_card() -> None:

@@ -65,8 +65,8 @@ class IpuEngine:
     """Trains `model` on a pipeline of IPUs, in `ipu.replication_factor` replicas; `bert.engines.engine.Engine` says
     what its methods do.
 
-    Under poprun each process feeds its share of the rows, and its metrics are those of its share: `rank` says which it
-    is. A call does `steps_per_call` optimizer steps, on as many global batches one after the other.
+    Under poprun each process feeds its part of the rows (`part_of`), and its metrics are those of its part. A call does
+    `steps_per_call` optimizer steps, on as many global batches one after the other.
     """
 
     asynchronous = False
@@ -170,25 +170,14 @@ class IpuEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.training.setOptimizer(self.optimizer)
-        share = self.share(batch)
-        sums = self.training(*self.tensors(share))[1:]
+        sums = self.training(*self.tensors(batch))[1:]
         self.steps_done = step
         progress(len(batch["input_ids"]))
         metrics = {
-            name: total.float().sum() / float(share[weights].sum(dtype=np.float64))
+            name: total.float().sum() / float(batch[weights].sum(dtype=np.float64))
             for (name, weights), total in zip(self.task.metrics.items(), sums)
         }
         return {**({} if self.made_up else metrics), "skipped_updates": torch.tensor(0)}
-
-    def share(self, batch: Arrays) -> Arrays:
-        # Of each of the call's global batches the same part, without a copy where there is one batch.
-        if self.world_size == 1:
-            return batch
-        parts = {}
-        for name, array in batch.items():
-            mine = array.reshape((self.steps_per_call, self.world_size, -1) + array.shape[1:])[:, self.rank]
-            parts[name] = mine.reshape((-1,) + array.shape[1:])
-        return parts
 
     def evaluate(self, batch: Arrays) -> Dict[str, torch.Tensor]:
         """The IPUs go to another executable for it."""

@@ -1,29 +1,31 @@
 """The data of a run: its shards, made from text where they are not there yet, their vocabulary, its loader."""
 
-import dataclasses
+import contextlib
 import glob
 import json
 import logging
 import os
-from typing import Dict, List, NamedTuple
+from typing import Dict, Iterator, List, NamedTuple
 
 import numpy as np
 
 from bert.config import Config
-from bert.engines import has_static_shapes
+from bert.engines import has_static_shapes, local_parts
+from bert.engines.parallel.processes import current
+from bert.errors import ProcessLost
 from bert.geometry import packing_of
 from bert.run.state import RunState
 from bert.tasks import Task
 from data.errors import InputError
 from data.loading.loader import GlobalBatch, Loader, LoaderSettings, batches_in_order
 from data.loading.shard_files import open_shards
+from data.loading.sharing import LocalRanks, can_share, connect, listen
 from data.prepare import prepare
 from data.preparing.options import PrepareOptions
-from data.rows import Part
 from data.shards import ShardInfo
 from data.tokenizer import find_vocab, vocab_sha256
 
-__all__ = ["DataSet", "make_shards_from_text", "next_batch", "open_data", "open_loader"]
+__all__ = ["DataSet", "make_shards_from_text", "next_batch", "open_data", "open_loader", "sharing_loader"]
 
 logger = logging.getLogger(__name__)
 
@@ -122,8 +124,34 @@ def open_data(config: Config, task: Task) -> DataSet:
     return DataSet(shards, tokens, skipped)
 
 
-def open_loader(config: Config, data_set: DataSet, state: RunState, device: str) -> Loader:
-    """Global batches from where `state` is."""
+@contextlib.contextmanager
+def sharing_loader(config: Config, device: str) -> Iterator[LocalRanks]:
+    """The processes of this machine, which share one loader: open it inside.
+
+    To be entered before anything that one of them may fail at: leaving it, whether the loader is open or not, tells the
+    others that wait for it. Raises ProcessLost and LoaderDied where the first of them has ended.
+    """
+    parts, rank = local_parts(config, device)
+    processes = current()
+    if processes is None or len(parts) == 1 or not can_share():
+        yield LocalRanks(parts[rank : rank + 1])
+        return
+    key = f"loader of process {processes.rank - rank}"
+    if rank == 0:
+        endpoint, address = listen()
+        processes.store.set(key, address)
+    else:
+        try:
+            address = processes.store.get(key).decode()
+        except RuntimeError as error:
+            raise ProcessLost(f"{key}, the first of this machine, has ended or hangs. Start again") from error
+        endpoint = connect(address, rank)
+    with endpoint:
+        yield LocalRanks(parts, rank, endpoint)
+
+
+def open_loader(config: Config, data_set: DataSet, state: RunState, device: str, local: LocalRanks) -> Loader:
+    """This process's part of the global batches, from where `state` is."""
     data, training = config.data, config.training
     settings = LoaderSettings(
         batch_size=training.global_batch_size,
@@ -133,20 +161,20 @@ def open_loader(config: Config, data_set: DataSet, state: RunState, device: str)
         skip_bad=data.on_bad_shard == "skip",
         workers=min(data.workers, os.cpu_count() or 1),
     )
-    return Loader(data_set.shards, settings, state.position, state.skipped)
+    return Loader(data_set.shards, settings, state.position, state.skipped, local)
 
 
-def next_batch(loader: Loader, count: int, part: Part) -> GlobalBatch:
-    """One part of the next `count` global batches, one after the other in one."""
+def next_batch(loader: Loader, count: int) -> GlobalBatch:
+    """The next `count` global batches, or this process's part of each, one after the other in one."""
     if count == 1:
-        batch = loader.next()
-        return dataclasses.replace(batch, arrays=part.of(batch.arrays))
-    arrays, counts = [], []
+        return loader.next()
+    arrays, counts, rows = [], [], 0
     for _ in range(count):
         batch = loader.next()
         # The loader takes its memory back with the next batch.
         arrays.append({name: array.copy() for name, array in batch.arrays.items()})
         counts.append(batch.counts)
+        rows += batch.rows
     together = {name: np.concatenate([part[name] for part in arrays]) for name in arrays[0]}
     sums = {name: sum(part[name] for part in counts) for name in counts[0]}
-    return GlobalBatch(together, len(together["input_ids"]), sums, batch.position, batch.skipped)
+    return GlobalBatch(together, rows, sums, batch.position, batch.skipped)

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from bert.config import Config
-from bert.engines import Engine, find_device, make_engine, makes_up_input, part_of, process_of
+from bert.engines import Engine, evaluated_part, find_device, make_engine, makes_up_input, process_of
 from bert.engines.parallel.processes import current, failing_together, first_alone, joined
 from bert.errors import Diverged, ProcessLost
 from bert.model.model import Model
@@ -25,7 +25,7 @@ from bert.run.checkpoint import (
 )
 from bert.run.console import show_errors_only
 from bert.run.curve import draw_curve, read_metrics
-from bert.run.data_set import DataSet, make_shards_from_text, next_batch, open_data, open_loader
+from bert.run.data_set import DataSet, make_shards_from_text, next_batch, open_data, open_loader, sharing_loader
 from bert.run.evaluation import evaluate
 from bert.run.metrics_log import MetricsLog, task_words
 from bert.run.run_folder import checkpoints_of, claim, find_checkpoint, is_finished, mark_finished
@@ -36,6 +36,7 @@ from bert.tasks import Task, make_model, make_task
 from data.errors import InputError, LoaderDied
 from data.files import write_json
 from data.loading.loader import GlobalBatch, Loader
+from data.loading.sharing import LocalRanks
 from data.rows import Part
 from data.tokenizer import read_vocab, vocab_sha256
 
@@ -54,7 +55,7 @@ class Run:
     data_set: DataSet
     state: RunState
     part: Part
-    """Which rows of a global batch this process gets."""
+    """Which rows of a batch this process evaluates."""
     last_step: int
     """The step to stop after: the last of all, or training.stop_at_step."""
     saved_step: int
@@ -98,8 +99,8 @@ def train(config: Config, make_model: Callable[[Config, Task], Model] = make_mod
             logger.info("compiled into %s", config.ipu.executable_cache_dir)
             return 0
         closing.enter_context(joined(device, config.parallel.timeout))
-        with failing_together():
-            begun = begin(config, device, device_line, make_model, closing)
+        with failing_together(), sharing_loader(config, device) as local:
+            begun = begin(config, device, device_line, local, make_model, closing)
         if isinstance(begun, int):
             return begun
         run, first = begun
@@ -118,6 +119,7 @@ def begin(
     config: Config,
     device: str,
     device_line: str,
+    local: LocalRanks,
     make_model: Callable[[Config, Task], Model],
     closing: contextlib.ExitStack,
 ) -> Union[int, Tuple[Run, GlobalBatch]]:
@@ -139,14 +141,14 @@ def begin(
         output = config.training.output
         logger.info("%s: step %d of %d is done already, nothing to do", output, state.step, last_step)
         return state.step
-    loader = closing.enter_context(open_loader(config, data_set, state, device))
+    loader = closing.enter_context(open_loader(config, data_set, state, device, local))
     engine = make_engine(config, device, make_model)
     load_into(engine, config, data_set, state, checkpoint)
-    part = part_of(config, device)
-    first = next_batch(loader, engine.steps_per_call, part)
+    first = next_batch(loader, engine.steps_per_call)
     engine.expect_rows(len(first.arrays["input_ids"]))
     log_what_runs(config, device_line, engine, data_set, first, checkpoint)
     closing.enter_context(claim(config, engine.steps_done))
+    part = evaluated_part(config, device)
     return Run(config, engine, loader, data_set, state, part, last_step, engine.steps_done), first
 
 
@@ -175,7 +177,7 @@ def run_steps(run: Run, batch: GlobalBatch) -> None:
                         run.save()
                 if step < run.last_step:
                     with log.waiting_for_data():
-                        batch = next_batch(loader, engine.steps_per_call, run.part)
+                        batch = next_batch(loader, engine.steps_per_call)
         except (KeyboardInterrupt, InputError, LoaderDied, ProcessLost):
             log.write()
             if engine.steps_done > run.saved_step and engine.stops_together:

@@ -1,21 +1,24 @@
 """Global batches from shards: asynchronously and shuffled for training, plainly and in file order for evaluation.
 
 One process reads and assembles ahead of training, in threads, into a ring of slots in shared memory; the training
-thread takes a finished slot. A process, because Python's threads would get in the way of the training loop.
+thread takes a finished slot. A process, because Python's threads would get in the way of the training loop. The
+processes of a machine share it.
 """
 
 import collections
+import contextlib
 import json
 import os
 import select
 from dataclasses import asdict, dataclass
-from typing import Any, Deque, Dict, Iterator, Mapping, Optional, Sequence
+from typing import Any, Deque, Dict, Iterator, Mapping, Optional, Sequence, Union
 
 import numpy as np
 
 from data.errors import InputError, LoaderDied
-from data.loading.ring import ring_bytes, ring_slots, shared_file
+from data.loading.ring import SlotRows, ring_bytes, ring_slots, shared_file
 from data.loading.shard_files import read_checked
+from data.loading.sharing import ALONE, Connection, LocalRanks
 from data.masking import choice_reference
 from data.packing import SAMPLES_PER_ROW
 from data.rows import NSP, WHOLE, Arrays, Layout, Part, RowShape, unpacked_batch, weight_counts
@@ -70,9 +73,9 @@ class LoaderSettings:
         per_row = 1 if self.packing == "off" else self.samples_per_row
         return RowShape.of(shard.sequence_length, shard.mask_tokens, per_row)
 
-    def layout(self, shard: ShardInfo) -> Layout:
-        """Of a slot."""
-        return self.row_shape(shard).layout(self.batch_size)
+    def layout(self, shard: ShardInfo, rows: int) -> Layout:
+        """Of a slot of so many rows."""
+        return self.row_shape(shard).layout(rows)
 
     def check(self) -> None:
         """Raises InputError for a value out of range."""
@@ -86,42 +89,58 @@ class Loader:
     """Global batches in the order of `data.loading.order`, assembled ahead of their use; without end.
 
     `shards`: as `open_shards` opened them. `position`: where to begin, a batch's `position` or 0. `skipped`: shards
-    that were left out before. Raises InputError, before a process is started, for a value out of range, masking that is
-    not known, and too little memory. A context manager: leaving it, or the end of this process in whatever way, ends
-    the loader's process.
+    that were left out before. `local`: the processes that share the loader's process, each of which opens a Loader; the
+    arrays of each have its part of the rows alone. All are given the same but for that.
+
+    Raises InputError, before a process is started, for a value out of range, masking that is not known, and too little
+    memory. A context manager: leaving it, or the end of the process that started it in whatever way, ends the loader's
+    process. Where another of those that share it ends, the rest go on.
     """
 
     def __init__(
-        self, shards: Sequence[ShardInfo], settings: LoaderSettings, position: int = 0, skipped: Mapping[str, str] = {}
+        self,
+        shards: Sequence[ShardInfo],
+        settings: LoaderSettings,
+        position: int = 0,
+        skipped: Mapping[str, str] = {},
+        local: LocalRanks = ALONE,
     ):
         settings.check()
         if position < 0:
             raise InputError(f"the loader's position is {position}, expected 0 or more")
-        self._skipped = dict(skipped)
-        choose = choice_reference(shards[0].masked_units, shards[0].path)
-        layout = settings.layout(shards[0])
+        self._skipped, self._rank, self._part = dict(skipped), local.rank, local.parts[local.rank]
+        self._slot_rows = SlotRows(local.parts, settings.batch_size)
+        layout = settings.layout(shards[0], self._slot_rows.count)
         self._in_use: Optional[int] = None
         self._messages: Deque[Dict] = collections.deque()
         self._unread = b""
-        with shared_file(ring_bytes(layout, settings.slots)) as memory:
-            self._slots = ring_slots(memory.fileno(), layout, settings.slots)
-            self._child, self._closed = ChildProcess("data.loading.process", [memory.fileno()]), False
-            self._send(
-                {
-                    "shards": [asdict(shard) for shard in shards],
-                    "settings": asdict(settings),
-                    "choose": choose,
-                    "position": position,
-                    "skipped": self._skipped,
-                    "memory": memory.fileno(),
-                    "folder": os.getcwd(),
-                }
-            )
-        for slot in range(settings.slots):
-            self._send(slot)
+        self._closed = False
+        self._process: Union[ChildProcess, Connection]
+        if local.rank:
+            assert local.endpoint is not None
+            self._process = connection = Connection(local.endpoint)
+            memory = connection.receive_descriptor()
+            self._slots = ring_slots(memory, layout, settings.slots)
+            os.close(memory)
+            return
+        request = {
+            "shards": [asdict(shard) for shard in shards],
+            "settings": asdict(settings),
+            "choose": choice_reference(shards[0].masked_units, shards[0].path),
+            "position": position,
+            "skipped": self._skipped,
+            "folder": os.getcwd(),
+            "parts": list(local.parts),
+            "listener": local.endpoint.fileno() if local.endpoint else None,
+        }
+        with shared_file(ring_bytes(layout, settings.slots)) as file:
+            self._slots = ring_slots(file.fileno(), layout, settings.slots)
+            descriptors = [file.fileno(), *([local.endpoint.fileno()] if local.endpoint else [])]
+            self._process = ChildProcess("data.loading.process", descriptors)
+            self._send({**request, "memory": file.fileno()})
 
     def next(self) -> GlobalBatch:
-        """The next global batch; waits for it only when the loader is behind.
+        """The next global batch, or this process's part of it; waits for it only when the loader is behind.
 
         Its arrays are valid until the following call, which gives their memory back. Raises InputError that names a
         shard that turns out bad, cut off or removed, LoaderDied that says how the loader's process ended.
@@ -129,25 +148,27 @@ class Loader:
         if self._closed:
             raise RuntimeError("the loader is closed")
         if self._in_use is not None:
-            self._send(self._in_use)
+            self._send([self._rank, self._in_use])
         while not self._messages:
             self._receive()
         message = self._messages.popleft()
         self._in_use = slot = message["slot"]
-        arrays = {name: array[: message["rows"]] for name, array in self._slots[slot].items()}
+        first = self._slot_rows.first(self._part)
+        rows = slice(first, first + message["filled"][self._slot_rows.parts.index(self._part)])
+        arrays = {name: array[rows] for name, array in self._slots[slot].items()}
         skipped = {**self._skipped, **message["skipped"]}
         return GlobalBatch(arrays, message["rows"], message["counts"], message["position"], skipped)
 
     def check(self) -> None:
         """Raises what `next` would, as soon as the loader's process has failed: for steps that take long."""
-        while not self._closed and select.select([self._child.output], [], [], 0)[0]:
+        while not self._closed and select.select([self._process.output], [], [], 0)[0]:
             self._receive()
 
     def close(self) -> None:
-        """Ends the loader's process at once and gives its memory back; may be called again."""
+        """Ends the loader's process at once, if this one started it, and gives its memory back; may be called again."""
         if not self._closed:
             self._closed, self._slots = True, []
-            self._child.end()
+            self._process.end()
 
     def __enter__(self) -> "Loader":
         return self
@@ -156,15 +177,17 @@ class Loader:
         self.close()
 
     def _send(self, message: Any) -> None:
-        self._child.send(encode(message))
+        self._process.send(encode(message))
 
     def _receive(self) -> None:
-        data = os.read(self._child.output.fileno(), 1 << 16)
+        data = b""
+        with contextlib.suppress(ConnectionResetError):  # an end, too
+            data = os.read(self._process.output.fileno(), 1 << 16)
         *lines, self._unread = (self._unread + data).split(b"\n")
         self._messages.extend(map(json.loads, lines))
         failure = next((message for message in self._messages if "error" in message), None)
         if failure is None and not data:
-            end = f"the loader's process {self._child.how_it_ended()}. Start again from the last checkpoint"
+            end = f"the loader's process {self._process.how_it_ended()}. Start again from the last checkpoint"
             failure = {"error": end, "bad_input": False}
         if failure is not None:  # batches that are ready are not used up first: a run should stop where it is
             self.close()

@@ -1,8 +1,9 @@
 """The process behind `data.loading.loader.Loader`: assembles global batches in shared memory, ahead of training.
 
-It gets the request of `Loader`, then the number of each slot that may be filled (`data.subprocesses` has the protocol).
-It sends {"slot", "rows", "counts", "position", "skipped"} for each finished batch, or {"error", "bad_input"} once, and
-ends. It imports neither torch nor anything that starts slowly.
+It gets the request of `Loader`, then [process, slot] as each process that it serves is done with a slot
+(`data.subprocesses` and `data.loading.sharing` have the protocol). It sends all of them {"slot", "rows", "filled",
+"counts", "position", "skipped"} for each finished batch ("filled": the number of rows of each part), or {"error",
+"bad_input"} once, and ends. It imports neither torch nor anything that starts slowly.
 """
 
 import os
@@ -10,17 +11,18 @@ import queue
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import Callable, Dict, Iterator, Optional, Tuple
+from typing import Callable, Dict, Iterator, List, Optional, Set, Tuple
 
 import numpy as np
 
 from data.loading.loader import LoaderSettings
 from data.loading.order import Order
-from data.loading.ring import ring_slots
+from data.loading.ring import SlotRows, ring_slots
+from data.loading.sharing import Clients
 from data.loading.windows import NextSamples, ShardFiles, read_windows
-from data.masking import load_choice, mask_budget, mask_dynamic, masking_of
+from data.masking import Masking, choose_tokens, load_choice, mask_budget, mask_dynamic, masking_of
 from data.packing import Packing, largest_prefix, one_a_row, pack
-from data.rows import Arrays, fill_packed, fill_unpacked, normalize_weights
+from data.rows import MLM, NSP, Arrays, Part, fill_packed, fill_unpacked, normalize_weights
 from data.samples import Samples
 from data.shards import ShardInfo
 from data.subprocesses import error_message, open_channel
@@ -39,18 +41,25 @@ def main() -> None:
     request = messages.get()
     os.chdir(request["folder"])
 
+    parts = [Part(*part) for part in request["parts"]]
+    clients = Clients(request["listener"], len(parts), request["memory"], messages)
+
+    def tell(message: Dict) -> None:
+        reply(message)
+        clients.reply(message)
+
     def run(work: Callable, *arguments) -> None:
         try:
             work(*arguments)
         except BaseException as error:
-            reply(error_message(error))
+            tell(error_message(error))
         os._exit(1)  # without waiting for threads, which may hang in a read
 
     def start() -> None:
         shards = [ShardInfo(**shard) for shard in request["shards"]]
         files = ShardFiles(shards, request["settings"]["skip_bad"], request["skipped"])
         threading.Thread(target=run, args=(watch, files), daemon=True).start()
-        serve(request, files, messages, reply)
+        serve(request, files, parts, messages, tell)
 
     run(start)
 
@@ -61,33 +70,64 @@ def watch(files: ShardFiles) -> None:
         time.sleep(CHECK_SECONDS)
 
 
-def serve(request: Dict, files: ShardFiles, free_slots: queue.Queue, reply: Callable[[Dict], None]) -> None:
+def serve(
+    request: Dict, files: ShardFiles, parts: List[Part], messages: queue.Queue, tell: Callable[[Dict], None]
+) -> None:
     """Fills slot after slot, as they get free, for ever. Raises InputError that names the file that cannot be used."""
     settings, info = LoaderSettings(**request["settings"]), files.shards[0]
     order = Order([shard.num_samples for shard in files.shards], settings.seed, info.sequence_length)
     stream = SampleStream(read_windows(files, order, request["position"], settings.workers))
-    slots = ring_slots(request["memory"], settings.layout(info), settings.slots)
-    mask: Optional[Mask] = None
-    if info.masking == "dynamic":
-        masking = masking_of(info, load_choice(request["choose"]))
+    slot_rows = SlotRows(parts, settings.batch_size)
+    slots = ring_slots(request["memory"], settings.layout(info, slot_rows.count), settings.slots)
+    masking = masking_of(info, load_choice(request["choose"])) if info.masking == "dynamic" else None
 
-        def mask(samples: Samples, numbers: np.ndarray, ends: np.ndarray) -> Samples:
-            return mask_dynamic(samples, numbers, settings.seed, (ends - 1) // order.num_samples, masking)
+    def mask(samples: Samples, numbers: np.ndarray, ends: np.ndarray) -> Samples:
+        if masking is None or not len(samples):
+            return samples
+        return mask_dynamic(samples, numbers, settings.seed, (ends - 1) // order.num_samples, masking)
 
     with ThreadPoolExecutor(settings.workers) as threads:
-        while True:
-            slot = free_slots.get()
+        for number in free_slots(settings.slots, set(range(len(parts))), messages):
             chosen, packing = choose(stream, settings, info)
-            rows, batch = packing.rows, {name: array[: packing.rows] for name, array in slots[slot].items()}
-            fill(threads, batch, chosen, packing, mask)
-            if settings.packing == "rows":  # static shapes: the rows that the last sample did not fit are empty ones
-                rows = settings.batch_size
-                for array in slots[slot].values():
-                    array[packing.rows :] = 0
-            counts = normalize_weights(batch)
+            rows = settings.batch_size if settings.packing == "rows" else packing.rows  # the last ones may be empty
+            tokens = np.bincount(packing.row, chosen.get("lengths"), minlength=rows)
+            places, filled = slot_rows.place(tokens)
+            packing = packing._replace(row=places[packing.row])
+            fill(threads, slots[number], filled, chosen, packing, mask)
+            used = [{name: array[part.start : part.stop] for name, array in slots[number].items()} for part in filled]
+            masked = sum(int(np.count_nonzero(batch[MLM.weights])) for batch in used)
+            elsewhere = chosen.take(np.flatnonzero(packing.row < 0))
+            masked += count_masked(threads, elsewhere, info, masking, mask)
+            counts = {MLM.weights: masked, NSP.weights: len(packing.row)}
+            for batch in used:
+                normalize_weights(batch, counts)
             stream.advance(len(packing.row))
-            skipped = {files.shards[number].path: why for number, why in chosen.skipped.items()}
-            reply(dict(slot=slot, rows=rows, counts=counts, position=int(chosen.ends[-1]), skipped=skipped))
+            tell(
+                {
+                    "slot": number,
+                    "rows": rows,
+                    "filled": list(map(len, filled)),
+                    "counts": counts,
+                    "position": int(chosen.ends[-1]),
+                    "skipped": {files.shards[shard].path: why for shard, why in chosen.skipped.items()},
+                }
+            )
+
+
+def free_slots(count: int, clients: Set[int], messages: queue.Queue) -> Iterator[int]:
+    """One slot after the other that no client holds; each yielded is held by all then. A client that ended, as the
+    message [client, None] says, holds none."""
+    holders: Dict[int, Set[int]] = {slot: set() for slot in range(count)}
+    while True:
+        for slot in holders:
+            if not holders[slot]:
+                holders[slot] = set(clients)
+                yield slot
+        client, freed = messages.get()
+        for slot in holders if freed is None else [freed]:
+            holders[slot].discard(client)
+        if freed is None:
+            clients.discard(client)
 
 
 class SampleStream:
@@ -139,26 +179,48 @@ def choose(stream: SampleStream, settings: LoaderSettings, info: ShardInfo) -> T
 
 
 def fill(
-    threads: ThreadPoolExecutor, batch: Arrays, chosen: NextSamples, packing: Packing, mask: Optional[Mask]
+    threads: ThreadPoolExecutor, slot: Arrays, filled: List[range], chosen: NextSamples, packing: Packing, mask: Mask
 ) -> None:
-    """Writes the chosen samples into `batch`, where `packing` puts them, masked if there is a `mask`."""
-    per_row = batch["nsp_weights"].shape[1]
-    order = np.argsort(packing.row * per_row + packing.place, kind="stable")
+    """Writes into the rows `filled` of a slot the chosen samples that `packing` puts there, masked."""
+    per_row = slot["nsp_weights"].shape[1]
+    order = np.flatnonzero(packing.row >= 0)
+    order = order[np.argsort((packing.row * per_row + packing.place)[order], kind="stable")]
     rows = packing.row[order]
-    chunk = max(1, CHUNK_TOKENS // batch["input_ids"].shape[1])
+    size = chunk_size(slot["input_ids"].shape[1])
 
-    def fill_chunk(first: int) -> None:
-        part = {name: array[first : first + chunk] for name, array in batch.items()}
-        here = order[np.searchsorted(rows, first) : np.searchsorted(rows, first + chunk)]
-        samples = chosen.samples.take(chosen.indices[here])
-        if mask is not None:
-            samples = mask(samples, chosen.numbers[here], chosen.ends[here])
+    def fill_chunk(chunk: range) -> None:
+        batch = {name: array[chunk.start : chunk.stop] for name, array in slot.items()}
+        here = order[np.searchsorted(rows, chunk.start) : np.searchsorted(rows, chunk.stop)]
+        samples = mask(chosen.samples.take(chosen.indices[here]), chosen.numbers[here], chosen.ends[here])
         if per_row == 1:
-            fill_unpacked(part, samples)
+            fill_unpacked(batch, samples)
         else:
-            fill_packed(part, samples, packing.take(here), first)
+            fill_packed(batch, samples, packing.take(here), chunk.start)
 
-    list(threads.map(fill_chunk, range(0, packing.rows, chunk)))
+    list(threads.map(fill_chunk, [part[at : at + size] for part in filled for at in range(0, len(part), size)]))
+
+
+def count_masked(
+    threads: ThreadPoolExecutor, chosen: NextSamples, info: ShardInfo, masking: Optional[Masking], mask: Mask
+) -> int:
+    """How many tokens of these samples are masked."""
+    if masking is None:
+        return int(chosen.get("mlm_counts").sum(dtype=np.int64))
+    if masking.choose is choose_tokens:  # as many as it may
+        lengths, first_lengths = chosen.get("lengths"), chosen.get("first_lengths")
+        return int(mask_budget(lengths, first_lengths, masking.share, info.mask_tokens).sum(dtype=np.int64))
+    size = chunk_size(info.sequence_length)
+
+    def count_chunk(first: int) -> int:
+        part = chosen.take(slice(first, first + size))
+        masked = mask(part.samples.take(part.indices), part.numbers, part.ends)
+        return int(masked.mlm_counts.sum(dtype=np.int64))
+
+    return sum(threads.map(count_chunk, range(0, len(chosen.indices), size)))
+
+
+def chunk_size(length: int) -> int:
+    return max(1, CHUNK_TOKENS // length)
 
 
 if __name__ == "__main__":

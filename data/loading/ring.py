@@ -1,19 +1,44 @@
-"""A ring of batch slots in memory that two processes share. It never has a name, so nothing can be left behind."""
+"""A ring of batch slots in memory that processes share. It never has a name, so nothing can be left behind."""
 
 import mmap
 import os
 import shutil
 import tempfile
-from typing import BinaryIO, Dict, List, cast
+from typing import BinaryIO, Dict, List, Sequence, Tuple, cast
 
 import numpy as np
 
 from data.errors import InputError
+from data.rows import Part, rank_of_rows
 
-__all__ = ["ring_bytes", "ring_slots", "shared_file"]
+__all__ = ["SlotRows", "ring_bytes", "ring_slots", "shared_file"]
 
 ALIGNMENT = 4096
 CONTROL_GROUP = "/sys/fs/cgroup"
+
+
+class SlotRows:
+    """Where the rows of some parts of a global batch are in a slot: part after part, each with room for all that it may
+    have."""
+
+    def __init__(self, parts: Sequence[Part], batch_size: int):
+        self.parts = list(dict.fromkeys(parts))  # the processes of a pipeline have the same
+        self.room = self.parts[0].most_rows(batch_size)
+        self.count = self.room * len(self.parts)
+
+    def first(self, part: Part) -> int:
+        """The first row of a part."""
+        return self.parts.index(part) * self.room
+
+    def place(self, tokens: np.ndarray) -> Tuple[np.ndarray, List[range]]:
+        """[R] int64, the row of the slot for each of the global batch, which have `tokens` [R], -1 where it is of
+        another part; and the rows of the slot that each part has then."""
+        ranks, places, filled = rank_of_rows(tokens, self.parts[0].size), np.full(len(tokens), -1), []
+        for part in self.parts:
+            rows = np.flatnonzero(ranks == part.rank)
+            filled.append(range(self.first(part), self.first(part) + len(rows)))
+            places[rows] = filled[-1]
+        return places, filled
 
 
 def ring_bytes(layout: Dict[str, tuple], slots: int) -> int:

@@ -98,7 +98,7 @@ class NextSamples(NamedTuple):
         """One field of the samples."""
         return getattr(self.samples, name)[self.indices]
 
-    def take(self, part: slice) -> "NextSamples":
+    def take(self, part: Union[slice, np.ndarray]) -> "NextSamples":
         return NextSamples(self.samples, self.skipped, *(field[part] for field in self[2:]))
 
     @staticmethod

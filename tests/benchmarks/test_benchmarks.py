@@ -142,6 +142,14 @@ def test_the_loader_benchmark_measures_every_way(tmp_path):
     assert "3,000 samples of length 128" in printed
 
 
+def test_the_loader_benchmark_measures_processes_that_share_one(tmp_path):
+    options = ["--samples", "9000", "--batch-size", "256", "--seconds", "0.1", "--rounds", "1", "--ranks", "2"]
+    results, printed = run(tmp_path, "benchmarks/loader.py", *options)
+    shared, own, torchs = results["ranks"]
+    assert shared["ring_bytes"] * 2 == own["ring_bytes"] and shared["peak_bytes"] < own["peak_bytes"]
+    assert all(way["samples_per_second"] > 0 for way in (shared, own, torchs)) and "2, shared loader" in printed
+
+
 def test_the_lamb_benchmark_measures_every_form_beside_a_copy(tmp_path):
     (tmp_path / "tiny.json").write_text(json.dumps(TINY))
     results, printed = run(tmp_path, "benchmarks/lamb.py", "--config", tmp_path / "tiny.json", "--rounds", 1)

@@ -162,7 +162,7 @@ def test_closing_leaves_no_process_no_file_and_no_open_pipe(files):
     shared = set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
     before = set(os.listdir("/proc/self/fd"))
     loader = open_loader(files, 64)
-    pid = loader._child.process.pid
+    pid = loader._process.process.pid
     loader.next()
     loader.close()
     loader.close()
@@ -188,7 +188,7 @@ def test_a_killed_loader_process_is_an_error_that_says_so(files, after):
     with open_loader(files, 64) as loader:
         for _ in range(after):
             loader.next()
-        process = loader._child.process
+        process = loader._process.process
         os.kill(process.pid, signal.SIGKILL)
         assert "was killed by SIGKILL: the machine may have run out of memory" in str(drain(loader))
         assert process.returncode == -signal.SIGKILL and not is_running(process.pid)
@@ -205,14 +205,14 @@ def test_an_unforeseen_error_comes_with_its_traceback(files):
         loader.next()
         loader._send("not a slot")
         error = drain(loader)
-        assert isinstance(error, RuntimeError) and "in serve" in str(error) and "TypeError" in str(error)
+        assert isinstance(error, RuntimeError) and "in free_slots" in str(error) and "ValueError" in str(error)
 
 
 def test_interrupts_are_the_parents_to_handle(files):
     with open_loader(files, 64) as loader:
         loader.next()
         for number in (signal.SIGINT, signal.SIGTERM):
-            os.kill(loader._child.process.pid, number)
+            os.kill(loader._process.process.pid, number)
         for index in range(1, 6):
             assert_same(loader.next().arrays, reference_batch(files, 64, 5, index))
 
@@ -226,7 +226,7 @@ loader = Loader(open_shards(json.loads(sys.argv[1])), LoaderSettings(64, 5))
 loader.next()
 if sys.argv[2] == "forks" and os.fork() == 0:
     time.sleep(60)
-print(loader._child.process.pid, flush=True)
+print(loader._process.process.pid, flush=True)
 if sys.argv[2] != "ends":
     time.sleep(60)
 """
@@ -469,7 +469,7 @@ def test_a_long_step_learns_within_two_seconds_that_the_loader_failed(own_files,
         time.sleep(0.3)  # all slots are full
         loader.check()
         if fault == "kill":
-            loader._child.kill()
+            loader._process.kill()
         else:
             os.remove(own_files[2])
         began = time.monotonic()
