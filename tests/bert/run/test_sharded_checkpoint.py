@@ -10,8 +10,9 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel
+from transformers import AutoModel, AutoTokenizer
 
+from bert.export import main as export
 from bert.run.checkpoint import (
     begin_checkpoint,
     list_checkpoints,
@@ -24,7 +25,7 @@ from bert.run.sharded_checkpoint import check_all_there, write_model
 from bert.run.shards import Shards
 from data.errors import InputError
 from run_pretraining import main as train
-from tests import ROOT
+from tests import ROOT, assert_help_teaches
 from tests.bert.model.test_model import make_perturbed_model, small_config
 from tests.bert.run.runs import arguments, checkpoints, make_shards, saved_step
 from tests.bert.run.test_checkpoint import WORDS, describe
@@ -116,6 +117,27 @@ def test_a_process_that_is_killed_as_it_writes_leaves_no_checkpoint(saved, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("step", [0, 1, 2])
+def test_an_export_has_the_same_weights_for_transformers(saved, tmp_path, step, capsys):
+    weights, _, whole, folder, _ = saved
+    path = ([whole] + list_checkpoints(str(folder)))[step]
+    out = str(tmp_path / "out")
+    assert export([path, out]) == 0
+    assert sorted(os.listdir(tmp_path)) == ["out"]
+    assert_same(read_safetensors(os.path.join(out, "model.safetensors")), weights)
+    model, report = AutoModel.from_pretrained(out, output_loading_info=True)
+    assert not report["missing_keys"] and not report["mismatched_keys"]
+    assert_same(
+        {f"bert.{name}": tensor for name, tensor in model.state_dict().items() if "position_ids" not in name},
+        {name: tensor for name, tensor in weights.items() if name.startswith("bert.")},
+    )
+    assert len(AutoTokenizer.from_pretrained(out)) == len(WORDS)
+    capsys.readouterr()
+    assert export([path, out]) == 2 and "is there already" in capsys.readouterr().err
+    assert export([str(tmp_path), out + "2"]) == 2 and "expected the folder of a checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_the_whole_model_may_be_made_in_the_checkpoint_itself(saved, tmp_path):
     weights, state, _, folder, _ = saved
     path = tmp_path / "step"
@@ -172,3 +194,8 @@ def test_a_sharded_run_goes_on_with_any_checkpoint_and_saves_where_it_is_stopped
         if not name.endswith("key.bias"):  # its gradient is 0 but for rounding
             assert (others[name] - weight).norm() <= 1e-5 * weight.norm(), name
     torch.set_num_threads(threads)
+
+
+def test_help_teaches_by_an_example_and_comes_without_importing_torch():
+    code = "import sys, bert.export; sys.exit('torch' in sys.modules)"
+    assert_help_teaches("bert.export", "python -m bert.export runs/", code)
