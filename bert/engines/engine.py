@@ -39,7 +39,9 @@ class Engine(Protocol):
     world_size: int
     """Processes of the run."""
     stops_together: bool
-    """Whether all processes of the run stop at the same step, with whole weights in each, where one is told to stop."""
+    """Whether all processes of the run stop at the same step, where one is told to stop."""
+    sharded: bool
+    """Whether `weights` and `optimizer_state` are what this process holds: DTensors, or tensors of its stages alone."""
 
     def describe(self) -> str:
         """One line for people: precision, micro-batches, and so on."""
@@ -66,13 +68,13 @@ class Engine(Protocol):
         """Waits until the device is done with `step`."""
 
     def weights(self) -> Dict[str, torch.Tensor]:
-        """Parameter name -> tensor, on the CPU, float32."""
+        """Parameter name -> tensor, float32; on the CPU, but where `sharded`."""
 
     def load_weights(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Takes what `weights` gives; names that it lacks keep their values."""
 
     def optimizer_state(self) -> Dict[str, torch.Tensor]:
-        """ "<parameter name>.<key>" -> tensor, on the CPU; empty before the first step."""
+        """ "<parameter name>.<key>" -> tensor, as `weights` has them; empty before the first step."""
 
     def load_optimizer_state(self, tensors: Mapping[str, torch.Tensor], skipped_updates: int) -> None:
         """Takes what `optimizer_state` and `skipped_updates` give. Raises InputError for another optimizer's."""

@@ -80,6 +80,7 @@ class IpuEngine:
         self.steps_done = 0
         self.rank, self.world_size = process_of("ipu")
         self.stops_together = self.world_size == 1
+        self.sharded = False
         if self.world_size > 1:
             self.check_poprun()
         self.half = config.training.precision != "float32"

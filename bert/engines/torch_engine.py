@@ -60,6 +60,7 @@ class TorchEngine:
         model.float8 = self.precision == "float8"
         self.dtype = torch.float32 if self.precision == "float32" else torch.bfloat16
         self.parallel = self.place(config)
+        self.sharded = self.parallel.sharded
         compute_weights: Dict[torch.Tensor, torch.Tensor] = {}
         if self.parameters is not self.master_weights:
             compute_weights = {self.master_weights[name]: weight.detach() for name, weight in self.parameters.items()}

@@ -3,24 +3,28 @@
 config.json, model.safetensors, vocab.txt, tokenizer*.json    what transformers loads
 optimizer.safetensors                                         the optimizer's state, by parameter name
 training_state.json                                           step, samples seen, the run's config
+
+Of a run whose processes each hold a part, the folders weights/ and optimizer/ have a file of each instead of the two
+files (bert/run/sharded_checkpoint.py).
 """
 
 import dataclasses
 import os
 import re
 import shutil
-from typing import Dict, List, Mapping, Optional, Sequence
+from typing import Collection, Dict, List, Mapping, Optional, Sequence, Union
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from bert.config import ModelConfig
+from bert.run.shards import Shards, WholeFile, is_distributed, opened
 from data.errors import InputError
 from data.files import flush_to_disk, read_json, write_json
 from data.tokenizer import write_tokenizer_files
 
-__all__ = ["list_checkpoints", "load_optimizer_state", "load_weights", "save_checkpoint", "transformers_config"]
+__all__ = ["begin_checkpoint", "complete_checkpoint", "list_checkpoints", "load_optimizer_state", "load_weights"]
+__all__ += ["open_tensors", "read_safetensors", "save_checkpoint", "transformers_config"]
 
 Tensors = Mapping[str, torch.Tensor]
 # What a config.json must say alike for its weights to mean the same here.
@@ -44,23 +48,34 @@ def save_checkpoint(
     `state` is training_state.json, which has the step; `model` is config.json (`transformers_config`), `tokens` the
     vocabulary. It is written under another name, flushed to disk, then renamed: it appears whole or not at all.
     """
-    name = f"step_{state['step']:08}"
-    path, temporary = os.path.join(folder, name), os.path.join(folder, f".{name}.incomplete")
-    remove_incomplete(folder)
-    os.makedirs(temporary)
-    files = {"model.safetensors": weights, "optimizer.safetensors": optimizer_state}
-    for file, tensors in files.items():
+    temporary = begin_checkpoint(folder, state["step"])
+    for file, tensors in {"model.safetensors": weights, "optimizer.safetensors": optimizer_state}.items():
         contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
         metadata = {"format": "pt"} if tensors is weights else None
         save_file(contiguous, os.path.join(temporary, file), metadata=metadata)
-    write_json(os.path.join(temporary, "config.json"), model)
+    return complete_checkpoint(temporary, state, model, tokens, keep)
+
+
+def begin_checkpoint(folder: str, step: int) -> str:
+    """A new folder for the tensors of a checkpoint, until `complete_checkpoint`; what others left there goes."""
+    remove_incomplete(folder)
+    temporary = os.path.join(folder, f".{name_of(step)}.incomplete")
+    os.makedirs(temporary)
+    return temporary
+
+
+def complete_checkpoint(temporary: str, state: Dict, model: Dict, tokens: Sequence[str], keep: int) -> str:
+    """Makes a folder with all tensors a checkpoint; the rest is as `save_checkpoint` says."""
+    folder = os.path.dirname(temporary)
+    path, config = os.path.join(folder, name_of(state["step"])), os.path.join(temporary, "config.json")
+    write_json(config, model)
     write_json(os.path.join(temporary, "training_state.json"), state)
     write_tokenizer_files(temporary, tokens, model["max_position_embeddings"])
-    for file in files:  # safetensors makes them readable by their owner alone
-        shutil.copymode(os.path.join(temporary, "config.json"), os.path.join(temporary, file))
-    for file in os.listdir(temporary):
-        flush_to_disk(os.path.join(temporary, file))
-    flush_to_disk(temporary)
+    for place, _, files in os.walk(temporary):
+        for file in files:
+            shutil.copymode(config, os.path.join(place, file))  # safetensors makes them readable by their owner alone
+            flush_to_disk(os.path.join(place, file))
+        flush_to_disk(place)
     os.rename(temporary, path)
     flush_to_disk(folder)
     for old in list_checkpoints(folder)[:-keep]:
@@ -68,6 +83,10 @@ def save_checkpoint(
         os.rename(old, os.path.join(folder, f".{os.path.basename(old)}.incomplete"))
     remove_incomplete(folder)
     return path
+
+
+def name_of(step: int) -> str:
+    return f"step_{step:08}"
 
 
 def list_checkpoints(folder: str) -> List[str]:
@@ -78,19 +97,43 @@ def list_checkpoints(folder: str) -> List[str]:
     return [os.path.join(folder, name) for name in sorted(names, key=lambda name: int(name[len("step_") :]))]
 
 
-def load_optimizer_state(path: str) -> Dict[str, torch.Tensor]:
-    """The optimizer's state in one of our checkpoints. Raises InputError that names the file."""
+def load_optimizer_state(path: str, weights: Optional[Tensors] = None) -> Dict[str, torch.Tensor]:
+    """The optimizer's state in one of our checkpoints: all of it, or what belongs to `weights` (name -> tensor), and of
+    DTensors among them, such parts as they are. Raises InputError that names the file."""
+    likes: Dict[str, torch.Tensor] = {}
     try:
-        return read_safetensors(os.path.join(path, "optimizer.safetensors"))
+        source = open_tensors(path, "optimizer.safetensors", "optimizer", (weights or {}).values())
+        for name, shape in source.shapes.items():
+            parameter = (weights or {}).get(name.rpartition(".")[0])
+            if parameter is not None and parameter.shape == shape:
+                likes[name] = parameter
+            elif parameter is not None or weights is None:
+                likes[name] = torch.empty(()).expand(shape)
+        return source.read(likes)
     except InputError as error:
         raise InputError(f"{error}. Remove {path} to continue from the checkpoint before it")
+
+
+def open_tensors(path: str, file: str, folder: str, likes: Collection[torch.Tensor] = ()) -> Union[WholeFile, Shards]:
+    """What a checkpoint has in `file`, or in shards in `folder`, to read what is like `likes`.
+
+    Raises InputError that names a file which is missing or cannot be read.
+    """
+    whole, shards = os.path.join(path, file), os.path.join(path, folder)
+    distributed = any(map(is_distributed, likes))
+    if os.path.isdir(shards) and (distributed or not os.path.exists(whole)):
+        for name in read_json(os.path.join(path, "training_state.json"))["shards"]:
+            if name.startswith(f"{folder}/") and not os.path.exists(os.path.join(path, name)):
+                raise InputError(f"{os.path.join(path, name)}: no such file; it is a shard of the checkpoint")
+        return Shards(shards)
+    return Shards(path) if distributed and os.path.exists(whole) else WholeFile(whole)
 
 
 def load_weights(
     path: str, expected: Mapping[str, torch.Tensor], model: Optional[Dict] = None
 ) -> Dict[str, torch.Tensor]:
     """The weights in a checkpoint or transformers BERT folder, under the names of `expected` (name -> tensor of the
-    right shape).
+    right shape); for a DTensor there, such a part as it is.
 
     Parameters that the folder does not have (the heads of a bare BertModel) are left out of the result. With `model`
     (`transformers_config`), the folder's config.json must describe the same architecture and sizes. Raises InputError
@@ -102,22 +145,25 @@ def load_weights(
         config = os.path.join(path, "config.json")
         check_model(read_json(config), model, config)
     file = os.path.join(path, "model.safetensors")
-    if not os.path.exists(file):
+    if not os.path.exists(file) and not os.path.isdir(os.path.join(path, "weights")):
         raise InputError(
             f"{file}: no such file. Weights are read from safetensors only (a .bin is a pickle, which can run code): "
             "open the model in transformers and save_pretrained() it"
         )
-    tensors = {canonical_name(name, expected): tensor for name, tensor in read_safetensors(file).items()}
+    source = open_tensors(path, "model.safetensors", "weights", expected.values())
+    names = {canonical_name(name, expected): name for name in source.shapes}
     encoder = [name for name in expected if name.startswith("bert.") and not name.startswith("bert.pooler.")]
-    missing = [name for name in encoder if name not in tensors]
+    missing = [name for name in encoder if name not in names]
     if missing:
-        there = ", ".join(sorted(tensors)[:5])
-        raise InputError(f"{file}: {missing[0]} is missing, and {len(missing) - 1} more; found {there}")
-    weights = {name: tensors[name] for name in expected if name in tensors}
-    for name, tensor in weights.items():
-        if tensor.shape != expected[name].shape:
-            raise InputError(f"{file}: {name} is {list(tensor.shape)}, expected {list(expected[name].shape)}")
-    return {name: tensor.to(torch.float32) for name, tensor in weights.items()}
+        there = ", ".join(sorted(names)[:5])
+        raise InputError(f"{source.path}: {missing[0]} is missing, and {len(missing) - 1} more; found {there}")
+    for name in expected:
+        if name in names and source.shapes[names[name]] != expected[name].shape:
+            shape = list(source.shapes[names[name]])
+            raise InputError(f"{source.path}: {name} is {shape}, expected {list(expected[name].shape)}")
+    likes = {names[name]: like for name, like in expected.items() if name in names}
+    tensors = source.read(likes, torch.float32)
+    return {name: tensors[names[name]] for name in expected if name in names}
 
 
 def canonical_name(name: str, expected: Tensors) -> str:
@@ -153,9 +199,6 @@ def remove_incomplete(folder: str) -> None:
 
 
 def read_safetensors(path: str) -> Dict[str, torch.Tensor]:
-    try:
-        with safe_open(path, framework="pt"):
-            pass
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: cannot be read as safetensors: {error}")
+    """All tensors of a file. Raises InputError that names it."""
+    with opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

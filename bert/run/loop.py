@@ -29,6 +29,8 @@ from bert.run.data_set import DataSet, make_shards_from_text, next_batch, open_d
 from bert.run.evaluation import evaluate
 from bert.run.metrics_log import MetricsLog, task_words
 from bert.run.run_folder import checkpoints_of, claim, find_checkpoint, is_finished, mark_finished
+from bert.run.sharded_checkpoint import SavesInBackground, write_model
+from bert.run.shards import local_part
 from bert.run.state import RunState, read_state
 from bert.schedules import learning_rate_at
 from bert.signals import interruptible, protected
@@ -60,26 +62,47 @@ class Run:
     """The step to stop after: the last of all, or training.stop_at_step."""
     saved_step: int
     """The step of the newest checkpoint."""
+    saves: Optional[SavesInBackground]
+    """Where `engine.sharded`."""
 
     def save(self) -> None:
-        """Writes a checkpoint, but none of what is made up. Raises Diverged where weights are not finite."""
+        """Writes a checkpoint, a sharded one in the background, but none of what is made up. Raises Diverged where
+        weights are not finite."""
         config, engine = self.config, self.engine
         if engine.made_up:
             return
         weights, optimizer_state = engine.weights(), engine.optimizer_state()  # of all processes together
-        if not all(torch.isfinite(tensor).all() for tensor in weights.values()):
+        if not are_finite(weights, self.saves):
             raise Diverged(f"step {engine.steps_done}: weights are not finite")
-        if engine.rank:
+        state = self.state.to_json(self.data_set.identity(), engine.skipped_updates(), list(engine.task.metrics))
+        state["config"] = dataclasses.asdict(config)
+        model, tokens, keep = describe_model(config, engine), self.data_set.tokens, config.training.keep_checkpoints
+        values = (checkpoints_of(config), state, weights, optimizer_state, model, tokens, keep)
+        with protected():
+            if self.saves:
+                self.saves.start(*values)
+            elif engine.rank == 0:
+                logger.info("saved %s", save_checkpoint(*values))
             self.saved_step = engine.steps_done
-        else:
-            state = self.state.to_json(self.data_set.identity(), engine.skipped_updates(), list(engine.task.metrics))
-            state["config"] = dataclasses.asdict(config)
-            model = describe_model(config, engine)
-            tokens, keep = self.data_set.tokens, config.training.keep_checkpoints
-            with protected():
-                path = save_checkpoint(checkpoints_of(config), state, weights, optimizer_state, model, tokens, keep)
-                self.saved_step = engine.steps_done
-            logger.info("saved %s", path)
+
+    def save_last(self, reason: BaseException) -> None:
+        """Saves as the run stops, if it can: all processes have to write shards, and stop at one step by a signal
+        alone."""
+        together = self.saves is None or isinstance(reason, KeyboardInterrupt)
+        if self.engine.steps_done > self.saved_step and self.engine.stops_together and together:
+            self.engine.wait_for(self.engine.steps_done)
+            self.save()
+        if self.saves and together:
+            self.saves.wait()
+        elif self.saves:
+            self.saves.end()
+            self.saved_step = self.saves.saved_step
+
+
+def are_finite(weights: Dict[str, torch.Tensor], saves: Optional[SavesInBackground]) -> bool:
+    """Whether all weights are finite, in all processes where each has a part."""
+    broken = not all(torch.isfinite(local_part(tensor)).all() for tensor in weights.values())
+    return not (saves.processes.agree([broken])[0] if saves else broken)
 
 
 def train(config: Config, make_model: Callable[[Config, Task], Model] = make_model) -> int:
@@ -148,8 +171,10 @@ def begin(
     engine.expect_rows(len(first.arrays["input_ids"]))
     log_what_runs(config, device_line, engine, data_set, first, checkpoint)
     closing.enter_context(claim(config, engine.steps_done))
-    part = evaluated_part(config, device)
-    return Run(config, engine, loader, data_set, state, part, last_step, engine.steps_done), first
+    part, processes, saves = evaluated_part(config, device), current(), None
+    if engine.sharded and processes:
+        saves = SavesInBackground(processes, config.parallel.timeout, engine.steps_done)
+    return Run(config, engine, loader, data_set, state, part, last_step, engine.steps_done, saves), first
 
 
 def run_steps(run: Run, batch: GlobalBatch) -> None:
@@ -178,11 +203,11 @@ def run_steps(run: Run, batch: GlobalBatch) -> None:
                 if step < run.last_step:
                     with log.waiting_for_data():
                         batch = next_batch(loader, engine.steps_per_call)
-        except (KeyboardInterrupt, InputError, LoaderDied, ProcessLost):
+            if run.saves:
+                run.saves.wait()
+        except (KeyboardInterrupt, InputError, LoaderDied, ProcessLost) as reason:
             log.write()
-            if engine.steps_done > run.saved_step and engine.stops_together:
-                engine.wait_for(engine.steps_done)
-                run.save()
+            run.save_last(reason)
             go_on = f". To go on from step {run.saved_step}: the same command with --resume auto"
             stopped = f"stopped after step {engine.steps_done} of {training.max_steps}"
             logger.info("%s%s", stopped, "" if engine.made_up else go_on)
@@ -231,7 +256,8 @@ def load_into(engine: Engine, config: Config, data_set: DataSet, state: RunState
         )
     if checkpoint:
         load_weights_into(engine, checkpoint, config, data_set, complete=True)
-        engine.load_optimizer_state(load_optimizer_state(checkpoint), state.skipped_updates)
+        weights = engine.weights() if engine.sharded else None
+        engine.load_optimizer_state(load_optimizer_state(checkpoint, weights), state.skipped_updates)
         engine.steps_done = state.step
     elif config.training.start_from:
         load_weights_into(engine, config.training.start_from, config, data_set, complete=False)
@@ -240,7 +266,7 @@ def load_into(engine: Engine, config: Config, data_set: DataSet, state: RunState
 def load_weights_into(engine: Engine, path: str, config: Config, data_set: DataSet, complete: bool) -> None:
     """Raises InputError for weights of another model or vocabulary, and, where they are to be `complete`, for missing
     ones."""
-    expected = dict(engine.model.named_parameters())
+    expected = engine.weights() if engine.sharded else dict(engine.model.named_parameters())
     weights = load_weights(path, expected, describe_model(config, engine))
     fresh = [name for name in expected if name not in weights]
     if complete and fresh:
@@ -312,7 +338,9 @@ def finish(run: Run) -> None:
         logger.info(f"held out ({held_out['samples']} samples): {task_words(task, held_out)}")
     metrics = read_metrics(os.path.join(folder, "metrics.jsonl"))
     draw_curve(metrics, task, os.path.join(folder, "curve.png"), os.path.basename(folder))
-    mark_finished(config)
     checkpoint = list_checkpoints(checkpoints_of(config))[-1]
+    if run.saves:
+        write_model(checkpoint, os.path.join(checkpoint, "model.safetensors"))
+    mark_finished(config)
     logger.info(f"metrics and picture: {folder}/metrics.jsonl, {folder}/curve.png")
     logger.info(f"checkpoint: AutoModel.from_pretrained({checkpoint!r})")
