@@ -25,6 +25,7 @@ from data.errors import InputError
 from data.rows import unpad
 from ops.attention import has_varlen_kernel
 from ops.native import packed_weights
+from ops.shards import is_dtensor, local_part, part_of
 
 __all__ = ["TorchEngine"]
 
@@ -60,6 +61,9 @@ class TorchEngine:
         model.float8 = self.precision == "float8"
         self.dtype = torch.float32 if self.precision == "float32" else torch.bfloat16
         self.parallel = self.place(config)
+        pipelines = f" in pipelines of {config.parallel.pipeline}" if config.parallel.pipeline > 1 else ""
+        shards = f", shard {config.parallel.shard}" if self.parallel.gathers else ""
+        self.share_line = f"{self.world_size} processes{pipelines}{shards}, " if self.processes else ""
         self.sharded = self.parallel.sharded
         compute_weights: Dict[torch.Tensor, torch.Tensor] = {}
         if self.parameters is not self.master_weights:
@@ -116,8 +120,7 @@ class TorchEngine:
         return DataParallel(self.processes, model, *sums)
 
     def describe(self) -> str:
-        processes = f"{self.world_size} processes, " if self.world_size > 1 else ""
-        return f"{processes}{self.precision}, micro-batches of {self.micro_batch_size} rows, {self.compile_line}"
+        return f"{self.share_line}{self.precision}, micro-batches of {self.micro_batch_size} rows, {self.compile_line}"
 
     def compile(self) -> None:
         """Nothing: layers are compiled as they first run."""
@@ -307,14 +310,18 @@ class TorchEngine:
         self.done_events = {later: event for later, event in self.done_events.items() if later > step}
 
     def weights(self) -> Dict[str, torch.Tensor]:
-        return {name: weight.detach().cpu() for name, weight in self.master_weights.items()}
+        weights = {name: weight.detach() for name, weight in self.master_weights.items()}
+        return {name: weight if is_dtensor(weight) else weight.cpu() for name, weight in weights.items()}
 
     def load_weights(self, tensors: Mapping[str, torch.Tensor]) -> None:
         with torch.no_grad():
             for name, tensor in tensors.items():
-                self.master_weights[name].copy_(tensor)
+                weight = self.master_weights[name]
+                part = local_part(tensor) if is_dtensor(tensor) else part_of(tensor, weight)
+                local_part(weight).copy_(part)
             for name, parameter in self.parameters.items():
-                parameter.copy_(self.master_weights[name])
+                if parameter is not self.master_weights[name]:
+                    parameter.copy_(self.master_weights[name])
 
     def optimizer_state(self) -> Dict[str, torch.Tensor]:
         return self.optimizer.state_dict()

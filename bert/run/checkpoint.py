@@ -18,10 +18,11 @@ import torch
 from safetensors.torch import save_file
 
 from bert.config import ModelConfig
-from bert.run.shards import Shards, WholeFile, is_distributed, opened
+from bert.run.shards import Shards, WholeFile, opened
 from data.errors import InputError
 from data.files import flush_to_disk, read_json, write_json
 from data.tokenizer import write_tokenizer_files
+from ops.shards import is_dtensor
 
 __all__ = ["begin_checkpoint", "complete_checkpoint", "list_checkpoints", "load_optimizer_state", "load_weights"]
 __all__ += ["open_tensors", "read_safetensors", "save_checkpoint", "transformers_config"]
@@ -120,7 +121,7 @@ def open_tensors(path: str, file: str, folder: str, likes: Collection[torch.Tens
     Raises InputError that names a file which is missing or cannot be read.
     """
     whole, shards = os.path.join(path, file), os.path.join(path, folder)
-    distributed = any(map(is_distributed, likes))
+    distributed = any(map(is_dtensor, likes))
     if os.path.isdir(shards) and (distributed or not os.path.exists(whole)):
         for name in read_json(os.path.join(path, "training_state.json"))["shards"]:
             if name.startswith(f"{folder}/") and not os.path.exists(os.path.join(path, name)):

@@ -30,7 +30,6 @@ from bert.run.evaluation import evaluate
 from bert.run.metrics_log import MetricsLog, task_words
 from bert.run.run_folder import checkpoints_of, claim, find_checkpoint, is_finished, mark_finished
 from bert.run.sharded_checkpoint import SavesInBackground, write_model
-from bert.run.shards import local_part
 from bert.run.state import RunState, read_state
 from bert.schedules import learning_rate_at
 from bert.signals import interruptible, protected
@@ -41,6 +40,7 @@ from data.loading.loader import GlobalBatch, Loader
 from data.loading.sharing import LocalRanks
 from data.rows import Part
 from data.tokenizer import read_vocab, vocab_sha256
+from ops.shards import local_part
 
 __all__ = ["Run", "train"]
 

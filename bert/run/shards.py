@@ -14,19 +14,9 @@ from safetensors import SafetensorError, safe_open
 
 from data.errors import InputError
 
-__all__ = ["Shards", "Tensors", "WholeFile", "count_values", "is_distributed", "local_part", "opened"]
+__all__ = ["Shards", "Tensors", "WholeFile", "count_values", "opened"]
 
 Tensors = Mapping[str, torch.Tensor]
-
-
-def is_distributed(tensor: torch.Tensor) -> bool:
-    """Whether it is a DTensor, of which this process holds a part."""
-    return hasattr(tensor, "to_local")
-
-
-def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process holds of it."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 @contextlib.contextmanager

@@ -6,9 +6,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
+import transformers
 
+from bert.run.checkpoint import read_safetensors
+from run_pretraining import main
 from tests import ROOT
-from tests.bert.engines.parallel.test_processes import environment
+from tests.bert.engines.parallel.test_processes import SMALL, assert_close_runs, environment, torchrun
+from tests.bert.run.runs import arguments, checkpoints, make_shards
 
 SCRIPT = os.path.join(ROOT, "tests", "bert", "engines", "parallel", "modes.py")
 SHARDS = ["shard optimizer", "shard full", "shard optimizer adamw", "shard full muon"]
@@ -33,9 +38,9 @@ def found(folder, processes, precision):
 def test_every_way_to_share_the_work_gives_the_weights_and_metrics_of_one_process(tmp_path, processes):
     for of_rank in found(tmp_path, processes, "float32"):
         for way, result in of_rank.items():
-            # Muon orthogonalises in bfloat16, whose sums differ where a matrix is cut.
-            tolerance = 0.02 if way.endswith("muon") and way.startswith("shard") else 1e-5
-            assert result["weights"] <= tolerance and result["metrics"] <= 10 * tolerance, (way, result)
+            # The first updates of AdamW and Muon have one size, whatever the gradient's: rounding shows more than in it.
+            tolerance = 1e-5 if "adamw" not in way and "muon" not in way else 1e-3
+            assert result["weights"] <= tolerance and result["metrics"] <= tolerance, (way, result)
             # A gradient in the last process that is not a number is a skipped update in all.
             assert result["skipped"] == 1 and result["unchanged"], (way, result)
 
@@ -46,3 +51,28 @@ def test_in_bfloat16_they_are_as_close_as_its_rounding(tmp_path):
         for way, result in of_rank.items():
             assert result["weights"] <= 0.02 and result["metrics"] <= 0.01, (way, result)
             assert result["skipped"] == 1 and result["unchanged"], (way, result)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_from_any_way_to_share_the_work_in_any_other(tmp_path):
+    shards = make_shards(tmp_path / "shards")
+    words = arguments(tmp_path, shards, **SMALL, training__save_every=2)
+    assert main([*words, "--training.output", str(tmp_path / "one")]) == 0
+    run = [*words, "--training.output", str(tmp_path / "mixed"), "--resume", "auto"]
+    for processes, stop, options in (
+        (4, 3, ["--parallel.pipeline", "2", "--parallel.shard", "full"]),
+        (1, 5, []),
+        (3, 8, ["--parallel.shard", "optimizer"]),
+    ):
+        options += ["--training.stop_at_step", str(stop)]
+        if processes == 1:
+            assert main([*run, *options]) == 0
+            continue
+        status, out, errors = torchrun(processes, tmp_path / f"notes {processes}", [*run, *options])
+        assert status == 0, (out, errors)
+        assert out.count(f"{processes} processes") == 1 and out.count("saved ") == 2, out
+    assert_close_runs(tmp_path, "one", "mixed")
+    model = transformers.AutoModelForPreTraining.from_pretrained(checkpoints(tmp_path, "mixed")[-1])
+    weights = read_safetensors(os.path.join(checkpoints(tmp_path, "one")[-1], "model.safetensors"))
+    name = "bert.embeddings.word_embeddings.weight"
+    assert torch.allclose(model.state_dict()[name], weights[name], rtol=1e-4, atol=1e-6)
