@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from tests import ROOT
-from tests.bert.engines.parallel.test_processes import environment
+from tests.bert.engines.parallel.started import environment
 
 SCRIPT = os.path.join(ROOT, "tests", "bert", "engines", "parallel", "modes.py")
 SHARDS = ["shard optimizer", "shard full", "shard optimizer adamw", "shard full muon"]
