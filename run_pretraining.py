@@ -4,7 +4,7 @@ import os
 import sys
 
 from bert.command_line import parse_command_line
-from bert.errors import Diverged, ProcessLost
+from bert.errors import Diverged, ProcessesDiffer, ProcessLost, said_once_a_machine
 from data.commands import run_command
 
 FEW_CORES = 16  # with more, sleeping threads take too long to wake
@@ -15,7 +15,8 @@ def main(arguments=None, **parts) -> int:
     (bert/run/loop.py: train)."""
 
     def command() -> None:
-        config = parse_command_line(sys.argv[1:] if arguments is None else arguments)
+        with said_once_a_machine():
+            config = parse_command_line(sys.argv[1:] if arguments is None else arguments)
         wait_asleep()
         # After the config: torch takes seconds to import, an error should not.
         if config.plan:
@@ -29,7 +30,7 @@ def main(arguments=None, **parts) -> int:
             show_progress()
             train(config, **parts)
 
-    return run_command(command, failures=(Diverged, ProcessLost))
+    return run_command(command, failures=(Diverged, ProcessLost, ProcessesDiffer))
 
 
 def wait_asleep() -> None:

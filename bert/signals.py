@@ -3,8 +3,11 @@
 import contextlib
 import signal
 import threading
+import time
 
-__all__ = ["Stop", "cancellable", "interruptible", "protected"]
+__all__ = ["Stop", "cancellable", "hold", "interruptible", "leave_quietly", "protected"]
+
+LINGER = 10  # seconds
 
 _depth = 0
 _pending = None
@@ -33,10 +36,13 @@ def interruptible():
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    global _depth
+    depth = _depth
     before = {number: signal.signal(number, _handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
+        _depth = depth
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -63,6 +69,22 @@ def cancellable():
         yield
     finally:
         _depth = before
+
+
+def hold():
+    """Has signals raise nothing any more until the end of `interruptible`: an error is on its way there."""
+    global _depth
+    _depth += 1
+
+
+def leave_quietly(status):
+    """Ends this process without a word, but not before the one that speaks for it: torchrun sends the others SIGTERM as
+    soon as one has ended. Raises SystemExit."""
+    with contextlib.suppress(Stop), interruptible(), protected():
+        until = time.monotonic() + LINGER
+        while _pending is None and time.monotonic() < until:
+            time.sleep(0.02)
+    raise SystemExit(status)
 
 
 def _raise_pending():

@@ -9,6 +9,7 @@ import torch
 
 from bert.config import Config
 from bert.engines.choosing import (
+    check_processes,
     evaluated_part,
     find_device,
     has_static_shapes,
@@ -32,6 +33,7 @@ from data.errors import InputError
 __all__ = [
     "ENGINES",
     "Engine",
+    "check_processes",
     "evaluated_part",
     "expected_of_torch",
     "find_device",

@@ -13,8 +13,8 @@ from bert.validation import validate_for_ipu
 from data.errors import InputError
 from data.rows import WHOLE, Part
 
-__all__ = ["choose_device", "evaluated_part", "find_device", "has_static_shapes", "local_parts", "makes_up_input"]
-__all__ += ["numa_nodes", "part_of", "process_of", "take_card", "take_cores"]
+__all__ = ["check_processes", "choose_device", "evaluated_part", "find_device", "has_static_shapes", "local_parts"]
+__all__ += ["makes_up_input", "numa_nodes", "part_of", "process_of", "take_card", "take_cores"]
 
 # What the IPU engine takes from Graphcore's packages. Others of these names have none of it.
 SDK_NAMES = {
@@ -119,6 +119,17 @@ def evaluated_part(config: Config, device: str) -> Part:
     return WHOLE if device == "ipu" else part_of(config, device)
 
 
+def check_processes(config: Config, device: str) -> None:
+    """Raises InputError where the processes of the run are not so many as its pipelines need."""
+    pipeline, size = config.parallel.pipeline, process_of(device)[1]
+    if device != "ipu" and size % pipeline:
+        there = f"torchrun started {size}" if size > 1 else "there is one process"
+        raise InputError(
+            f"parallel.pipeline is {pipeline}, but {there}: expected a multiple of {pipeline}. Start as many: torchrun "
+            f"--nproc-per-node {-(-size // pipeline) * pipeline} run_pretraining.py ..., or --parallel.pipeline 1"
+        )
+
+
 def take_card() -> None:
     """Has each of torchrun's processes on a machine use a card of its own."""
     import torch
@@ -126,10 +137,11 @@ def take_card() -> None:
     if process_of("cuda")[1] == 1:
         return
     card, cards = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-    if card >= cards:
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", card + 1))
+    if processes > cards:  # all of them say so
         raise InputError(
-            f"torchrun started process {card} (counted from 0) on a machine with {cards} CUDA devices, one for each "
-            f"process. Start fewer: torchrun --nproc-per-node {cards}, or use --device cpu"
+            f"torchrun started {processes} processes on a machine with {cards} CUDA devices, one for each process. "
+            f"Start fewer: torchrun --nproc-per-node {cards}, or use --device cpu"
         )
     torch.cuda.set_device(card)
 

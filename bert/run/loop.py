@@ -5,15 +5,23 @@ import dataclasses
 import logging
 import os
 import tempfile
-from typing import Callable, Dict, Optional, Tuple, Union
+from typing import Callable, Dict, NamedTuple, Optional, Tuple, Union
 
 import torch
 from tqdm import tqdm
 
 from bert.config import Config
-from bert.engines import Engine, evaluated_part, find_device, make_engine, makes_up_input, process_of
-from bert.engines.parallel.processes import current, failing_together, first_alone, joined
-from bert.errors import Diverged, ProcessLost
+from bert.engines import (
+    Engine,
+    check_processes,
+    evaluated_part,
+    find_device,
+    make_engine,
+    makes_up_input,
+    process_of,
+)
+from bert.engines.parallel.processes import current, failing_together, first_alone, joined, torchruns
+from bert.errors import Diverged, ProcessLost, said_once_a_machine
 from bert.model.model import Model
 from bert.optimizers import check_name
 from bert.run.checkpoint import (
@@ -27,12 +35,13 @@ from bert.run.console import show_errors_only
 from bert.run.curve import draw_curve, read_metrics
 from bert.run.data_set import DataSet, make_shards_from_text, next_batch, open_data, open_loader, sharing_loader
 from bert.run.evaluation import evaluate
+from bert.run.handshake import check_same_data, check_same_settings, check_same_weights, note_batch
 from bert.run.metrics_log import MetricsLog, task_words
-from bert.run.run_folder import checkpoints_of, claim, find_checkpoint, is_finished, mark_finished
+from bert.run.run_folder import checkpoints_of, claim, find_checkpoint, is_begun_by, is_finished, mark_finished
 from bert.run.sharded_checkpoint import SavesInBackground, write_model
 from bert.run.state import RunState, read_state
 from bert.schedules import learning_rate_at
-from bert.signals import interruptible, protected
+from bert.signals import hold, interruptible, protected
 from bert.tasks import Task, make_model, make_task
 from data.errors import InputError, LoaderDied
 from data.files import write_json
@@ -109,12 +118,14 @@ def train(config: Config, make_model: Callable[[Config, Task], Model] = make_mod
     """Runs `config` to its end and returns the number of steps done.
 
     Raises InputError before the first step for anything in config or files that cannot be used; Diverged for a loss
-    that is no number; KeyboardInterrupt for Ctrl-C and SIGTERM, InputError for shards that turn bad, LoaderDied, and
-    ProcessLost for another process of the run that ended, each after saving a checkpoint.
+    that is no number; ProcessesDiffer for processes that do not have alike what they must; KeyboardInterrupt for Ctrl-C
+    and SIGTERM, InputError for shards that turn bad, LoaderDied, and ProcessLost for another process of the run that
+    ended, each after saving a checkpoint. Of several processes on a machine one raises it, others SystemExit.
     """
     with interruptible(), contextlib.ExitStack() as closing:
-        check_name(config.optimizer)
-        device, device_line = find_device(config)
+        with said_once_a_machine():
+            check_name(config.optimizer)
+            device, device_line = find_device(config)
         if process_of(device)[0]:
             show_errors_only()
         if config.compile_only:
@@ -122,8 +133,13 @@ def train(config: Config, make_model: Callable[[Config, Task], Model] = make_mod
             logger.info("compiled into %s", config.ipu.executable_cache_dir)
             return 0
         closing.enter_context(joined(device, config.parallel.timeout))
+        with failing_together():
+            check_same_settings(config, device)
+            check_processes(config, device)
+        with failing_together():
+            source = find_source(config, device, closing)
         with failing_together(), sharing_loader(config, device) as local:
-            begun = begin(config, device, device_line, local, make_model, closing)
+            begun = begin(source, device, device_line, local, make_model, closing)
         if isinstance(begun, int):
             return begun
         run, first = begun
@@ -131,15 +147,51 @@ def train(config: Config, make_model: Callable[[Config, Task], Model] = make_mod
         with protected() if together else contextlib.nullcontext():  # the engine looks for a signal, for all of them
             try:
                 run_steps(run, first)
-            except Diverged as error:
-                raise Diverged(f"{error}. {advice_for_divergence(config)}")
-            if run.engine.steps_done == config.training.max_steps and not run.engine.made_up:
-                finish(run)
+                if run.engine.steps_done == config.training.max_steps and not run.engine.made_up:
+                    finish(run)
+            except BaseException as error:
+                if together:  # torchrun sends SIGTERM as soon as another process has ended
+                    hold()
+                if isinstance(error, Diverged):
+                    raise Diverged(f"{error}. {advice_for_divergence(config)}")
+                raise
     return run.engine.steps_done
 
 
+class Source(NamedTuple):
+    """Where a run goes on: the data set, and the checkpoint."""
+
+    config: Config
+    """with an output folder of its own where its input is made up"""
+    data_set: DataSet
+    checkpoint: Optional[str]
+    state: RunState
+    finished: bool
+
+
+def find_source(config: Config, device: str, closing: contextlib.ExitStack) -> Source:
+    """Opens the data set, which is made from text where it is not there yet, and looks for the checkpoint."""
+    rank, _ = process_of(device)
+    if makes_up_input(config, device):  # it leaves no run, and goes on with none
+        config = closing.enter_context(without_output(config))
+    if rank and config.data.text and current() is None:  # those that poprun started cannot wait
+        raise InputError(
+            "data.text is set, and poprun started several processes. Make the shards before, with python -m "
+            "data.prepare, and leave data.text out"
+        )
+    if is_begun_by(config, torchruns()):  # which started it again, after a fault or with other machines
+        config = dataclasses.replace(config, resume="auto")
+    checkpoint = find_checkpoint(config, rank)
+    finished = is_finished(config)
+    first_alone(lambda: make_shards_from_text(config))
+    data_set = open_data(config, make_task(config))
+    state = read_state(checkpoint, data_set.identity(), config.data.on_bad_shard == "skip")
+    state.leave_out(data_set.skipped)
+    return Source(config, data_set, checkpoint, state, finished)
+
+
 def begin(
-    config: Config,
+    source: Source,
     device: str,
     device_line: str,
     local: LocalRanks,
@@ -147,18 +199,8 @@ def begin(
     closing: contextlib.ExitStack,
 ) -> Union[int, Tuple[Run, GlobalBatch]]:
     """The run and its first batch; where no step is left to do, how many are done."""
-    rank, _ = process_of(device)
-    task = make_task(config)
-    if makes_up_input(config, device):  # it leaves no run, and goes on with none
-        config = closing.enter_context(without_output(config, rank))
-    checkpoint = find_checkpoint(config, rank)
-    finished = is_finished(config)
-    if rank:
-        config = closing.enter_context(without_output(config, rank))
-    first_alone(lambda: make_shards_from_text(config))
-    data_set = open_data(config, task)
-    state = read_state(checkpoint, data_set.identity(), config.data.on_bad_shard == "skip")
-    state.leave_out(data_set.skipped)
+    config, data_set, checkpoint, state, finished = source
+    check_same_data(config, data_set, checkpoint, state)
     last_step = min(config.training.max_steps, config.training.stop_at_step or config.training.max_steps)
     if state.step >= last_step and (last_step < config.training.max_steps or finished):
         output = config.training.output
@@ -170,7 +212,8 @@ def begin(
     first = next_batch(loader, engine.steps_per_call)
     engine.expect_rows(len(first.arrays["input_ids"]))
     log_what_runs(config, device_line, engine, data_set, first, checkpoint)
-    closing.enter_context(claim(config, engine.steps_done))
+    if engine.rank == 0:
+        closing.enter_context(claim(config, engine.steps_done, torchruns()))
     part, processes, saves = evaluated_part(config, device), current(), None
     if engine.sharded and processes:
         saves = SavesInBackground(processes, config.parallel.timeout, engine.steps_done)
@@ -185,6 +228,7 @@ def run_steps(run: Run, batch: GlobalBatch) -> None:
             while engine.steps_done < run.last_step:
                 step = engine.steps_done + engine.steps_per_call
                 learning_rate = learning_rate_at(step, run.config.optimizer, training.max_steps)
+                note_batch(batch)
                 with protected():  # but for the engine's forward and backward passes, which may be cut short
                     metrics = engine.step(batch.arrays, learning_rate, step, follow(bar, batch, run))
                     state.advance(step, batch, metrics)
@@ -199,6 +243,7 @@ def run_steps(run: Run, batch: GlobalBatch) -> None:
                 if saving:
                     engine.wait_for(step)  # else the device's time for the step would count as saving's
                     with log.not_counted():
+                        check_same_weights(engine)
                         run.save()
                 if step < run.last_step:
                     with log.waiting_for_data():
@@ -234,15 +279,8 @@ def follow(bar: tqdm, batch: GlobalBatch, run: Run) -> Callable[[int], None]:
 
 
 @contextlib.contextmanager
-def without_output(config: Config, rank: int):
-    """The config with an output folder that vanishes: for input that IPUs make up, and for a process of `rank` above 0,
-    as the first alone writes the run's folder. Raises InputError where shards are still to be made, and those that
-    poprun started cannot wait."""
-    if rank and config.data.text and current() is None:
-        raise InputError(
-            "data.text is set, and poprun started several processes. Make the shards before, with python -m "
-            "data.prepare, and leave data.text out"
-        )
+def without_output(config: Config):
+    """The config with an output folder that vanishes: for input that IPUs make up."""
     with tempfile.TemporaryDirectory() as folder:
         yield dataclasses.replace(config, training=dataclasses.replace(config.training, output=folder))
 

@@ -42,7 +42,7 @@ class MetricsLog:
     def __init__(self, folder: str, engine: Engine, last_step: int):
         self.engine, self.last_step = engine, last_step
         self.closing = contextlib.ExitStack()
-        path = os.path.join(folder, "metrics.jsonl")
+        path = os.devnull if engine.rank else os.path.join(folder, "metrics.jsonl")
         self.file = self.closing.enter_context(open(path, "a", encoding="utf-8"))  # noqa: SIM115
         self.board: Any = (
             None if engine.rank else open_board(os.path.join(folder, "tensorboard"), engine.steps_done + 1)

@@ -1,7 +1,7 @@
 """A run's folder: whose run it holds, how far it is, and that only one process works in it.
 
 run.json         the settings that decide where the run goes
-state.json       that it is finished
+state.json       that it is finished, or which torchruns have it train
 metrics.jsonl    one object a line        curve.png, held_out.json, tensorboard/        checkpoints/step_<step>
 """
 
@@ -11,7 +11,7 @@ import fcntl
 import glob
 import json
 import os
-from typing import Any, Dict, Iterator, Optional
+from typing import Any, Collection, Dict, Iterator, Optional
 
 from bert.config import Config
 from bert.run.checkpoint import list_checkpoints
@@ -19,7 +19,7 @@ from bert.run.curve import read_metrics
 from data.errors import InputError
 from data.files import read_json, replacing, write_json
 
-__all__ = ["checkpoints_of", "claim", "find_checkpoint", "is_finished", "mark_finished"]
+__all__ = ["checkpoints_of", "claim", "find_checkpoint", "is_begun_by", "is_finished", "mark_finished"]
 
 OWN_FILES = ("metrics.jsonl", "curve.png", "held_out.json", "tensorboard", "checkpoints")
 # The settings that decide where a run goes. The others (device, micro-batch, logging ...) may change when it is
@@ -89,6 +89,12 @@ def can_resume(config: Config, folder: str, path: str) -> bool:
     return True
 
 
+def is_begun_by(config: Config, torchruns: Collection[str]) -> bool:
+    """Whether one of these has begun the run that is in the folder, or gone on with it."""
+    state = os.path.join(config.training.output, "state.json")
+    return os.path.exists(state) and not set(torchruns).isdisjoint(read_json(state).get("torchruns", []))
+
+
 def is_finished(config: Config) -> bool:
     """Whether the run did all of its steps, its evaluation and its picture."""
     folder = config.training.output
@@ -106,9 +112,9 @@ def mark_finished(config: Config) -> None:
 
 
 @contextlib.contextmanager
-def claim(config: Config, step: int) -> Iterator[None]:
+def claim(config: Config, step: int, torchruns: Collection[str] = ()) -> Iterator[None]:
     """Makes the folder this process's own while open, and cuts metrics.jsonl back to `step`: the resumed run writes
-    later lines again.
+    later lines again. Notes which `torchruns` have begun it.
 
     Raises InputError when another process has it.
     """
@@ -128,6 +134,7 @@ def claim(config: Config, step: int) -> Iterator[None]:
         for name in ("run.json", "state.json", "held_out.json", "metrics.jsonl"):
             for left in glob.glob(os.path.join(glob.escape(folder), name + ".tmp-*")):  # by a process that was killed
                 os.remove(left)
+        write_json(os.path.join(folder, "state.json"), {"finished": False, "torchruns": list(torchruns)})
         metrics = os.path.join(folder, "metrics.jsonl")
         if os.path.exists(metrics):
             kept = [line for line in read_metrics(metrics) if line["step"] <= step]

@@ -4,23 +4,37 @@ The weights of a batch sum to 1 over the global batch (data/rows.py), so gradien
 processes, without a division.
 """
 
+import collections
 import contextlib
 import datetime
+import json
+import os
+import re
 import time
-from typing import Callable, Dict, Iterator, List, Mapping, Optional, Sequence
+import zlib
+from typing import Any, Callable, Collection, Dict, Iterator, List, Mapping, Optional, Sequence
 
 import torch
 import torch.distributed as dist
 
 from bert.engines.choosing import process_of
-from bert.errors import ProcessLost
-from bert.signals import Stop, cancellable
-from data.errors import InputError
+from bert.engines.parallel.rendezvous import Round, find_round, first_line, own_torchrun, within
+from bert.errors import Diverged, ProcessesDiffer, ProcessLost, said_once_a_machine
+from bert.signals import Stop, cancellable, leave_quietly, protected
+from data.errors import InputError, LoaderDied
 
-__all__ = ["Processes", "current", "failing_together", "first_alone", "joined"]
+__all__ = ["Processes", "current", "failing_together", "first_alone", "joined", "torchruns"]
 
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
-FIRST_IS_DONE = "first is done"
+FIRST_IS_DONE, FIRST_LEAVES, NOTICED, REASON, SPEAKS = (
+    "first is done",
+    "first leaves",
+    "noticed by",
+    "reason of",
+    "one speaks of",
+)
+ANSWER = 3.0  # seconds that the store may take to answer when another process is lost
+GRACE = 1.0  # seconds that processes may take to come where this one found that another is lost
 
 _current: Optional["Processes"] = None
 
@@ -30,59 +44,111 @@ def current() -> Optional["Processes"]:
     return _current
 
 
+def torchruns() -> List[str]:
+    """Those that started the processes of the run; none where they were started otherwise."""
+    return sorted({*(_current.torchruns if _current else [own_torchrun()])} - {""})
+
+
 @contextlib.contextmanager
 def joined(device: str, timeout: float) -> Iterator[None]:
     """While open, this process and the others that torchrun started are one group, which waits `timeout` seconds for
-    each of them; nothing for a process alone, or on IPUs.
+    each of them; no group for a process alone, or on IPUs.
 
-    Raises InputError where they do not find each other.
+    An error that ends it reaches the others with its reason, and is said once a machine: the others of the machine
+    leave without a word (SystemExit), after the first has saved. Raises InputError where they do not find each other.
     """
     global _current
     if device not in BACKENDS or process_of(device)[1] == 1:
         yield
         return
-    limit = datetime.timedelta(seconds=timeout)
-    try:
-        store, rank, size = next(dist.rendezvous("env://", timeout=limit))
-        dist.init_process_group(BACKENDS[device], store=store, rank=rank, world_size=size, timeout=limit)
-    except (RuntimeError, ValueError) as error:
-        raise InputError(
-            f"the processes of the run do not find each other: {first_line(error)}. Start them with torchrun "
-            "--nproc-per-node N run_pretraining.py ..., or unset WORLD_SIZE"
-        )
-    _current = Processes(rank, size, store)
+    with said_once_a_machine():
+        found = find_round(timeout)
+        form_group(BACKENDS[device], found, timeout)
+    _current = Processes(found, timeout)
     try:
         yield
-    except (
-        Stop
-    ):  # of all of them: torchrun ends the others as soon as one is gone, so none goes before the first is done
-        with contextlib.suppress(ProcessLost):
-            _current.agree([])
+    except SystemExit:
         raise
+    except BaseException as error:
+        with protected():  # torchrun sends SIGTERM as soon as one of a machine has ended
+            error = _current.explain(error)
+            _current.leave(error)
+        raise error
     finally:
         _current = None
-    # After an error, connections are closed as the process ends: others may wait for that (`failing_together`).
     dist.destroy_process_group()
+
+
+def form_group(backend: str, found: Round, timeout: float) -> None:
+    limit = datetime.timedelta(seconds=timeout)
+    try:
+        dist.init_process_group(backend, store=found.store, rank=found.rank, world_size=found.size, timeout=limit)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(
+            f"the processes of the run found each other, but cannot connect: {first_line(error)}. GLOO_SOCKET_IFNAME "
+            "and NCCL_SOCKET_IFNAME name the network interface, such as eth0, by which machines reach each other"
+        ) from error
 
 
 class Processes:
     """The processes of a run, as the one with this `rank` sees them. What its methods do, all do at the same place.
 
-    They raise ProcessLost where another process has ended or does not come.
+    They raise ProcessLost where another process has ended or does not come, ProcessesDiffer where processes have other
+    batches than others.
     """
 
-    def __init__(self, rank: int, size: int, store: "dist.Store"):
-        self.rank, self.size, self.store = rank, size, store
+    def __init__(self, found: Round, timeout: float):
+        self.rank, self.size, self.hosts, self.torchruns, self.store = found
+        self.timeout = timeout
         self.meetings = 0
+        self.over = False  # it has ended with an error that all know of
+        self.batch: Dict[str, Any] = {}
+
+    def name(self, rank: int) -> str:
+        return f"process {rank} on {self.hosts[rank]}" if len(set(self.hosts)) > 1 else f"process {rank}"
 
     def agree(self, values: Sequence[int]) -> List[int]:
         """The largest of each value over all processes; the host waits for it, the device does not."""
         self.meetings += 1
+        check = checksum(self.batch)
         with self.naming_who_is_lost():
-            self.store.set(str(self.rank), str(self.meetings))
-            largest = torch.tensor([0, *values])
+            largest = torch.tensor([check, -check, *values])
             dist.all_reduce(largest, dist.ReduceOp.MAX)
-        return largest.tolist()[1:]
+        highest, lowest, *agreed = largest.tolist()
+        if highest != -lowest:
+            advice = "All must have the same shards, whole; start again with --resume auto"
+            raise ProcessesDiffer(f"{self.find_difference(self.batch)}. {advice}")
+        return agreed
+
+    def note_batch(self, batch: Dict[str, Any]) -> None:
+        """Has all processes find out, as they next agree, whether they have alike what this says of their batch."""
+        self.batch = batch
+
+    def check_same(self, facts: Dict[str, Any], advice: str) -> None:
+        """Raises ProcessesDiffer in all processes, with `advice`, where one has other `facts` (JSON) than most."""
+        check = checksum(facts)
+        highest, lowest = self.agree([check, -check])
+        if highest != -lowest:
+            raise ProcessesDiffer(f"{self.find_difference(facts)}. {advice}")
+
+    def find_difference(self, facts: Dict[str, Any]) -> str:
+        """Which process differs from most, or from the first, and in what."""
+        mine, difference = f"facts {self.meetings} ", f"difference {self.meetings}"
+        with self.naming_who_is_lost():
+            self.store.set(f"{mine}{self.rank}", json.dumps(facts, sort_keys=True))
+            if self.rank == 0:
+                said = [self.store.get(f"{mine}{rank}").decode() for rank in range(self.size)]
+                ((usual, _),) = collections.Counter(said).most_common(1)
+                odd = next(rank for rank in range(self.size) if said[rank] != usual)
+                found, expected = json.loads(said[odd]), json.loads(usual)
+                keys = [key for key in {**expected, **found} if found.get(key) != expected.get(key)]
+                key = keys[0]
+                is_there, should = (json.dumps(x[key]) if key in x else "missing" for x in (found, expected))
+                words = f"{key} is {is_there}, expected {should}"
+                more = f" (and {', '.join(keys[1:4])})" if keys[1:] else ""
+                like = self.name(said.index(usual))
+                self.store.set(difference, f"{self.name(odd)}: {words} as in {like}{more}")
+            return self.store.get(difference).decode()
 
     def meet(self, number: int = 0) -> int:
         """Meets all processes, and returns the largest `number`. Raises Stop in all where one was told to stop."""
@@ -113,18 +179,117 @@ class Processes:
         try:
             yield
         except RuntimeError as error:
-            lost = [f"process {rank}" for rank in range(self.size) if self.is_behind(rank)]
-            raise ProcessLost(
-                f"process {self.rank} of {self.size}: {', '.join(lost) or 'another process'} has ended or hangs "
-                f"({first_line(error)}). Start again with --resume auto"
-            ) from error
+            raise self.lost(error) from error
 
-    def is_behind(self, rank: int) -> bool:
-        """Whether a process did not come where this one is, as far as the store still knows."""
+    def lost(self, error: Exception, grace: float = GRACE) -> ProcessLost:
+        """What an error comes from."""
+        lost = self.find_lost(grace)
+        words = [
+            f"{self.name(rank)} has failed: {why}" if why else f"{self.name(rank)} has ended or hangs"
+            for rank, why in lost.items()
+        ]
+        named = "; ".join(words) or "the connection to another process is lost"
+        said = re.sub(r"^\[\S+\] |\. This is typically.*", "", first_line(error))  # where in torch's source, and advice
+        torch_says = "" if any(lost.values()) else f" ({said})"
+        message = f"process {self.rank} of {self.size}: {named}{torch_says}. Start again with --resume auto"
+        return ProcessLost(message, lost)
+
+    def find_lost(self, grace: float) -> Dict[int, str]:
+        """Who is lost, and why where it could still say so: those that do not notice that something is wrong."""
+        until = time.monotonic() + grace
         try:
-            return not self.store.check([str(rank)]) or int(self.store.get(str(rank))) < self.meetings
+            within(ANSWER, lambda: self.store.set(f"{NOTICED} {self.rank}", "1"))
+            self.disconnect()
+            while True:
+                lost = within(ANSWER, self.who_is_silent)
+                failed = {rank: why for rank, why in lost.items() if why}
+                if failed or not lost or time.monotonic() > until:
+                    return failed or lost
+                time.sleep(0.05)
+        except RuntimeError:  # the store is on the machine of the first process
+            self.disconnect()
+            return {0: ""} if self.rank else {}
+
+    def who_is_silent(self) -> Dict[int, str]:
+        """Other processes that have not noticed, and why they have failed where they said so."""
+        silent = {}
+        for rank in range(self.size):
+            if self.store.check([f"{REASON} {rank}"]):
+                silent[rank] = self.store.get(f"{REASON} {rank}").decode()
+            elif not self.store.check([f"{NOTICED} {rank}"]):
+                silent[rank] = ""
+        return silent
+
+    def disconnect(self) -> None:
+        """Has those who wait for this process find out at once."""
+        if dist.is_initialized():
+            with contextlib.suppress(RuntimeError):
+                within(ANSWER, dist.destroy_process_group)
+
+    def explain(self, error: BaseException) -> BaseException:
+        """The error that an error comes from: processes of a machine share the loader of the first of them."""
+        if isinstance(error, LoaderDied) and local_rank():
+            found = self.lost(error, grace=5 * GRACE)
+            return found if found.ranks else error
+        return error
+
+    def leave(self, error: BaseException) -> None:
+        """Ends this process's part, with an error: tells the others why, waits until the first has saved, and returns
+        where this is the process of its machine that says it; else raises SystemExit."""
+        if self.over:
+            return
+        lost = error.ranks if isinstance(error, ProcessLost) else ()
+        speaks = self.speaks(lost)
+        with contextlib.suppress(RuntimeError):
+            if not isinstance(error, (Diverged, ProcessesDiffer, ProcessLost, Stop)):  # which others have raised, too
+                reason = first_line(error) or repr(error)
+                name_process(error, self)
+                within(ANSWER, lambda: self.store.set(f"{REASON} {self.rank}", reason))
+                self.disconnect()
+            if self.rank == 0:
+                within(ANSWER, lambda: self.store.set(FIRST_LEAVES, "1"))
+            elif 0 not in lost:
+                self.wait_for(FIRST_LEAVES, time.monotonic() + self.timeout)
+        if not speaks:
+            leave_quietly(exit_status(error))
+
+    def speaks(self, lost: Collection[int]) -> bool:
+        """Whether this process is the first of its machine to ask this; where the store is gone, the first of those
+        that are left."""
+        first = self.rank - local_rank()
+        try:
+            return within(ANSWER, lambda: self.store.add(f"{SPEAKS} {first}", 1)) == 1
         except RuntimeError:
-            return False
+            return all(rank in lost for rank in range(first, self.rank))
+
+    def wait_for(self, key: str, until: float = float("inf")) -> None:
+        """Until another process has set this key of the store. Raises ProcessLost where the store does not answer."""
+        with self.naming_who_is_lost():
+            while not within(self.timeout, lambda: self.store.check([key])):
+                if time.monotonic() > until:
+                    raise RuntimeError(f"it waits for: {key}")
+                time.sleep(0.1)
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def exit_status(error: BaseException) -> int:
+    """As data/commands.py has them."""
+    if isinstance(error, Stop):
+        return 128 + error.signal_number
+    return 2 if isinstance(error, InputError) else 1
+
+
+def checksum(facts: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(facts, sort_keys=True).encode())
+
+
+def name_process(error: BaseException, processes: Processes) -> None:
+    """Has an error of one process say whose it is."""
+    if isinstance(error, (InputError, LoaderDied)):
+        error.args = (f"{processes.name(processes.rank)} of {processes.size}: {error}",)
 
 
 @contextlib.contextmanager
@@ -134,16 +299,24 @@ def failing_together() -> Iterator[None]:
     if processes is None:
         yield
         return
-    mine = processes.size - processes.rank  # the first that fails has the largest
+    failure: Optional[BaseException] = None
     try:
         yield
-        mine = 0
-    finally:
-        (largest,) = processes.agree([mine])
-        if largest > mine:
-            with contextlib.suppress(ProcessLost):
-                processes.agree([])  # until the other is gone: torchrun ends all as soon as one is
-            raise SystemExit(2)
+    except ProcessLost:
+        raise
+    except BaseException as error:
+        failure = error
+        if processes.rank == 0:  # it does not come to what others may wait for
+            processes.store.set(FIRST_IS_DONE, "1")
+    mine = processes.size - processes.rank if failure else 0  # the first that fails has the largest
+    largest, some_do_not = processes.agree([mine, failure is None])
+    if largest > mine:
+        leave_quietly(2)
+    if failure:
+        processes.over = True
+        if some_do_not:
+            name_process(failure, processes)
+        raise failure
 
 
 def first_alone(work: Callable[[], None]) -> None:
@@ -152,14 +325,9 @@ def first_alone(work: Callable[[], None]) -> None:
     if processes is None:
         work()
     elif processes.rank:
-        while not processes.store.check([FIRST_IS_DONE]):
-            time.sleep(0.2)
+        processes.wait_for(FIRST_IS_DONE)
     else:
         try:
             work()
         finally:
             processes.store.set(FIRST_IS_DONE, "1")
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

@@ -12,7 +12,8 @@ import transformers
 from bert.run.checkpoint import read_safetensors
 from run_pretraining import main
 from tests import ROOT
-from tests.bert.engines.parallel.test_processes import SMALL, assert_close_runs, environment, torchrun
+from tests.bert.engines.parallel.started import SMALL, environment, torchrun
+from tests.bert.engines.parallel.test_processes import assert_close_runs
 from tests.bert.run.runs import arguments, checkpoints, make_shards
 
 SCRIPT = os.path.join(ROOT, "tests", "bert", "engines", "parallel", "modes.py")
@@ -38,8 +39,8 @@ def found(folder, processes, precision):
 def test_every_way_to_share_the_work_gives_the_weights_and_metrics_of_one_process(tmp_path, processes):
     for of_rank in found(tmp_path, processes, "float32"):
         for way, result in of_rank.items():
-            # The first updates of AdamW and Muon have one size, whatever the gradient's: rounding shows more than in it.
-            tolerance = 1e-5 if "adamw" not in way and "muon" not in way else 1e-3
+            # Updates of AdamW begin with one size, whatever the gradient's; Muon orthogonalises in bfloat16.
+            tolerance = 0.02 if "muon" in way else 1e-3 if "adamw" in way else 1e-5
             assert result["weights"] <= tolerance and result["metrics"] <= tolerance, (way, result)
             # A gradient in the last process that is not a number is a skipped update in all.
             assert result["skipped"] == 1 and result["unchanged"], (way, result)
