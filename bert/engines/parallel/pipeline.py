@@ -228,11 +228,11 @@ class Pipelined:
         return self.processes.sum_metrics(metrics, names, device)
 
     def sum_skips(self, sums: torch.Tensor) -> None:
-        """Only whether the update is skipped is another stage's business too."""
+        """Norms are those of this stage's parameters; whether the update is skipped is all processes' business."""
         with self.processes.naming_who_is_lost():
             if self.gathered:
-                dist.all_reduce(sums, group=self.row)
-            dist.all_reduce(sums[-1:], group=self.column)
+                dist.all_reduce(sums[:-1], group=self.row)
+            dist.all_reduce(sums[-1:])
 
 
 def local(gradient: Any) -> torch.Tensor:

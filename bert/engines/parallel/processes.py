@@ -150,9 +150,9 @@ class Processes:
                 self.store.set(difference, f"{self.name(odd)}: {words} as in {like}{more}")
             return self.store.get(difference).decode()
 
-    def meet(self, number: int = 0) -> int:
-        """Meets all processes, and returns the largest `number`. Raises Stop in all where one was told to stop."""
-        stopped = 0
+    def meet(self, number: int = 0, stopped: int = 0) -> int:
+        """Meets all processes, and returns the largest `number`. Raises Stop in all where one was told to stop, by a
+        signal of the number `stopped` or by one that has come since."""
         try:
             with cancellable():
                 pass

@@ -151,7 +151,7 @@ class DataParallel:
 
     def stop(self, stop: Stop) -> None:
         if not self.met:
-            self.processes.agree([stop.signal_number])
+            self.processes.meet(stopped=stop.signal_number)
 
     def sum_from(self, block: int) -> None:
         """Begins to sum the gradients that are complete when the backward pass has left this block."""

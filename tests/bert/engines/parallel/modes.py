@@ -1,9 +1,10 @@
 """Started by torchrun: trains one engine alone and one of each way to share the work, and notes how far they are apart.
 
-    python modes.py FOLDER PRECISION WAY ...
+    python modes.py FOLDER WAY ...
 
-A way is "shard optimizer", "pipeline 2 3 adamw" (processes, stages of each, optimizer) and so on. Each process writes
-FOLDER/<rank>.json: way -> {"weights": largest relative distance of a weight, "metrics": ..., "skipped": ...}.
+A way is "shard optimizer", "pipeline 2 3 adamw bfloat16" (processes, stages of each, optimizer, precision) and so on.
+Each process writes FOLDER/<rank>.json: way -> {"weights": largest relative distance of a parameter, "together": that of
+all together, "metrics": largest distance of a loss, "skipped": ...}.
 """
 
 import json
@@ -28,17 +29,18 @@ LAYERS, STEPS = 6, 2
 
 
 def options_of(way):
+    """Those that one process has too, and those that it has not."""
     kind, *words = way.split()
+    precision = words.pop() if words[-1] == "bfloat16" else "float32"
     optimizer = words.pop() if words[-1] in ("lamb", "adamw", "muon") else "lamb"
-    options = {"optimizer__name": optimizer, "optimizer__learning_rate": 0.01 if optimizer == "lamb" else 0.001}
     names = {"shard": ["parallel__shard"], "pipeline": ["parallel__pipeline", "parallel__stages_per_process"]}
-    return {**options, **dict(zip(names[kind], words))}
+    return {"optimizer__name": optimizer, "training__precision": precision}, dict(zip(names[kind], words))
 
 
-def run(engine, batch):
+def run(engine, batch, learning_rate):
     """Metrics of two steps and an evaluation, and what a gradient that is not a number does in the last process."""
-    metrics = [engine.step(batch, 0.01, step) for step in range(1, 1 + STEPS)] + [engine.evaluate(batch)]
-    numbers = [float(value) for values in metrics for value in values.values()]
+    metrics = [engine.step(batch, learning_rate, step) for step in range(1, 1 + STEPS)] + [engine.evaluate(batch)]
+    numbers = [float(value) for values in metrics for name, value in values.items() if "loss" in name]
     weights = whole(engine)
     update = engine.update
 
@@ -49,7 +51,7 @@ def run(engine, batch):
         update(learning_rate)
 
     engine.update = spoiled
-    engine.step(batch, 0.01, STEPS + 1)
+    engine.step(batch, learning_rate, STEPS + 1)
     after = whole(engine)
     return numbers, weights, engine.skipped_updates(), all(torch.equal(after[name], weights[name]) for name in weights)
 
@@ -63,7 +65,7 @@ def distance(one, other):
     return float((one - other).norm() / other.norm())
 
 
-def main(folder, precision, *ways):
+def main(folder, *ways):
     rng = np.random.default_rng(int(os.environ["TORCHELASTIC_RUN_ID"].encode().hex(), 16) % 2**32)
     samples = random_samples(rng, 22, LENGTH, MASKS, VOCAB)
     samples.nsp_labels[:] = np.arange(22) % 4 == 0  # half and half would cancel gradients down to their rounding
@@ -74,26 +76,29 @@ def main(folder, precision, *ways):
     def config_of(**options):
         exact = {"model__hidden_dropout_prob": 0, "model__attention_probs_dropout_prob": 0}
         sizes = {"model__num_hidden_layers": LAYERS, "ipu__layers_per_ipu": f"[0, {LAYERS}]"}
-        exact.update(training__precision=precision, training__micro_batch_size=2, parallel__timeout=60)
+        exact.update(training__micro_batch_size=2, parallel__timeout=60)
         return parse_command_line(arguments(place, shards, **exact, **sizes, **options))
 
     found, alone = {}, {}
+    rates = {"lamb": 0.01, "adamw": 0.001, "muon": 0.001}
     for way in ways:
-        options = {name: value for name, value in options_of(way).items() if name.startswith("optimizer")}
+        options, _ = options_of(way)
         if str(options) not in alone:
-            alone[str(options)] = run(make_engine(config_of(**options), "cpu"), batch)
+            rate = rates[options["optimizer__name"]]
+            alone[str(options)] = run(make_engine(config_of(**options), "cpu"), batch, rate)
     with joined("cpu", 60):
         for way in ways:
-            options = options_of(way)
-            config = config_of(**options)
-            alone_key = str({name: value for name, value in options.items() if name.startswith("optimizer")})
-            numbers, weights, _, _ = alone[alone_key]
-            engine = make_engine(config, "cpu")
-            own_numbers, own, skipped, unchanged = run(engine, part_of(config, "cpu").of(batch))
+            options, parallel = options_of(way)
+            config, rate = config_of(**options, **parallel), rates[options["optimizer__name"]]
+            numbers, weights, _, _ = alone[str(options)]
+            own_numbers, own, skipped, unchanged = run(
+                make_engine(config, "cpu"), part_of(config, "cpu").of(batch), rate
+            )
             # The gradient of the key's bias is 0 but for rounding.
             compared = [name for name in own if not name.endswith("key.bias")]
             found[way] = {
                 "weights": max(distance(own[name], weights[name]) for name in compared),
+                "together": distance(*(torch.cat([x[name].flatten() for name in compared]) for x in (own, weights))),
                 "metrics": max(abs(a - b) for a, b in zip(own_numbers, numbers)),
                 "skipped": skipped,
                 "unchanged": unchanged,
