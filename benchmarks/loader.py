@@ -11,8 +11,8 @@ the seconds to read it whole, and those to hand out all its samples, extrapolate
 
 With --ranks processes take their parts of the same batches as fast as they can: from one loader that they share; each
 from a loader of its own that assembles whole batches; and, as users of torch do, each from a DataLoader (1 worker) with
-a DistributedSampler. samples/s are those of all processes together; memory is the peak of resident bytes of the
-loaders' processes, in which the ring of batches is counted once.
+a DistributedSampler. samples/s are those of all processes together; CPU seconds and memory (the peak of resident
+bytes) are those of the loaders' processes, in which the ring of batches is counted once.
 """
 
 import os
@@ -188,18 +188,21 @@ class Rank:
                 samples += batch.samples
         return samples
 
-    def peak_memory(self):
-        return sum(map(peak_memory, self.pids))
+    def usage(self):
+        """Peak bytes of memory and seconds of processor time of its loader's processes."""
+        return [sum(values) for values in zip(*map(usage_of, self.pids))] or [0, 0]
 
 
-def peak_memory(pid):
-    """Bytes."""
+def usage_of(pid):
     with open(f"/proc/{pid}/status") as lines:
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+        peak = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    with open(f"/proc/{pid}/stat") as file:
+        ticks = sum(map(int, file.read().rsplit(")", 1)[1].split()[11:13]))
+    return peak, ticks / os.sysconf("SC_CLK_TCK")
 
 
 def measure_ranks(arguments, ranks, way):
-    """(samples/s, peak memory in bytes)"""
+    """(samples/s, processor seconds per million samples, peak memory in bytes)"""
     workers = [Worker(Rank, arguments, rank, ranks) for rank in range(ranks)]
     with ThreadPoolExecutor(ranks) as threads:
 
@@ -214,10 +217,12 @@ def measure_ranks(arguments, ranks, way):
             began = time.perf_counter()
             ask(Rank.take, few)
             count = max(few, int(few * arguments.seconds / (time.perf_counter() - began)))
+            _, busy = map(sum, zip(*ask(Rank.usage)))
             began = time.perf_counter()
             taken = ask(Rank.take, count)
-            seconds = time.perf_counter() - began
-            return (sum(taken) if way == "open_torch" else taken[0]) / seconds, sum(ask(Rank.peak_memory))
+            samples, seconds = sum(taken) if way == "open_torch" else taken[0], time.perf_counter() - began
+            peak, busy_after = map(sum, zip(*ask(Rank.usage)))
+            return samples / seconds, (busy_after - busy) / samples * 1e6, peak
         finally:
             threads.map(Worker.__exit__, workers)
 
@@ -239,13 +244,12 @@ def run_ranks(arguments):
             "shared loader": ring_bytes(settings.layout(info, parts), settings.slots),
             "a loader each": ranks * whole,
         }.get(name, 0)
-        rate, memory = (median(column) for column in zip(*values))
-        results.append(
-            dict(ranks=ranks, way=name, samples_per_second=rate, ring_bytes=ring, peak_bytes=memory, rounds=values)
-        )
-        rows.append([f"{ranks}, {name}", f"{rate:,.0f}", f"{ring / 1e6:,.0f}", f"{memory / 1e6:,.0f}"])
+        rate, busy, peak = (median(column) for column in zip(*values))
+        figures = dict(samples_per_second=rate, cpu_seconds_per_million=busy, ring_bytes=ring, peak_bytes=peak)
+        results.append({"ranks": ranks, "way": name, **figures, "rounds": values})
+        rows.append([f"{ranks}, {name}", f"{rate:,.0f}", f"{busy:.2f}", f"{ring / 1e6:,.0f}", f"{peak / 1e6:,.0f}"])
     print(f"global batch {arguments.batch_size:,}; medians of {count_of(arguments.rounds, 'round')}")
-    print_table(["ranks", "samples/s", "ring, MB", "all memory, MB"], rows)
+    print_table(["ranks", "samples/s", "CPU s a million", "ring, MB", "all memory, MB"], rows)
     write_json(arguments.json, {"batch_size": arguments.batch_size, "ranks": results}, torch=torch.__version__)
 
 
