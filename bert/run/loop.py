@@ -273,7 +273,8 @@ def follow(bar: tqdm, batch: GlobalBatch, run: Run) -> Callable[[int], None]:
 
     def progress(rows: int) -> None:
         bar.update(steps_a_row * rows)
-        run.loader.check()
+        if rows > 0:  # not where a step that failed is taken back
+            run.loader.check()
 
     return progress
 

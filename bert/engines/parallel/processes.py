@@ -10,6 +10,7 @@ import datetime
 import json
 import os
 import re
+import socket
 import time
 import zlib
 from typing import Any, Callable, Collection, Dict, Iterator, List, Mapping, Optional, Sequence
@@ -26,13 +27,9 @@ from data.errors import InputError, LoaderDied
 __all__ = ["Processes", "current", "failing_together", "first_alone", "joined", "torchruns"]
 
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
-FIRST_IS_DONE, FIRST_LEAVES, NOTICED, REASON, SPEAKS = (
-    "first is done",
-    "first leaves",
-    "noticed by",
-    "reason of",
-    "one speaks of",
-)
+# Keys of the store.
+FIRST_IS_DONE, FIRST_LEAVES = "first is done", "first leaves"
+NOTICED, REASON, SPEAKS = "noticed by", "reason of", "one speaks of"
 ANSWER = 3.0  # seconds that the store may take to answer when another process is lost
 GRACE = 1.0  # seconds that processes may take to come where this one found that another is lost
 
@@ -64,7 +61,7 @@ def joined(device: str, timeout: float) -> Iterator[None]:
     with said_once_a_machine():
         found = find_round(timeout)
         form_group(BACKENDS[device], found, timeout)
-    _current = Processes(found, timeout)
+    _current = Processes(found, timeout, uses_gloo_alone=BACKENDS[device] == "gloo")
     try:
         yield
     except SystemExit:
@@ -97,9 +94,9 @@ class Processes:
     batches than others.
     """
 
-    def __init__(self, found: Round, timeout: float):
+    def __init__(self, found: Round, timeout: float, uses_gloo_alone: bool):
         self.rank, self.size, self.hosts, self.torchruns, self.store = found
-        self.timeout = timeout
+        self.timeout, self.uses_gloo_alone = timeout, uses_gloo_alone
         self.meetings = 0
         self.over = False  # it has ended with an error that all know of
         self.batch: Dict[str, Any] = {}
@@ -221,10 +218,15 @@ class Processes:
         return silent
 
     def disconnect(self) -> None:
-        """Has those who wait for this process find out at once."""
-        if dist.is_initialized():
-            with contextlib.suppress(RuntimeError):
-                within(ANSWER, dist.destroy_process_group)
+        """Has those who wait for this process find out at once, where all connections are gloo's. Destroying the group
+        does not, as long as anything refers to work of it."""
+        if self.uses_gloo_alone and os.path.exists("/proc/self/fd"):
+            for descriptor in map(int, os.listdir("/proc/self/fd")):
+                with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
+                    if connection.family in (socket.AF_INET, socket.AF_INET6):
+                        ports = connection.getsockname()[1], connection.getpeername()[1]
+                        if int(os.environ["MASTER_PORT"]) not in ports:  # which is the store's
+                            connection.shutdown(socket.SHUT_RDWR)
 
     def explain(self, error: BaseException) -> BaseException:
         """The error that an error comes from: processes of a machine share the loader of the first of them."""
@@ -239,16 +241,17 @@ class Processes:
         if self.over:
             return
         lost = error.ranks if isinstance(error, ProcessLost) else ()
+        by_all = isinstance(error, (Diverged, ProcessesDiffer, Stop))  # all processes have raised it
         speaks = self.speaks(lost)
         with contextlib.suppress(RuntimeError):
-            if not isinstance(error, (Diverged, ProcessesDiffer, ProcessLost, Stop)):  # which others have raised, too
+            if not by_all and not isinstance(error, ProcessLost):
                 reason = first_line(error) or repr(error)
                 name_process(error, self)
                 within(ANSWER, lambda: self.store.set(f"{REASON} {self.rank}", reason))
                 self.disconnect()
             if self.rank == 0:
                 within(ANSWER, lambda: self.store.set(FIRST_LEAVES, "1"))
-            elif 0 not in lost:
+            elif 0 not in lost and (by_all or self.uses_gloo_alone):  # else it may not know before this process ends
                 self.wait_for(FIRST_LEAVES, time.monotonic() + self.timeout)
         if not speaks:
             leave_quietly(exit_status(error))
