@@ -5,6 +5,7 @@ import glob
 import json
 import logging
 import os
+import time
 from typing import Dict, Iterator, List, NamedTuple
 
 import numpy as np
@@ -12,7 +13,6 @@ import numpy as np
 from bert.config import Config
 from bert.engines import has_static_shapes, local_parts
 from bert.engines.parallel.processes import current
-from bert.errors import ProcessLost
 from bert.geometry import packing_of
 from bert.run.state import RunState
 from bert.tasks import Task
@@ -141,11 +141,8 @@ def sharing_loader(config: Config, device: str) -> Iterator[LocalRanks]:
         endpoint, address = listen()
         processes.store.set(key, address)
     else:
-        try:
-            address = processes.store.get(key).decode()
-        except RuntimeError as error:
-            raise ProcessLost(f"{key}, the first of this machine, has ended or hangs. Start again") from error
-        endpoint = connect(address, rank)
+        processes.wait_for(key, time.monotonic() + config.parallel.timeout)
+        endpoint = connect(processes.store.get(key).decode(), rank)
     with endpoint:
         yield LocalRanks(parts, rank, endpoint)
 
