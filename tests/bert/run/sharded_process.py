@@ -24,6 +24,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+import bert.signals
 from bert.engines.parallel.processes import current, joined
 from bert.engines.torch_engine import TorchEngine
 from bert.errors import ProcessLost
@@ -94,6 +95,7 @@ def main(whole, folder):
     files = [os.path.join(whole, f"{part}.safetensors") for part in ("model", "optimizer")]
     weights, state = map(read_safetensors, files)
     others = read_json(os.path.join(whole, "config.json")), read_vocab(os.path.join(whole, "vocab.txt")), 9
+    bert.signals.LINGER = 0  # nobody ends those that leave quietly
     with joined("cpu", 10):
         rank = current().rank
         saves = SavesInBackground(current(), 10, 0)
@@ -126,8 +128,6 @@ def main(whole, folder):
             saves.wait()
         except (OSError, SystemExit) as error:
             said["full"] = [type(error).__name__, str(error)]
-        if rank == 0:
-            current().agree([])  # the others wait for it
 
         HuggingFaceStorageWriter.write_data = write
         fails_in(2, lambda: os.kill(os.getpid(), signal.SIGKILL))

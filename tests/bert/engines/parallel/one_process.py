@@ -2,9 +2,9 @@
 
     python one_process.py FOLDER WHEN [options of run_pretraining.py]
 
-WHEN is "" or "PLACE RANK STEP WHAT": in the process of this rank, as it comes to that place (PLACES) in this step, of
-torchrun's first round. WHAT is the number of a signal that it sends itself, or a name in HAPPENINGS. FOLDER gets
-<rank>.json: the metrics of each step, and the sum of all weights at the end.
+WHEN is "" or "PLACE RANK STEP WHAT": in the process of this rank, or in "all", as it comes to that place (PLACES) in
+this step, of torchrun's first round. WHAT is the number of a signal that it sends itself, or a name in HAPPENINGS.
+FOLDER gets <rank>.json: the metrics of each step, and the sum of all weights at the end.
 """
 
 import dataclasses
@@ -75,7 +75,7 @@ HAPPENINGS = {"lose": lose, "fail": fail, "drift": drift, "skip": skip, "differ"
 
 
 def let_happen(place, rank, step, what, progress):
-    if rank != os.environ.get("RANK") or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+    if rank not in ("all", os.environ.get("RANK")) or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         return
     owner, name = PLACES[place]
     call = getattr(owner, name)

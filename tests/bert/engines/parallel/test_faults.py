@@ -68,6 +68,13 @@ def test_where_a_process_fails_those_of_other_machines_say_why(run, tmp_path):
 
 
 @pytest.mark.slow
+def test_what_a_loader_says_to_all_processes_of_its_machine_is_said_once(run, tmp_path):
+    status, out, errors = run_processes(3, tmp_path / "notes", run, f"batch all {STOP} fail")
+    assert all(status) and errors.count("error: ") == 1 and errors.count("sample 3 is bad") == 1
+    assert saved_step(checkpoints(tmp_path)[-1]) == STOP and f"stopped after step {STOP} of {STEPS}" in out
+
+
+@pytest.mark.slow
 def test_where_a_process_hangs_the_others_name_it_within_the_timeout(run, tmp_path):
     limited = [*run, "--parallel.timeout", "4"]
     when = f"passes 1 {STOP} {signal.SIGSTOP.value}"
