@@ -104,7 +104,7 @@ def test_where_the_link_is_cut_one_host_goes_on_and_both_do_when_it_is_back(host
     one.end()
     again.process.wait(30)
     said = again.output.read_text()
-    assert "error: " not in said, said
+    assert "has ended or hangs" not in said, said
     assert one.output.read_text().count("continues from") == 2
     steps = [line["step"] for line in read_lines(tmp_path)]
     assert steps == sorted(set(steps)) and saved_step(checkpoints(tmp_path)[-1]) >= steps[-1] > together
