@@ -9,9 +9,10 @@ import torch
 
 from bert.config import Config
 from bert.engines import make_engine
-from bert.engines.choosing import choose_device
+from bert.engines.choosing import choose_device, local_parts, part_of
 from bert.engines.torch_devices import Cuda, choose_precision
 from data.errors import InputError
+from data.rows import WHOLE, Part
 
 POPTORCH = """
 Options = PipelinedExecution = optim = trainingModel = None
@@ -237,3 +238,19 @@ def test_segments_grow_unless_the_environment_configures_the_allocator(monkeypat
         assert not matmul.allow_bf16_reduced_precision_reduction
     finally:
         matmul.allow_bf16_reduced_precision_reduction = before
+
+
+def test_each_process_knows_the_parts_of_all_on_its_machine(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    config = Config()
+    assert local_parts(config, "cpu") == ([WHOLE], 0)
+    monkeypatch.setenv("RANK", "4")
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    assert local_parts(config, "cpu") == ([Part(4, 6)], 0)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert local_parts(config, "cpu") == ([Part(3, 6), Part(4, 6), Part(5, 6)], 1)
+    config.parallel.pipeline = 3  # in two copies of the model
+    assert local_parts(config, "cuda") == ([Part(1, 2), Part(0, 2), Part(1, 2)], 1)
+    assert part_of(config, "cuda") == Part(0, 2) and part_of(config, "ipu") == WHOLE
