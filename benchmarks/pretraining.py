@@ -104,7 +104,9 @@ class Transformers:
         from transformers import BertConfig, BertForPreTraining
 
         if device == "cpu":
-            Cpu().start()  # keeps the memory of freed tensors, as this project does: up to half as fast again
+            Cpu().start(
+                keeps_memory=True
+            )  # keeps the memory of freed tensors, as this project does: up to half as fast again
         self.device, self.compiled, self.rows, self.bfloat16 = device, compiled, rows, bfloat16
         self.types = [False, True] if device == "cpu" and in_bfloat16(config, device) else [in_bfloat16(config, device)]
         settings = BertConfig(**dataclasses.asdict(config.model), attn_implementation="sdpa")

@@ -46,8 +46,8 @@ class TorchDevice(Protocol):
     memory: Optional[Memory]
     """None where micro-batches are limited by speed, not by memory."""
 
-    def start(self) -> None:
-        """Prepares the process."""
+    def start(self, keeps_memory: bool) -> None:
+        """Prepares the process, which may keep memory that it does not use where that makes it faster."""
 
     def synchronize(self) -> None:
         """Waits until the device is done."""
@@ -79,11 +79,13 @@ class Cpu:
     # A compiled layer is no faster than the library calls it replaces, and takes 15 s to compile.
     compiler_name, auto_compile, compiles_kernels = "C++ compiler (g++, or CXX)", False, False
 
-    def start(self) -> None:
-        """Has the C library (glibc; others are left alone) keep the memory of freed tensors.
+    def start(self, keeps_memory: bool) -> None:
+        """Has the C library (glibc; others are left alone) keep the memory of freed tensors, if it may.
 
         Else each micro-batch's activations are mapped anew, page by page: a tenth of a step of BERT-base.
         """
+        if not keeps_memory:
+            return
         try:
             mallopt = ctypes.CDLL(None).mallopt
         except AttributeError:
@@ -136,7 +138,7 @@ class Cuda:
     hidden_bytes = 192 * 2**20  # more make nothing faster
     compiler_name, auto_compile, compiles_kernels = "Triton", True, True
 
-    def start(self) -> None:
+    def start(self, keeps_memory: bool) -> None:
         """Has the allocator grow its segments, unless the environment configures it: the number of masked tokens
         varies, and memory in pieces of a few sizes would be full before it is used up. And has no product add up
         parts that are rounded to bfloat16: a weight's gradient is a sum over all tokens of a micro-batch."""

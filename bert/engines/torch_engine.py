@@ -1,5 +1,6 @@
 """The engine for CPUs and GPUs: a step is a loop over micro-batches."""
 
+import functools
 import gc
 import logging
 import time
@@ -52,7 +53,7 @@ class TorchEngine:
     stops_together = True
 
     def __init__(self, config: Config, task: Task, model: Model, device: TorchDevice, micro_batch_size: int):
-        device.start()
+        device.start(keeps_memory=config.parallel.shard == "none")
         training, self.processes = config.training, current()
         self.rank, self.world_size = (self.processes.rank, self.processes.size) if self.processes else (0, 1)
         self.task, self.device, self.seed, self.micro_batch_size = task, device, training.seed, micro_batch_size
@@ -91,7 +92,12 @@ class TorchEngine:
         layout, stages, gathered = None, [], []
         if self.processes and parallel.pipeline > 1:
             layout = Layout(model, parallel.pipeline, parallel.stages_per_process, self.rank, self.world_size)
-            mesh, stages = layout.make_mesh(device), layout.stage_modules(model)
+            if parallel.shard != "none" and layout.shares_layers(model):
+                raise InputError(
+                    f'parallel.shard is "{parallel.shard}", expected "none": stages of one process share layers. Or '
+                    "set parallel.stages_per_process to 1"
+                )
+            mesh, stages = layout.make_mesh(device, parallel.timeout), layout.stage_modules(model)
             layout.empty_others(model)
         if self.processes and parallel.shard != "none":
             copies = mesh["copies"] if layout else make_mesh(device, self.world_size)
@@ -109,6 +115,8 @@ class TorchEngine:
             for name, weight in self.parameters.items():
                 # To its gradient the CPU's kernels add (ops/native.py).
                 weight.master = self.master_weights[name]  # type: ignore[attr-defined]
+                if layout:  # many backward passes follow each other in there
+                    weight.register_post_accumulate_grad_hook(functools.partial(self.fold_one, name))
         if self.processes is None:
             return Alone()
         sums = self.master_weights, self.fold
@@ -127,7 +135,7 @@ class TorchEngine:
 
     def expect_rows(self, rows: int) -> None:
         """Makes micro-batches smaller such that as many do, with few rows to fill up."""
-        if self.cuts_evenly:
+        if self.cuts_evenly and rows:
             count = -(-rows // self.micro_batch_size)
             # Later batches may pack into some more rows.
             self.micro_batch_size = min(self.micro_batch_size, -(-(rows + rows // 100) // (8 * count)) * 8)
@@ -212,8 +220,11 @@ class TorchEngine:
                 result = passes(*arguments)
             except torch.OutOfMemoryError:
                 memory = self.device.memory
-                if memory is None or self.micro_batch_size == 1 or not self.parallel.can_redo:
+                if memory is None or self.micro_batch_size == 1:
                     raise
+                if not self.parallel.can_redo:
+                    remedy = "Make them smaller with --training.micro_batch_size"
+                    raise InputError(f"out of memory with micro-batches of {self.micro_batch_size} rows. {remedy}")
             except Exception as error:
                 reason = compiler_error(error) if self.compiled else None
                 if reason is None:
@@ -253,6 +264,9 @@ class TorchEngine:
         """Adds the gradients of one micro-batch to those of the master weights."""
         loss.backward()
         self.fold(self.master_weights)
+
+    def fold_one(self, name: str, weight: torch.Tensor) -> None:
+        self.fold([name])
 
     def fold(self, names: Iterable[str]) -> None:
         """Adds gradients in the type that the model computes in to those of the master weights."""

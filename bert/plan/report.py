@@ -1,10 +1,10 @@
 """The plan as it is printed: which device it is for, and its lines."""
 
+import os
 import textwrap
 from typing import List, Sequence, Tuple
 
 from bert.config import Config, IpuConfig
-from bert.engines import process_of
 from bert.plan.ipu_plan import IpuPlan, make_ipu_plan
 from bert.plan.measured import measured_report, rows_and_samples
 from bert.plan.parallel import parallel_lines
@@ -30,7 +30,7 @@ def print_plan(config: Config) -> None:
     for_ipu, why_not = is_for_ipu(config)
     facts = look_at_data(config)
     if not for_ipu:
-        if not process_of(config.device)[0]:  # one of torchrun's processes is enough
+        if not int(os.environ.get("RANK", 0)):  # one of torchrun's processes is enough
             print_processes(config, facts, why_not)
         return
     from bert.plan.picture import draw_plan  # here: matplotlib takes a while to import

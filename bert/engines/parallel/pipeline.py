@@ -8,8 +8,10 @@ them, and its gradients are summed.
 Shape letters: R rows of a micro-batch, L token slots of a row, H hidden; T = R L.
 """
 
+import collections
+import datetime
 import itertools
-from typing import Any, Callable, Dict, Iterable, List, Mapping, Sequence, Set, Tuple
+from typing import Any, Callable, Deque, Dict, Iterable, List, Mapping, Sequence, Set, Tuple
 
 import torch
 import torch.distributed as dist
@@ -49,11 +51,22 @@ class Layout:
         self.users = {name: sorted(users.get(p, {0})) for name, p in model.named_parameters()}
         """Parameter name -> the places in the pipeline that hold it."""
 
-    def make_mesh(self, device: str) -> Any:
-        """Of all processes, ["pipeline", "copies"]."""
-        from torch.distributed.device_mesh import init_device_mesh
+    def make_mesh(self, device: str, timeout: float) -> Any:
+        """Of all processes, ["pipeline", "copies"]; waits `timeout` seconds for each of them."""
+        from torch.distributed.device_mesh import DeviceMesh
 
-        return init_device_mesh(device, (self.pipeline, self.copies), mesh_dim_names=("pipeline", "copies"))
+        table = torch.arange(self.pipeline * self.copies).view(self.pipeline, self.copies)
+        own = []
+        for lines in (table.t(), table):  # all processes make the same groups
+            groups = [(line.tolist(), new_group(line.tolist(), timeout)) for line in lines]
+            own.append(next(group for ranks, group in groups if dist.get_rank() in ranks))
+        return DeviceMesh.from_group(own, device, mesh=table, mesh_dim_names=("pipeline", "copies"))
+
+    def shares_layers(self, model: Model) -> bool:
+        """Whether several stages of one process have a layer in common."""
+        modules = dict(model.blocks)
+        held = [(stage.ipu, layer) for stage in self.stages for layer in {modules[name] for name in stage.blocks}]
+        return len(held) > len(set(held))
 
     def stage_modules(self, model: Model) -> List["StageModule"]:
         """Of this process."""
@@ -82,6 +95,10 @@ class Layout:
         return [([place * self.copies + copy for place in places], names) for copy, (places, names) in groups]
 
 
+def new_group(ranks: Sequence[int], timeout: float) -> Any:
+    return dist.new_group(ranks, timeout=datetime.timedelta(seconds=timeout))
+
+
 def modules_of(block: nn.Module) -> List[nn.Module]:
     """A block, and the modules that stand elsewhere in the model and that it names in `shared`."""
     return [block, *(module for module in getattr(block, "shared", ()) if module is not None)]
@@ -96,7 +113,7 @@ class StageModule(nn.Module):
         modules = dict(model.blocks)
         self.blocks = [(name, modules[name]) for name in blocks]
         self.held = nn.ModuleList(part for _, module in self.blocks for part in modules_of(module))
-        self.micro_batches: List[Tuple[int, Batch]] = []
+        self.micro_batches: Deque[Tuple[int, Batch]] = collections.deque()
         self.seed: Callable[[int, int], None] = lambda first, stage: None
         self.metrics: List[Mapping[str, torch.Tensor]] = []
 
@@ -105,9 +122,9 @@ class StageModule(nn.Module):
         """The encoder's layers among its blocks, by name."""
         return {name: module for name, module in self.blocks if name.startswith("layer")}
 
-    def forward(self, hidden: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-        """`place` [1] is the micro-batch's among those of the round. The first stage's `hidden` is not used."""
-        first, batch = self.micro_batches[int(place)]
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Of the next of the `micro_batches`. The first stage's `hidden` is not used."""
+        first, batch = self.micro_batches.popleft()
         self.seed(first, self.number)
         state = State(batch, batch.segments)
         if not self.is_first:
@@ -141,31 +158,34 @@ class Pipelined:
         self.column, self.row = mesh["pipeline"].get_group(), mesh["copies"].get_group()
         self.tied: List[Tuple[Any, List[str]]] = []
         for ranks, names in layout.groups_of_tied():
-            group = dist.new_group(ranks)
+            group = new_group(ranks, processes.timeout)
             if processes.rank in ranks:
                 self.tied.append((group, names))
         self.processes, self.layout, self.masters, self.fold = processes, layout, masters, fold
         self.modules, self.gathered, self.device = modules, gathered, mesh.device_type
         self.gathers = bool(gathered)
         self.dtype, self.hidden_size = dtype, hidden_size
-        self.schedules: Dict[Tuple, Any] = {}
+        self.schedules: Dict[bool, Tuple[Any, Any]] = {}
         self.sum_across: SumAcross = self.sum_skips
 
     def count(self, own: int) -> int:
-        """Of micro-batches, in all pipelines: each process of a pipeline has one to work on."""
-        most = self.processes.meet(own)
-        return max(1, -(-most // self.layout.pipeline)) * self.layout.pipeline
+        """Of micro-batches, in all pipelines: in rounds of one size, in which each process of a pipeline has as many to
+        begin with as another."""
+        each = max(1, -(-self.processes.meet(own) // self.layout.pipeline))
+        rounds = -(-each // ROUND)
+        self.round = -(-each // rounds) * self.layout.pipeline
+        return rounds * self.round
 
     def run(self, micro_batches: MicroBatches, work: Work, training: bool) -> None:
         while True:
-            some = list(itertools.islice(micro_batches, ROUND * self.layout.pipeline))
+            some = list(itertools.islice(micro_batches, self.round))
             if not some:
                 break
             self.processes.meet()
             for module in self.modules:
-                module.micro_batches, module.metrics, module.seed = some, [], work.seed
-            with self.processes.naming_who_is_lost():
-                self.do_round(some[0][1], len(some), training)
+                module.micro_batches, module.metrics, module.seed = collections.deque(some), [], work.seed
+            with self.processes.naming_who_is_lost(computing=True):
+                self.do_round(some[0][1].input_ids.shape, training)
             for metrics in self.modules[-1].metrics or [{}] * len(some):
                 work.add(metrics)
         if training:
@@ -174,34 +194,38 @@ class Pipelined:
         for module in self.gathered:
             module.reshard()  # what was gathered would not see the next update
 
-    def do_round(self, example: Batch, count: int, training: bool) -> None:
-        places = torch.arange(count)
-        inputs = (places,) if self.modules[0].is_first else ()
-        targets = places if self.modules[-1].is_last else None
-        schedule = self.schedule(count, example.input_ids.shape, training)
-        (schedule.step if training else schedule.eval)(*inputs, target=targets, place=places)
+    def do_round(self, shape: torch.Size, training: bool) -> None:
+        """Of the modules' micro-batches, whose tokens have this shape."""
+        key, numbers = (self.round, shape), torch.zeros(self.round)  # a number for each micro-batch, that nobody reads
+        inputs = (numbers,) if self.modules[0].is_first else ()
+        target = numbers if self.modules[-1].is_last else None
+        kept = {}
+        if self.schedules.get(training, (None,))[0] != key:  # the newest alone is kept: it has room for all it receives
+            self.schedules[training] = key, self.make_schedule(shape, training)
+            if self.gathered:  # the first round of a schedule clears the gradients of FSDP2's parameters
+                kept = {name: master.grad for name, master in self.masters.items() if master.grad is not None}
+        schedule = self.schedules[training][1]
+        (schedule.step if training else schedule.eval)(*inputs, target=target)
+        for name, gradient in kept.items():
+            master = self.masters[name]
+            master.grad = gradient if master.grad is None else master.grad + gradient
 
-    def schedule(self, count: int, shape: torch.Size, training: bool):
-        """For so many micro-batches, whose tokens have this shape."""
+    def make_schedule(self, shape: torch.Size, training: bool) -> Any:
         from torch.distributed import pipelining
 
-        if (count, shape, training) not in self.schedules:
-            stages: List[Any] = []
-            example: Dict[str, Any] = dict(device="meta", requires_grad=training)
-            hidden = torch.empty(*shape, self.hidden_size, dtype=self.dtype, **example)
-            for module in self.modules:
-                before = torch.zeros(1, dtype=torch.int64) if module.is_first else hidden
-                after = torch.empty(1, **example) if module.is_last else hidden
-                options: Dict[str, Any] = dict(input_args=before, output_args=after, group=self.column)
-                place = module.number, len(self.layout.stages), torch.device(self.device)
-                stages.append(pipelining.PipelineStage(module, *place, **options))
-            options = dict(loss_fn=lambda loss, target: loss.sum(), scale_grads=False)
-            self.schedules[count, shape, training] = (
-                pipelining.Schedule1F1B(stages[0], count, **options)
-                if len(stages) == 1
-                else pipelining.ScheduleInterleaved1F1B(stages, count, **options)
-            )
-        return self.schedules[count, shape, training]
+        stages: List[Any] = []
+        example: Dict[str, Any] = dict(device="meta", requires_grad=training)
+        hidden = torch.empty(*shape, self.hidden_size, dtype=self.dtype, **example)
+        for module in self.modules:
+            before = torch.zeros(1) if module.is_first else hidden
+            after = torch.empty(1, **example) if module.is_last else hidden
+            options: Dict[str, Any] = dict(input_args=before, output_args=after, group=self.column)
+            place = module.number, len(self.layout.stages), torch.device(self.device)
+            stages.append(pipelining.PipelineStage(module, *place, **options))
+        options = dict(loss_fn=lambda loss, target: loss.sum(), scale_grads=False)
+        if len(stages) == 1:
+            return pipelining.Schedule1F1B(stages[0], self.round, **options)
+        return pipelining.ScheduleInterleaved1F1B(stages, self.round, **options)
 
     def sum_gradients(self) -> None:
         """Of what several processes of a pipeline hold, then, unless FSDP2 did it, of all pipelines."""

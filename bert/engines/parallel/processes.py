@@ -30,6 +30,7 @@ BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 # Keys of the store.
 FIRST_IS_DONE, FIRST_LEAVES = "first is done", "first leaves"
 NOTICED, REASON, SPEAKS = "noticed by", "reason of", "one speaks of"
+LOST_CONNECTION = re.compile("gloo|nccl|connection|timed? ?out|socket|broken pipe", re.IGNORECASE)
 ANSWER = 3.0  # seconds that the store may take to answer when another process is lost
 GRACE = 1.0  # seconds that processes may take to come where this one found that another is lost
 
@@ -172,10 +173,16 @@ class Processes:
         return dict(zip(names, values.unbind()))
 
     @contextlib.contextmanager
-    def naming_who_is_lost(self) -> Iterator[None]:
+    def naming_who_is_lost(self, computing: bool = False) -> Iterator[None]:
+        """Turns an error of a connection into ProcessLost. While `computing`, other errors stay what they are."""
         try:
             yield
         except RuntimeError as error:
+            cause: BaseException = error
+            while cause.__cause__ is not None:  # torch.distributed.pipelining raises errors of its own from them
+                cause = cause.__cause__
+            if computing and not (isinstance(cause, RuntimeError) and LOST_CONNECTION.search(str(cause))):
+                raise cause
             raise self.lost(error) from error
 
     def lost(self, error: Exception, grace: float = GRACE) -> ProcessLost:

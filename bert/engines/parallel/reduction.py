@@ -159,8 +159,8 @@ class DataParallel:
             _, names = self.buckets[len(self.sums)]
             self.fold(names)
             self.has_gradient.update({name: self.masters[name].grad is not None for name in names})
+            flat = flatten([self.masters[name] for name in names])
             with self.processes.naming_who_is_lost():
-                flat = flatten([self.masters[name] for name in names])
                 self.sums.append((dist.all_reduce(flat, async_op=True), flat))
 
     def finish(self, failed: bool) -> bool:

@@ -3,7 +3,8 @@
 The parts are slices of the first dimension (DTensors, Shard(0)), float32. Before a layer computes, its weights are
 gathered, in the type that it computes in. What happens when, in a step of several micro-batches:
 
-    optimizer    gathered once a step; gradients are kept whole, and summed into their parts in the last backward pass
+    optimizer    gathered once a step (in a pipeline, once a round); gradients are kept whole, and summed into their
+                 parts in the last backward pass
     full         gathered in each forward and each backward pass, layer by layer; so are gradients summed into parts
 """
 
@@ -68,7 +69,7 @@ class Sharded:
                 root.set_is_last_backward(whole)
                 root.set_requires_gradient_sync(whole)
                 root.set_reshard_after_backward(whole)
-                with self.processes.naming_who_is_lost():
+                with self.processes.naming_who_is_lost(computing=True):
                     work(first, micro_batch)
         finally:
             if not training:

@@ -233,7 +233,7 @@ def test_segments_grow_unless_the_environment_configures_the_allocator(monkeypat
     monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", settings.append)
     before = matmul.allow_bf16_reduced_precision_reduction
     try:
-        Cuda().start()
+        Cuda().start(keeps_memory=True)
         assert settings == ([] if variable else ["expandable_segments:True"])
         assert not matmul.allow_bf16_reduced_precision_reduction
     finally:

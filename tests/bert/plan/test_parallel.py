@@ -182,10 +182,10 @@ def test_the_plan_of_several_processes_needs_no_device(tmp_path, monkeypatch, ca
     for words in (
         "4 processes: 1 copy of the model, each a pipeline of 4 processes",
         "the fewest that the config asks for",
-        "64 micro-batches of 1024, in bfloat16",
+        "512 micro-batches of 128, in bfloat16",
         "layer9 to heads 45.9 M",
         "bubble (1F1B, 64 micro-batches a round): a process waits 3 / (1 x 64 + 3) = 4.5 %",
-        "sent from stage to stage in each pass of a micro-batch: 201.3 MB",
+        "sent from stage to stage in each pass of a micro-batch: 25.2 MB",
         'Not measured: device is "cuda"',
     ):
         assert words in printed, words

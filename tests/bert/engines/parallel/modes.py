@@ -2,7 +2,7 @@
 
     python modes.py FOLDER WAY ...
 
-A way is "shard optimizer", "pipeline 2 3 adamw bfloat16" (processes, stages of each, optimizer, precision) and so on.
+A way is "shard optimizer", "pipeline 2 3 full adamw bfloat16" (processes, stages of each, shard) and so on.
 Each process writes FOLDER/<rank>.json: way -> {"weights": largest relative distance of a parameter, "together": that of
 all together, "metrics": largest distance of a loss, "skipped": ...}.
 """
@@ -20,6 +20,7 @@ sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), *[os.
 
 from bert.command_line import parse_command_line
 from bert.engines import make_engine, part_of
+from bert.engines.parallel import pipeline, reduction
 from bert.engines.parallel.processes import current, joined
 from data.rows import unpacked_batch
 from tests.bert.run.runs import LENGTH, MASKS, VOCAB, arguments, make_shards
@@ -34,6 +35,7 @@ def options_of(way):
     precision = words.pop() if words[-1] == "bfloat16" else "float32"
     optimizer = words.pop() if words[-1] in ("lamb", "adamw", "muon") else "lamb"
     names = {"shard": ["parallel__shard"], "pipeline": ["parallel__pipeline", "parallel__stages_per_process"]}
+    names["pipeline"].append("parallel__shard")
     return {"optimizer__name": optimizer, "training__precision": precision}, dict(zip(names[kind], words))
 
 
@@ -86,6 +88,8 @@ def main(folder, *ways):
         if str(options) not in alone:
             rate = rates[options["optimizer__name"]]
             alone[str(options)] = run(make_engine(config_of(**options), "cpu"), batch, rate)
+    # Several rounds of a pipeline, and several sums of gradients inside the last backward pass.
+    pipeline.ROUND, reduction.BUCKET_BYTES = 2, 20_000
     with joined("cpu", 60):
         for way in ways:
             options, parallel = options_of(way)

@@ -18,8 +18,15 @@ from tests.bert.run.runs import arguments, checkpoints, make_shards
 
 SCRIPT = os.path.join(ROOT, "tests", "bert", "engines", "parallel", "modes.py")
 WAYS = {
-    3: ["shard optimizer", "shard full", "shard optimizer adamw", "shard full muon", "shard full bfloat16"],
-    4: ["pipeline 2 1", "pipeline 4 1 adamw", "pipeline 2 3 muon", "shard full", "pipeline 2 2 bfloat16"],
+    3: [
+        "shard none",
+        "shard optimizer",
+        "shard full",
+        "shard optimizer adamw",
+        "shard full muon",
+        "shard full bfloat16",
+    ],
+    4: ["pipeline 2 1", "pipeline 2 1 full", "pipeline 4 1 adamw", "pipeline 2 3 optimizer", "pipeline 2 2 bfloat16"],
 }
 
 
@@ -42,8 +49,8 @@ def test_every_way_to_share_the_work_gives_the_weights_and_metrics_of_one_proces
             assert result["together"] <= tolerance and result["metrics"] <= tolerance, (way, result)
             # Gradients that cancel down to their rounding are few values, and mean little in bfloat16.
             assert result["weights"] <= 100 * tolerance, (way, result)
-            # A gradient in the last process that is not a number is a skipped update in all.
-            assert result["skipped"] == 1 and result["unchanged"], (way, result)
+            # A gradient in the last process that is no number is a skipped update in all. Without shards all have it.
+            assert way == "shard none" or (result["skipped"] == 1 and result["unchanged"]), (way, result)
 
 
 @pytest.mark.slow
