@@ -36,13 +36,15 @@ def interruptible():
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    global _depth
+    global _depth, _pending
     depth = _depth
     before = {number: signal.signal(number, _handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
         _depth = depth
+        if depth == 0:  # what `hold` kept from being raised
+            _pending = None
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -5,7 +5,6 @@ import glob
 import json
 import logging
 import os
-import time
 from typing import Dict, Iterator, List, NamedTuple
 
 import numpy as np
@@ -139,10 +138,9 @@ def sharing_loader(config: Config, device: str) -> Iterator[LocalRanks]:
     key = f"loader of process {processes.rank - rank}"
     if rank == 0:
         endpoint, address = listen()
-        processes.store.set(key, address)
+        processes.set(key, address)
     else:
-        processes.wait_for(key, time.monotonic() + config.parallel.timeout)
-        endpoint = connect(processes.store.get(key).decode(), rank)
+        endpoint = connect(processes.wait_for(key), rank)
     with endpoint:
         yield LocalRanks(parts, rank, endpoint)
 
@@ -158,7 +156,8 @@ def open_loader(config: Config, data_set: DataSet, state: RunState, device: str,
         skip_bad=data.on_bad_shard == "skip",
         workers=min(data.workers, os.cpu_count() or 1),
     )
-    return Loader(data_set.shards, settings, state.position, state.skipped, local)
+    timeout = config.parallel.timeout if current() else None
+    return Loader(data_set.shards, settings, state.position, state.skipped, local, timeout)
 
 
 def next_batch(loader: Loader, count: int) -> GlobalBatch:

@@ -20,7 +20,7 @@ def evaluate(config: Config, engine: Engine, part: Part) -> Dict[str, Any]:
     sums, counts, samples = dict.fromkeys(task.metrics, 0.0), dict.fromkeys(task.metrics.values(), 0), 0
     total, quiet = sum(shard.num_samples for shard in shards), True if engine.rank else None
     with tqdm(total=total, unit="seq", desc="evaluating", disable=quiet, leave=False) as bar:
-        for batch in batches_in_order(shards, max(256, engine.micro_batch_size * part.size), part):
+        for batch in batches_in_order(shards, 256 * part.size, part):
             metrics = engine.evaluate(batch.arrays)
             for name, weights in task.metrics.items():
                 sums[name] += float(metrics[name]) * batch.counts[weights]

@@ -149,6 +149,8 @@ def train(config: Config, make_model: Callable[[Config, Task], Model] = make_mod
                 run_steps(run, first)
                 if run.engine.steps_done == config.training.max_steps and not run.engine.made_up:
                     finish(run)
+                if together:  # nothing is left that others would have to stop with
+                    hold()
             except BaseException as error:
                 if together:  # torchrun sends SIGTERM as soon as another process has ended
                     hold()
@@ -252,6 +254,9 @@ def run_steps(run: Run, batch: GlobalBatch) -> None:
                 run.saves.wait()
         except (KeyboardInterrupt, InputError, LoaderDied, ProcessLost) as reason:
             log.write()
+            processes = current()
+            if processes and not isinstance(reason, KeyboardInterrupt):
+                processes.tell_before_saving(reason, run.saves is None)
             run.save_last(reason)
             go_on = f". To go on from step {run.saved_step}: the same command with --resume auto"
             stopped = f"stopped after step {engine.steps_done} of {training.max_steps}"
@@ -334,6 +339,8 @@ def log_what_runs(
     config: Config, device_line: str, engine: Engine, data_set: DataSet, batch: GlobalBatch, checkpoint: Optional[str]
 ) -> None:
     """Says where it runs, on what, from where."""
+    if engine.rank:
+        return
     training, steps = config.training, engine.steps_per_call
     length = batch.arrays["input_ids"].shape[1]
     rows, samples = batch.rows // steps, batch.samples // steps

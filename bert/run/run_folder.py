@@ -108,7 +108,8 @@ def is_finished(config: Config) -> bool:
 
 def mark_finished(config: Config) -> None:
     """Notes that nothing is left to do."""
-    write_json(os.path.join(config.training.output, "state.json"), {"finished": True})
+    path = os.path.join(config.training.output, "state.json")
+    write_json(path, {**read_json(path), "finished": True})
 
 
 @contextlib.contextmanager
@@ -131,7 +132,8 @@ def claim(config: Config, step: int, torchruns: Collection[str] = ()) -> Iterato
                 f"{folder}: another process is training there. Wait for it, or choose another folder with "
                 "--training.output"
             )
-        for name in ("run.json", "state.json", "held_out.json", "metrics.jsonl"):
+        written = ("run.json", "state.json", "held_out.json", "metrics.jsonl", "checkpoints/*/model.safetensors")
+        for name in written:
             for left in glob.glob(os.path.join(glob.escape(folder), name + ".tmp-*")):  # by a process that was killed
                 os.remove(left)
         write_json(os.path.join(folder, "state.json"), {"finished": False, "torchruns": list(torchruns)})

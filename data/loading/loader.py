@@ -90,7 +90,8 @@ class Loader:
 
     `shards`: as `open_shards` opened them. `position`: where to begin, a batch's `position` or 0. `skipped`: shards
     that were left out before. `local`: the processes that share the loader's process, each of which opens a Loader; the
-    arrays of each have its part of the rows alone. All are given the same but for that.
+    arrays of each have its part of the rows alone. All are given the same but for that. `timeout`: how many seconds the
+    loader's process may send nothing while it is waited for; None: any number.
 
     Raises InputError, before a process is started, for a value out of range, masking that is not known, and too little
     memory. A context manager: leaving it, or the end of the process that started it in whatever way, ends the loader's
@@ -104,6 +105,7 @@ class Loader:
         position: int = 0,
         skipped: Mapping[str, str] = {},
         local: LocalRanks = ALONE,
+        timeout: Optional[float] = None,
     ):
         settings.check()
         if position < 0:
@@ -114,11 +116,12 @@ class Loader:
         self._in_use: Optional[int] = None
         self._messages: Deque[Dict] = collections.deque()
         self._unread = b""
-        self._closed = False
+        self._closed, self._timeout = False, timeout
         self._process: Union[ChildProcess, Connection]
         if local.rank:
             assert local.endpoint is not None
             self._process = connection = Connection(local.endpoint)
+            self._wait()
             memory = connection.receive_descriptor()
             self._slots = ring_slots(memory, layout, settings.slots)
             os.close(memory)
@@ -179,7 +182,15 @@ class Loader:
     def _send(self, message: Any) -> None:
         self._process.send(encode(message))
 
+    def _wait(self) -> None:
+        if not select.select([self._process.output], [], [], self._timeout)[0]:
+            self.close()
+            raise LoaderDied(
+                f"the loader's process has sent nothing for {self._timeout:g} s. Start again from the last checkpoint"
+            )
+
     def _receive(self) -> None:
+        self._wait()
         data = b""
         with contextlib.suppress(ConnectionResetError):  # an end, too
             data = os.read(self._process.output.fileno(), 1 << 16)

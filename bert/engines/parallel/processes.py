@@ -11,6 +11,8 @@ import json
 import os
 import re
 import socket
+import stat
+import threading
 import time
 import zlib
 from typing import Any, Callable, Collection, Dict, Iterator, List, Mapping, Optional, Sequence
@@ -28,11 +30,11 @@ __all__ = ["Processes", "current", "failing_together", "first_alone", "joined", 
 
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 # Keys of the store.
-FIRST_IS_DONE, FIRST_LEAVES = "first is done", "first leaves"
+FIRST_WORKS, FIRST_IS_DONE, FIRST_LEAVES = "first works", "first is done", "first leaves"
 NOTICED, REASON, SPEAKS = "noticed by", "reason of", "one speaks of"
 LOST_CONNECTION = re.compile("gloo|nccl|connection|timed? ?out|socket|broken pipe", re.IGNORECASE)
 ANSWER = 3.0  # seconds that the store may take to answer when another process is lost
-GRACE = 1.0  # seconds that processes may take to come where this one found that another is lost
+GRACE = 2.0  # seconds that processes may take to come where this one found that another is lost
 
 _current: Optional["Processes"] = None
 
@@ -100,6 +102,7 @@ class Processes:
         self.timeout, self.uses_gloo_alone = timeout, uses_gloo_alone
         self.meetings = 0
         self.over = False  # it has ended with an error that all know of
+        self.stops_together = self.told = False
         self.batch: Dict[str, Any] = {}
 
     def name(self, rank: int) -> str:
@@ -131,22 +134,25 @@ class Processes:
 
     def find_difference(self, facts: Dict[str, Any]) -> str:
         """Which process differs from most, or from the first, and in what."""
-        mine, difference = f"facts {self.meetings} ", f"difference {self.meetings}"
         with self.naming_who_is_lost():
-            self.store.set(f"{mine}{self.rank}", json.dumps(facts, sort_keys=True))
-            if self.rank == 0:
-                said = [self.store.get(f"{mine}{rank}").decode() for rank in range(self.size)]
-                ((usual, _),) = collections.Counter(said).most_common(1)
-                odd = next(rank for rank in range(self.size) if said[rank] != usual)
-                found, expected = json.loads(said[odd]), json.loads(usual)
-                keys = [key for key in {**expected, **found} if found.get(key) != expected.get(key)]
-                key = keys[0]
-                is_there, should = (json.dumps(x[key]) if key in x else "missing" for x in (found, expected))
-                words = f"{key} is {is_there}, expected {should}"
-                more = f" (and {', '.join(keys[1:4])})" if keys[1:] else ""
-                like = self.name(said.index(usual))
-                self.store.set(difference, f"{self.name(odd)}: {words} as in {like}{more}")
-            return self.store.get(difference).decode()
+            return within(self.timeout + ANSWER, lambda: self.compare(facts))  # the store waits for `timeout` itself
+
+    def compare(self, facts: Dict[str, Any]) -> str:
+        mine, difference = f"facts {self.meetings} ", f"difference {self.meetings}"
+        self.store.set(f"{mine}{self.rank}", json.dumps(facts, sort_keys=True))
+        if self.rank == 0:
+            said = [self.store.get(f"{mine}{rank}").decode() for rank in range(self.size)]
+            ((usual, _),) = collections.Counter(said).most_common(1)
+            odd = next(rank for rank in range(self.size) if said[rank] != usual)
+            found, expected = json.loads(said[odd]), json.loads(usual)
+            keys = [key for key in {**expected, **found} if found.get(key) != expected.get(key)]
+            key = keys[0]
+            is_there, should = (json.dumps(x[key]) if key in x else "missing" for x in (found, expected))
+            words = f"{key} is {is_there}, expected {should}"
+            more = f" (and {', '.join(keys[1:4])})" if keys[1:] else ""
+            like = self.name(said.index(usual))
+            self.store.set(difference, f"{self.name(odd)}: {words} as in {like}{more}")
+        return self.store.get(difference).decode()
 
     def meet(self, number: int = 0, stopped: int = 0) -> int:
         """Meets all processes, and returns the largest `number`. Raises Stop in all where one was told to stop, by a
@@ -158,6 +164,7 @@ class Processes:
             stopped = stop.signal_number
         stopped, number = self.agree([stopped, number])
         if stopped:
+            self.stops_together = True
             raise Stop(stopped)
         return number
 
@@ -229,11 +236,9 @@ class Processes:
         does not, as long as anything refers to work of it."""
         if self.uses_gloo_alone and os.path.exists("/proc/self/fd"):
             for descriptor in map(int, os.listdir("/proc/self/fd")):
-                with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
-                    if connection.family in (socket.AF_INET, socket.AF_INET6):
-                        ports = connection.getsockname()[1], connection.getpeername()[1]
-                        if int(os.environ["MASTER_PORT"]) not in ports:  # which is the store's
-                            connection.shutdown(socket.SHUT_RDWR)
+                with contextlib.suppress(OSError):
+                    if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                        shut_down(socket.socket(fileno=descriptor))
 
     def explain(self, error: BaseException) -> BaseException:
         """The error that an error comes from: processes of a machine share the loader of the first of them."""
@@ -242,24 +247,39 @@ class Processes:
             return found if found.ranks else error
         return error
 
+    def tell(self, error: BaseException) -> None:
+        """Lets the others find out why this process fails. Raises RuntimeError where the store does not answer."""
+        if not self.told:
+            reason = first_line(error) or repr(error)
+            within(ANSWER, lambda: self.store.set(f"{REASON} {self.rank}", reason))
+            self.told = True
+
+    def tell_before_saving(self, error: BaseException, disconnects: bool) -> None:
+        """`tell`, where it is sure that the error is this process's own (see `explain`); `disconnects` has the others
+        find out at once, where no save needs the connections."""
+        if not isinstance(error, ProcessLost) and not (isinstance(error, LoaderDied) and local_rank()):
+            with contextlib.suppress(RuntimeError):
+                self.tell(error)
+                if disconnects:
+                    self.disconnect()
+
     def leave(self, error: BaseException) -> None:
         """Ends this process's part, with an error: tells the others why, waits until the first has saved, and returns
         where this is the process of its machine that says it; else raises SystemExit."""
         if self.over:
             return
         lost = error.ranks if isinstance(error, ProcessLost) else ()
-        by_all = isinstance(error, (Diverged, ProcessesDiffer, Stop))  # all processes have raised it
+        by_all = isinstance(error, (Diverged, ProcessesDiffer)) or (isinstance(error, Stop) and self.stops_together)
         speaks = self.speaks(lost)
         with contextlib.suppress(RuntimeError):
             if not by_all and not isinstance(error, ProcessLost):
-                reason = first_line(error) or repr(error)
-                name_process(error, self)
-                within(ANSWER, lambda: self.store.set(f"{REASON} {self.rank}", reason))
+                self.tell(error)
                 self.disconnect()
+                name_process(error, self)
             if self.rank == 0:
                 within(ANSWER, lambda: self.store.set(FIRST_LEAVES, "1"))
             elif 0 not in lost and (by_all or self.uses_gloo_alone):  # else it may not know before this process ends
-                self.wait_for(FIRST_LEAVES, time.monotonic() + self.timeout)
+                self.wait_for(FIRST_LEAVES)
         if not speaks:
             leave_quietly(exit_status(error))
 
@@ -272,13 +292,53 @@ class Processes:
         except RuntimeError:
             return all(rank in lost for rank in range(first, self.rank))
 
-    def wait_for(self, key: str, until: float = float("inf")) -> None:
-        """Until another process has set this key of the store. Raises ProcessLost where the store does not answer."""
+    def set(self, key: str, value: str = "1") -> None:
+        """Sets a key of the store."""
+        with self.naming_who_is_lost():
+            within(self.timeout, lambda: self.store.set(key, value))
+
+    def wait_for(self, key: str) -> str:
+        """What another process sets this key of the store to. Raises ProcessLost where it is not there within the
+        timeout, which begins anew whenever the first process says that it works (`working`)."""
+        counted, until = -1, 0.0
         with self.naming_who_is_lost():
             while not within(self.timeout, lambda: self.store.check([key])):
+                count = within(self.timeout, lambda: self.store.add(FIRST_WORKS, 0))
+                if count != counted:
+                    counted, until = count, time.monotonic() + self.timeout
                 if time.monotonic() > until:
                     raise RuntimeError(f"it waits for: {key}")
                 time.sleep(0.1)
+            return within(self.timeout, lambda: self.store.get(key)).decode()
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """Counts up a key of the store while open, so that those that `wait_for` the first process see it works."""
+        ended = threading.Event()
+
+        def count() -> None:
+            with contextlib.suppress(RuntimeError):
+                while not ended.wait(min(1.0, self.timeout / 4)):
+                    self.store.add(FIRST_WORKS, 1)
+
+        thread = threading.Thread(target=count, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join(ANSWER)
+
+
+def shut_down(connection: socket.socket) -> None:
+    """Ends a connection, but for those of the store; its descriptor stays open."""
+    try:
+        if connection.family in (socket.AF_INET, socket.AF_INET6):
+            ports = connection.getsockname()[1], connection.getpeername()[1]
+            if int(os.environ["MASTER_PORT"]) not in ports:
+                connection.shutdown(socket.SHUT_RDWR)
+    finally:
+        connection.detach()
 
 
 def local_rank() -> int:
@@ -317,7 +377,7 @@ def failing_together() -> Iterator[None]:
     except BaseException as error:
         failure = error
         if processes.rank == 0:  # it does not come to what others may wait for
-            processes.store.set(FIRST_IS_DONE, "1")
+            processes.set(FIRST_IS_DONE)
     mine = processes.size - processes.rank if failure else 0  # the first that fails has the largest
     largest, some_do_not = processes.agree([mine, failure is None])
     if largest > mine:
@@ -338,6 +398,7 @@ def first_alone(work: Callable[[], None]) -> None:
         processes.wait_for(FIRST_IS_DONE)
     else:
         try:
-            work()
+            with processes.working():
+                work()
         finally:
-            processes.store.set(FIRST_IS_DONE, "1")
+            processes.set(FIRST_IS_DONE)

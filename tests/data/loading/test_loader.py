@@ -194,6 +194,15 @@ def test_a_killed_loader_process_is_an_error_that_says_so(files, after):
         assert process.returncode == -signal.SIGKILL and not is_running(process.pid)
 
 
+def test_a_loader_process_that_hangs_is_an_error_after_the_timeout(files):
+    with Loader(open_shards(files), LoaderSettings(64, 5), timeout=60) as loader:
+        loader.next()
+        process, loader._timeout = loader._process.process, 0.2
+        os.kill(process.pid, signal.SIGSTOP)
+        assert "has sent nothing for 0.2 s" in str(drain(loader))
+        assert not is_running(process.pid)
+
+
 def test_a_loader_process_that_cannot_start_is_an_error_that_says_so(files, monkeypatch):
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     with open_loader(files, 64) as loader:
