@@ -105,6 +105,9 @@ def be_process(own, notes, when, words):
     os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(own)
+    if own["LOCAL_WORLD_SIZE"] == "1":  # it takes all cores of its machine, and there are others on this one
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, [cores[int(own["RANK"]) % len(cores)]])
     tempfile.tempdir = None
     torch.set_num_threads(1)
     for descriptor, ending in ((1, "out"), (2, "err")):
