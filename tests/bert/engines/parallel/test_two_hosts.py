@@ -14,8 +14,8 @@ from tests.bert.engines.parallel.started import SMALL, environment, torchrun_com
 from tests.bert.run.runs import arguments, checkpoints, make_shards, read_lines, saved_step
 
 ADDRESSES = {"one": "10.77.0.1", "two": "10.77.0.2"}
-CONF = "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=3,read_timeout=10,close_timeout=1"
-TIMEOUT = 8
+CONF = "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=5,read_timeout=10,close_timeout=1"
+TIMEOUT = 12
 
 
 @contextlib.contextmanager
@@ -68,9 +68,13 @@ class Started:
             self.process = subprocess.Popen(command, env=own, stdout=file, stderr=file)
         closing.callback(self.end)
 
-    def wait_for(self, words, times=1):
-        until = time.monotonic() + 90
-        while self.output.read_text().count(words) < times:
+    def count(self, words):
+        return self.output.read_text().count(words)
+
+    def wait_for(self, words, times=1, after=""):
+        """`after`: counts from where these words are for the last time."""
+        until = time.monotonic() + 120
+        while self.output.read_text().rpartition(after or "\0")[2].count(words) < times:
             assert time.monotonic() < until and self.process.poll() is None, self.output.read_text()
             time.sleep(0.05)
 
@@ -87,24 +91,25 @@ def test_where_the_link_is_cut_one_host_goes_on_and_both_do_when_it_is_back(host
     command = arguments(tmp_path, make_shards(tmp_path / "shards"), **changes)
     one, two = (Started(closing, tmp_path, words[host], host, host, command) for host in ADDRESSES)
     one.wait_for("2 processes")
-    one.wait_for("step 5/")
+    one.wait_for("  loss ", after="2 processes")  # on a slow machine the first may have begun alone
     link("down")
     one.wait_for("error: process 0 of 2: process 1 on two has ended or hangs")
     two.wait_for("error: process 1 of 2: process 0 on one has ended or hangs")
     two.end(signal.SIGKILL)
-    one.wait_for("device: cpu (1 threads), float32")  # alone, started by its torchrun
+    one.wait_for("device: cpu (1 threads), float32", after="has ended or hangs")  # alone, started by its torchrun
     alone = saved_step(checkpoints(tmp_path)[-1])
     one.wait_for(f"step {alone + 2}/")
+    times = one.count("2 processes")
     link("up")
     again = Started(closing, tmp_path, words["two"], "two", "again", command)
-    one.wait_for("2 processes", times=2)
+    one.wait_for("2 processes", times=times + 1)
     together = saved_step(checkpoints(tmp_path)[-1])
     assert together > alone
     one.wait_for(f"step {together + 2}/")
     one.end()
-    again.process.wait(30)
+    again.process.wait(90)
     said = again.output.read_text()
     assert "has ended or hangs" not in said, said
-    assert one.output.read_text().count("continues from") == 2
+    assert one.count("continues from") >= 2
     steps = [line["step"] for line in read_lines(tmp_path)]
     assert steps == sorted(set(steps)) and saved_step(checkpoints(tmp_path)[-1]) >= steps[-1] > together
