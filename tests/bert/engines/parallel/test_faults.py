@@ -47,7 +47,7 @@ def run(words, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place, rank, saved", [("reduction", 2, 3), ("save", 0, 2)])
+@pytest.mark.parametrize("place, rank, saved", [("passes", 1, 3), ("reduction", 2, 3), ("save", 0, 2)])
 def test_where_a_process_is_killed_the_others_name_it_and_the_first_saves(run, tmp_path, place, rank, saved):
     smaller = ["--training.micro_batch_size", "3", "--data.workers", "1"]  # these may differ
     when = f"{place} {rank} {STOP} {KILL}"
