@@ -174,6 +174,7 @@ class Source(NamedTuple):
 def find_source(config: Config, device: str, closing: contextlib.ExitStack) -> Source:
     """Opens the data set, which is made from text where it is not there yet, and looks for the checkpoint."""
     rank, _ = process_of(device)
+    task = make_task(config)  # before shards are made: its name may be wrong
     if makes_up_input(config, device):  # it leaves no run, and goes on with none
         config = closing.enter_context(without_output(config))
     if rank and config.data.text and current() is None:  # those that poprun started cannot wait
@@ -186,7 +187,7 @@ def find_source(config: Config, device: str, closing: contextlib.ExitStack) -> S
     checkpoint = find_checkpoint(config, rank)
     finished = is_finished(config)
     first_alone(lambda: make_shards_from_text(config))
-    data_set = open_data(config, make_task(config))
+    data_set = open_data(config, task)
     state = read_state(checkpoint, data_set.identity(), config.data.on_bad_shard == "skip")
     state.leave_out(data_set.skipped)
     return Source(config, data_set, checkpoint, state, finished)
