@@ -158,7 +158,9 @@ class TorchEngine:
         except Stop as stop:
             self.parallel.stop(stop)
             raise
-        return self.parallel.sum_metrics(totals, list(self.task.metrics), self.device.name)
+        if self.processes is None:
+            return totals
+        return self.processes.sum_metrics(totals, list(self.task.metrics), self.device.name)
 
     def passes(self, batch: Arrays, step: int, progress: Callable[[int], None]) -> Metrics:
         """The forward and backward passes of a step."""

@@ -19,12 +19,13 @@ from torch import nn
 from torch.nn import Parameter
 
 from bert.engines.parallel.processes import Processes
-from bert.engines.parallel.reduction import Metrics, MicroBatches, SumAcross, Work, buckets_of, flatten
+from bert.engines.parallel.reduction import MicroBatches, SumAcross, Work, buckets_of, flatten
 from bert.model.batch import Batch, State
 from bert.model.model import Model
 from bert.model.stages import pipeline_stages
 from bert.signals import Stop
 from ops.attention import for_layers
+from ops.shards import local_part
 
 __all__ = ["Layout", "Pipelined", "StageModule"]
 
@@ -236,7 +237,7 @@ class Pipelined:
             names = [name for name in names if self.masters[name].grad is not None]
             with self.processes.naming_who_is_lost():
                 if self.gathered:
-                    sums = [local(self.masters[name].grad) for name in names]
+                    sums = [local_part(self.masters[name].grad) for name in names]
                 else:
                     sums = [flatten([self.masters[name] for name in some]) for some in buckets_of(names, self.masters)]
                 for work in [dist.all_reduce(each, group=group, async_op=True) for each in sums]:
@@ -248,17 +249,9 @@ class Pipelined:
     def stop(self, stop: Stop) -> None:
         pass
 
-    def sum_metrics(self, metrics: Metrics, names: Sequence[str], device: str) -> Metrics:
-        return self.processes.sum_metrics(metrics, names, device)
-
     def sum_skips(self, sums: torch.Tensor) -> None:
         """Norms are those of this stage's parameters; whether the update is skipped is all processes' business."""
         with self.processes.naming_who_is_lost():
             if self.gathered:
                 dist.all_reduce(sums[:-1], group=self.row)
             dist.all_reduce(sums[-1:])
-
-
-def local(gradient: Any) -> torch.Tensor:
-    """The part of a DTensor that is here."""
-    return gradient.to_local()

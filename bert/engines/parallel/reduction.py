@@ -81,9 +81,6 @@ class Parallel(Protocol):
     def stop(self, stop: Stop) -> None:
         """Tells the other processes of a Stop that was raised in `run`."""
 
-    def sum_metrics(self, metrics: Metrics, names: Sequence[str], device: str) -> Metrics:
-        """The metrics of these names over all processes."""
-
 
 class Alone:
     """One process."""
@@ -104,9 +101,6 @@ class Alone:
 
     def stop(self, stop: Stop) -> None:
         pass
-
-    def sum_metrics(self, metrics: Metrics, names: Sequence[str], device: str) -> Metrics:
-        return metrics
 
 
 class DataParallel:
@@ -178,9 +172,6 @@ class DataParallel:
             if not there:
                 self.masters[name].grad = None
         return bool(failed_anywhere)
-
-    def sum_metrics(self, metrics: Metrics, names: Sequence[str], device: str) -> Metrics:
-        return self.processes.sum_metrics(metrics, names, device)
 
 
 class Watched:

@@ -9,14 +9,14 @@ gathered, in the type that it computes in. What happens when, in a step of sever
 """
 
 import warnings
-from typing import Any, Iterable, List, Sequence
+from typing import Any, Iterable, List
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from bert.engines.parallel.processes import Processes
-from bert.engines.parallel.reduction import Metrics, MicroBatches, SumAcross, Work, with_next
+from bert.engines.parallel.reduction import MicroBatches, SumAcross, Work, with_next
 from bert.signals import Stop
 
 __all__ = ["Sharded", "make_mesh", "shard"]
@@ -81,9 +81,6 @@ class Sharded:
 
     def stop(self, stop: Stop) -> None:
         pass
-
-    def sum_metrics(self, metrics: Metrics, names: Sequence[str], device: str) -> Metrics:
-        return self.processes.sum_metrics(metrics, names, device)
 
     def sum(self, sums: torch.Tensor) -> None:
         with self.processes.naming_who_is_lost():
