@@ -24,7 +24,7 @@ from bert.geometry import row_shape
 from bert.run.checkpoint import load_optimizer_state, load_weights, save_checkpoint, transformers_config
 from data.errors import InputError
 from data.rows import packed_batch
-from data.tokenizer import SPECIAL_TOKENS
+from data.tokenizer import SPECIAL_TOKENS, Vocabulary
 from ops.lamb import lamb_groups, lamb_plain
 
 __all__ = ["training_checks"]
@@ -279,7 +279,9 @@ def resume(bench: Bench, figures: Figures) -> str:
     tokens = [*SPECIAL_TOKENS, *(f"word{number}" for number in range(len(SPECIAL_TOKENS), config.model.vocab_size))]
     model = transformers_config(config.model, first.model.architecture, first.task.architecture)
     with tempfile.TemporaryDirectory() as folder:
-        path = save_checkpoint(folder, {"step": 2}, first.weights(), first.optimizer_state(), model, tokens, 1)
+        path = save_checkpoint(
+            folder, {"step": 2}, first.weights(), first.optimizer_state(), model, Vocabulary(tokens), 1
+        )
         saved = load_weights(path, first.master_weights, model), load_optimizer_state(path)
     load(second, *saved)
     for name, one, other in (

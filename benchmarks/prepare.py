@@ -28,7 +28,7 @@ from benchmarks.report import make_parser, median, print_table, write_json
 from bert.text import count_of
 from data.prepare import PrepareOptions, prepare
 from data.preparing.corpus import FORMATS, documents, find_files
-from data.tokenizer import make_tokenizer, read_vocab, train_vocab
+from data.tokenizer import Vocabulary, make_tokenizer, read_vocab, train_vocab
 
 LENGTH, MASKS, DUPLICATES = 128, 20, 5
 CJK = (
@@ -48,7 +48,7 @@ def peer(texts, vocab, output, fast):
     rng = random.Random(42)
     lines = [line for text in texts for line in text]
     if fast:
-        encodings = make_tokenizer(vocab).encode_batch(lines, add_special_tokens=False)
+        encodings = make_tokenizer(Vocabulary(vocab)).encode_batch(lines, add_special_tokens=False)
         encoded = (encoding.tokens for encoding in encodings)
     else:
         known = set(vocab)
@@ -222,7 +222,7 @@ def measure(options, texts, tokens):
         for number in tqdm(range(options.rounds + 1), disable=None):
             now = {"prepare": timed(ours, number)}
             now.update((name, timed(theirs, name)) for name in ("peer", "peer_fast"))
-            encode = make_tokenizer(tokens).encode_batch_fast
+            encode = make_tokenizer(Vocabulary(tokens)).encode_batch_fast
             now["tokenizers"] = timed(encode, lines, add_special_tokens=False)
             if number:  # the first round warms the page cache and the imports
                 for name, value in now.items():
@@ -242,8 +242,8 @@ def main():
     options = parser.parse_args()
     texts = [document.lines for document in documents(find_files(options.input), options.format)]
     megabytes = sum(len(line.encode("utf-8")) + 1 for text in texts for line in text) / 1e6
-    tokens = read_vocab(options.vocab) if options.vocab else train_vocab(lambda: iter(texts), 30522)
-    seconds, samples = measure(options, texts, tokens)
+    vocabulary = read_vocab(options.vocab) if options.vocab else train_vocab(lambda: iter(texts), 30522)
+    seconds, samples = measure(options, texts, vocabulary.tokens)
     medians = {name: median(seconds[name]) for name in WAYS}
     ours, rows = medians["prepare"], []
     result = {"megabytes": megabytes, "duplicates": DUPLICATES, "rounds": seconds}

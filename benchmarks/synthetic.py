@@ -9,7 +9,7 @@ import numpy as np
 
 from data.samples import Samples, token_dtype
 from data.shards import write_shard
-from data.tokenizer import SPECIAL_TOKENS, vocab_sha256, write_tokenizer_files
+from data.tokenizer import SPECIAL_TOKENS, Vocabulary, vocab_sha256, write_tokenizer_files
 
 __all__ = ["length_distribution", "random_samples", "write_data_set"]
 
@@ -65,7 +65,7 @@ def write_data_set(folder, distribution, count, longest, mask_tokens, vocab_size
     """Shards of random samples and their vocabulary, for a run; returns the pattern of the shards."""
     rng = np.random.default_rng(0)
     tokens = list(SPECIAL_TOKENS) + [f"word{number}" for number in range(len(SPECIAL_TOKENS), vocab_size)]
-    write_tokenizer_files(folder, tokens)
+    write_tokenizer_files(folder, Vocabulary(tokens))
     for number, first in enumerate(range(0, count, SAMPLES_OF_SHARD)):
         in_shard = min(SAMPLES_OF_SHARD, count - first)
         samples = random_samples(distribution, in_shard, longest, mask_tokens, vocab_size, rng)

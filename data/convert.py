@@ -29,7 +29,7 @@ from data.loading.shard_files import open_shards, read_checked
 from data.preparing.staging import Staging, check_output, open_staging
 from data.samples import Samples
 from data.shards import expand, write_shard
-from data.tokenizer import find_vocab, vocab_sha256, write_tokenizer_files
+from data.tokenizer import Vocabulary, find_vocab, vocab_sha256, write_tokenizer_files
 
 __all__ = ["FORMATS", "Conversion", "ConvertOptions", "convert", "main", "recognise"]
 
@@ -119,7 +119,7 @@ def convert(options: ConvertOptions, progress: bool = True) -> Conversion:
         "command": "data.convert",
         "input": [os.path.realpath(path) for path in reader.files],
         "to": options.target,
-        "vocabulary": vocab_sha256(reader.tokens),
+        "vocabulary": vocab_sha256(reader.vocabulary.tokens),
     }
     # Another run may differ in these, for it begins anew; but they say whether a data set that is there is its own.
     arguments = {
@@ -185,7 +185,7 @@ def recognise(path: str) -> str:
 class Reader:
     """Reads files (path -> format) as blocks of samples, and shows their bytes on a bar.
 
-    `tokens`: the vocabulary's; empty where none is given, which only shards of this project allow. `mask_tokens`: a
+    `vocabulary` has no tokens where none is given, which only shards of this project allow. `mask_tokens`: a
     sample's mask slots; None where they are the first block's.
     """
 
@@ -199,8 +199,8 @@ class Reader:
                     f"{shard.path}: its masking is {shard.masking}: nothing is masked yet, and NVIDIA's layout needs "
                     "masked samples. Prepare the text with --masking static"
                 )
-        self.tokens = find_vocab(options.vocab, shards)[0] if options.vocab else []
-        self.vocab_size = shards[0].vocab_size if shards else len(self.tokens)
+        self.vocabulary = find_vocab(options.vocab, shards)[0] if options.vocab else Vocabulary([])
+        self.vocab_size = shards[0].vocab_size if shards else len(self.vocabulary)
         shards += [open_nvidia(path, self.vocab_size) for path in self.of_format("nvidia")]
         self.shards = {shard.path: shard for shard in shards}
         self.mask_tokens = options.mask_tokens
@@ -218,8 +218,8 @@ class Reader:
             for path in self.files:
                 before, first = bar.n, 0
                 for samples, done in self.blocks_of(path):
-                    if self.tokens:
-                        check_begins(samples, self.tokens.index("[CLS]"), path, first)
+                    if self.vocabulary:
+                        check_begins(samples, self.vocabulary.tokens.index("[CLS]"), path, first)
                     yield samples, path, first
                     first += len(samples)
                     bar.update(before + done - bar.n)
@@ -265,8 +265,8 @@ def write_files(reader: Reader, blocks: Iterator[Block], staging: Staging, optio
     slots = reader.mask_tokens or head[0].mlm_positions.shape[1]
     result = Conversion(options.output, reader.formats, length, slots)
     fitted = (fit_samples(samples, length, slots, path, first) for samples, path, first in chain([head], blocks))
-    if reader.tokens:
-        write_tokenizer_files(staging.data, reader.tokens)
+    if reader.vocabulary:
+        write_tokenizer_files(staging.data, reader.vocabulary)
     made_by: Dict[str, Any] = {
         "command": "data.convert",
         "input": [os.path.basename(path) for path in list(reader.files)[:NAMED_FILES]],
@@ -277,7 +277,7 @@ def write_files(reader: Reader, blocks: Iterator[Block], staging: Staging, optio
         path = os.path.join(staging.data, f"train-{result.shards:05}.h5")
         if options.target == NATIVE:
             samples = Samples.concatenate(parts)
-            write_shard(path, samples, len(reader.tokens), vocab_sha256(reader.tokens), made_by)
+            write_shard(path, samples, len(reader.vocabulary), vocab_sha256(reader.vocabulary.tokens), made_by)
         else:
             write_nvidia(path, parts)
         result.shards += 1

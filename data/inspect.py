@@ -22,7 +22,7 @@ from data.packing import SAMPLES_PER_ROW, pack
 from data.rows import RowShape
 from data.samples import Samples, find_bad_sample
 from data.shards import ShardInfo, expand, open_shard, read_samples
-from data.tokenizer import find_vocab
+from data.tokenizer import Vocabulary, find_vocab
 
 __all__ = ["InspectOptions", "Inspection", "inspect", "main", "readable", "restored_ids"]
 
@@ -114,7 +114,8 @@ def inspect(options: InspectOptions, progress: bool = True) -> Inspection:
     used.
     """
     check_options(options)
-    tokens, shards = open_all(options)
+    vocabulary, shards = open_all(options)
+    tokens = vocabulary.tokens
     ids = {token: tokens.index(token) for token in ("[PAD]", "[CLS]", "[SEP]", "[MASK]")}
     first, samples = shards[0], sum(shard.num_samples for shard in shards)
     counts: Counter = Counter()
@@ -149,11 +150,11 @@ def inspect(options: InspectOptions, progress: bool = True) -> Inspection:
     )
 
 
-def open_all(options: InspectOptions) -> Tuple[List[str], List[ShardInfo]]:
-    """The vocabulary's tokens and the shards, checked against it and each other."""
+def open_all(options: InspectOptions) -> Tuple[Vocabulary, List[ShardInfo]]:
+    """The vocabulary and the shards, checked against it and each other."""
     paths = expand(options.files)
     shards = [open_nvidia(path, 65536) if is_nvidia(path) else open_shard(path) for path in paths]
-    tokens, _ = find_vocab(options.vocab, shards)
+    vocabulary, _ = find_vocab(options.vocab, shards)
     for name, shard in itertools.product(ALIKE, shards):
         value, other = getattr(shard, name), getattr(shards[0], name)
         if value != other:
@@ -161,7 +162,7 @@ def open_all(options: InspectOptions) -> Tuple[List[str], List[ShardInfo]]:
             raise InputError(f"{differs}. Inspect them one after another")
     if not any(shard.num_samples for shard in shards):
         raise InputError(f"{', '.join(paths)}: holds no samples")
-    return tokens, [dataclasses.replace(shard, vocab_size=len(tokens)) for shard in shards]
+    return vocabulary, [dataclasses.replace(shard, vocab_size=len(vocabulary)) for shard in shards]
 
 
 def blocks(shards: Sequence[ShardInfo], total: int, ids: Optional[Dict[str, int]], progress: bool) -> Iterator[Samples]:

@@ -39,7 +39,7 @@ from data.preparing.splits import TextChunk
 from data.preparing.staging import Staging, check_output, open_staging
 from data.preparing.workers import InlineWorker, Workers
 from data.samples import layout
-from data.tokenizer import read_vocab, train_vocab, vocab_sha256, write_tokenizer_files, write_vocab
+from data.tokenizer import Vocabulary, read_vocab, train_vocab, vocab_sha256, write_tokenizer_files, write_vocab
 
 __all__ = ["PrepareOptions", "Summary", "main", "make_part", "make_vocab", "prepare"]
 
@@ -151,8 +151,8 @@ def prepare(options: PrepareOptions, progress: bool = True) -> Summary:
     another run's work on it. Nothing is left behind then, but for parts. Raises PrepareStopped when a process dies, the
     disk is full, or a remote file breaks off; what was done stays.
     """
-    files, tokens = check_input(options)
-    made_of = identity(options, files, tokens)
+    files, vocabulary = check_input(options)
+    made_of = identity(options, files, vocabulary)
     with open_staging(options.output, made_of) as staging:
         used = partial(remove_shares, options.output, options.finish or 0)
         if staging.report is not None:  # a run that was killed as it ended had done all
@@ -160,19 +160,19 @@ def prepare(options: PrepareOptions, progress: bool = True) -> Summary:
             staging.remove()
             return Summary(**dict(staging.report, output=options.output))
         trained = os.path.join(staging.data, "vocab.txt")  # by a stopped run
-        if tokens is None and os.path.exists(trained):
-            tokens = read_vocab(trained)
-        tokens = tokens or train_on(files, options, progress)
-        write_tokenizer_files(staging.data, tokens)
+        if vocabulary is None and os.path.exists(trained):
+            vocabulary = read_vocab(trained)
+        vocabulary = vocabulary or train_on(files, options, progress)
+        write_tokenizer_files(staging.data, vocabulary)
         if options.finish:
             parts = join_shares(options.output, options.finish, made_of)
             few, groups = len(parts) < 2, joined_groups(parts, progress)
         else:
             few, chunks = peek(read_chunks(files, options, progress))
             groups = groups_of(chunks, staging)
-        with open_pool(few, tokens, files, options, staging) as pool:
-            records = make_groups(groups, staging, options, len(tokens), pool)
-        summary = summarize(options, len(tokens), records)
+        with open_pool(few, vocabulary, files, options, staging) as pool:
+            records = make_groups(groups, staging, options, len(vocabulary), pool)
+        summary = summarize(options, len(vocabulary), records)
         check_samples_made(summary, files, options.held_out)
         staging.publish(asdict(summary), then=used)
     return summary
@@ -183,10 +183,10 @@ def make_part(options: PrepareOptions, progress: bool = True) -> str:
 
     Continues a part that was stopped; one that is whole stays as it is. Raises as `prepare` does.
     """
-    files, tokens = check_input(options)
-    assert options.part and tokens  # or the check would have failed
+    files, vocabulary = check_input(options)
+    assert options.part and vocabulary  # or the check would have failed
     share = Share(options.output, *map(int, options.part.split("/")))
-    made_of = identity(options, files, tokens)
+    made_of = identity(options, files, vocabulary)
     if os.path.isdir(share.folder):
         share.check(made_of)
         return table({"part": f"{options.part} is there already, made with these options", "in": share.folder})
@@ -201,7 +201,7 @@ def make_part(options: PrepareOptions, progress: bool = True) -> str:
                     yield part_task(path, number, chunk)
 
         few, missing = peek(tasks())
-        with open_pool(few, tokens, files, options, staging) as pool:
+        with open_pool(few, vocabulary, files, options, staging) as pool:
             run_all(missing, pool, workers_of(options) + 2)
         end_share(staging, made_of, checksums)
     own = len(range(share.number - 1, len(checksums), share.count))
@@ -217,14 +217,14 @@ def make_part(options: PrepareOptions, progress: bool = True) -> str:
 def make_vocab(options: PrepareOptions, progress: bool = True) -> str:
     """Trains the vocabulary of a text, writes it to vocab.txt in `options.output`, and gives the command's report."""
     files, _ = check_input(options)
-    tokens = train_on(files, options, progress)
+    vocabulary = train_on(files, options, progress)
     os.makedirs(options.output, exist_ok=True)
     path = os.path.join(options.output, "vocab.txt")
-    write_vocab(path, tokens)
-    return table({"vocabulary": f"{len(tokens):,} tokens", "written to": path})
+    write_vocab(path, vocabulary)
+    return table({"vocabulary": f"{len(vocabulary):,} tokens", "written to": path})
 
 
-def check_input(options: PrepareOptions) -> Tuple[List[str], Optional[List[str]]]:
+def check_input(options: PrepareOptions) -> Tuple[List[str], Optional[Vocabulary]]:
     """The files of the text and the vocabulary, if one is given; raises InputError for what cannot be used."""
     options.check()
     files = find_files(options.input)
@@ -245,7 +245,7 @@ def read_chunks(files: Sequence[str], options: PrepareOptions, progress: bool) -
     return splits.split_into_chunks(texts, options.held_out, options.seed)
 
 
-def train_on(files: Sequence[str], options: PrepareOptions, progress: bool) -> List[str]:
+def train_on(files: Sequence[str], options: PrepareOptions, progress: bool) -> Vocabulary:
     """The vocabulary of a text: of a long one's, every k-th document's."""
     stride = -(-corpus_bytes(files) // VOCAB_TEXT_BYTES) or 1
 
@@ -257,11 +257,11 @@ def train_on(files: Sequence[str], options: PrepareOptions, progress: bool) -> L
 
 
 def open_pool(
-    few: bool, tokens: List[str], files: Sequence[str], options: PrepareOptions, staging: Staging
+    few: bool, vocabulary: Vocabulary, files: Sequence[str], options: PrepareOptions, staging: Staging
 ) -> "contextlib.closing[Pool]":
     """What does tasks; `few` are done here and now."""
     settings = {
-        "tokens": tokens,
+        "vocabulary": asdict(vocabulary),
         "options": asdict(replace(options, input=[])),
         "choose": choice_reference(options.units),
         "made_by": made_by(options, files),
@@ -291,7 +291,7 @@ def made_by(options: PrepareOptions, files: Sequence[str]) -> Dict[str, Any]:
     }
 
 
-def identity(options: PrepareOptions, files: Sequence[str], tokens: Optional[List[str]]) -> Dict[str, Any]:
+def identity(options: PrepareOptions, files: Sequence[str], vocabulary: Optional[Vocabulary]) -> Dict[str, Any]:
     """What has to be the same for a stopped run to be continued (name -> JSON value)."""
     free = ("input", "output", "workers", "whole_word_masking", "part", "finish", "vocab_only")
     # Where files lie, and since when, may differ between machines; parts have a checksum of the text.
@@ -299,8 +299,8 @@ def identity(options: PrepareOptions, files: Sequence[str], tokens: Optional[Lis
     return {
         **{name: value for name, value in asdict(options).items() if name not in free},
         "files": [state(path) for path in files],
-        "vocab": tokens and vocab_sha256(tokens),
-        "vocab_size": None if tokens else options.vocab_size,
+        "vocab": vocabulary and vocab_sha256(vocabulary.tokens),
+        "vocab_size": None if vocabulary else options.vocab_size,
         "masked_units": options.units,
         "version of numpy": np.__version__,
         "version of tokenizers": tokenizers.__version__,

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from collections import Counter, defaultdict
+from dataclasses import dataclass
 from itertools import islice
 from typing import Callable, DefaultDict, Dict, Iterable, List, Optional, Sequence, Tuple
 
@@ -18,7 +19,7 @@ from data.files import replacing
 from data.samples import token_dtype
 from data.shards import ShardInfo
 
-__all__ = ["SPECIAL_TOKENS", "TextEncoder", "find_vocab", "make_tokenizer", "read_vocab", "train_vocab"]
+__all__ = ["SPECIAL_TOKENS", "TextEncoder", "Vocabulary", "find_vocab", "make_tokenizer", "read_vocab", "train_vocab"]
 __all__ += ["vocab_sha256", "write_tokenizer_files", "write_vocab"]
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -29,8 +30,23 @@ CACHE_BYTES = 64 << 20  # of one process
 ONE_A_LINE = "expected one token a line"
 
 
-def read_vocab(path: str) -> List[str]:
-    """The tokens of a vocabulary file, one a line; a token's id is its place.
+@dataclass(frozen=True)
+class Vocabulary:
+    """The tokens, in the order of their ids, and how text is normalised before it is cut into them."""
+
+    tokens: List[str]
+    lowercase: bool = True
+    strip_accents: Optional[bool] = None
+    """None: as `lowercase` says."""
+    chinese_characters: bool = True
+    """Whether each Chinese character is a word of its own."""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def read_vocab(path: str) -> Vocabulary:
+    """The vocabulary of a file with a token a line; a token's id is its place.
 
     Raises InputError that names the file and what is wrong: missing, not UTF-8, empty, an empty line or a token twice
     (their lines are named), one of the five special tokens missing, or no other tokens.
@@ -61,11 +77,11 @@ def read_vocab(path: str) -> List[str]:
         raise InputError(f"{path}: {lack}; expected {expected}")
     if len(tokens) == len(SPECIAL_TOKENS):
         raise InputError(f"{path}: the vocabulary has no tokens but the special ones; expected WordPieces, one a line")
-    return tokens
+    return Vocabulary(tokens)
 
 
-def find_vocab(vocab: Optional[str], shards: Sequence[ShardInfo], option: str = "--vocab") -> Tuple[List[str], str]:
-    """The tokens and path of the shards' vocabulary: the file `vocab`, or vocab.txt beside the first shard.
+def find_vocab(vocab: Optional[str], shards: Sequence[ShardInfo], option: str = "--vocab") -> Tuple[Vocabulary, str]:
+    """The shards' vocabulary and its path: the file `vocab`, or vocab.txt beside the first shard.
 
     Raises InputError when there is no such file, it is no vocabulary, or its hash is not that of the shards; NVIDIA's
     files do not say theirs. Messages say that `option` sets it.
@@ -73,23 +89,27 @@ def find_vocab(vocab: Optional[str], shards: Sequence[ShardInfo], option: str = 
     path = vocab or os.path.join(os.path.dirname(shards[0].path), "vocab.txt")
     if not os.path.exists(path):
         raise InputError(f"{path}: no such file. Give {option}, the vocabulary that the samples were made with")
-    tokens = read_vocab(path)
-    own_hash = vocab_sha256(tokens)
+    vocabulary = read_vocab(path)
+    own_hash = vocab_sha256(vocabulary.tokens)
     for shard in shards:
         if shard.vocab_sha256 not in ("", own_hash):
             hashes = f"its hash is {own_hash[:12]}, expected {shard.vocab_sha256[:12]}"
             raise InputError(
                 f"{path}: is not the vocabulary that {shard.path} was made with: {hashes}. Give that one with {option}"
             )
-    return tokens, path
+    return vocabulary, path
 
 
-def make_tokenizer(tokens: Sequence[str]) -> Tokenizer:
-    """bert-base-uncased's tokenizer over these tokens: the same ids for the same text and vocabulary."""
-    ids = {token: number for number, token in enumerate(tokens)}
+def make_tokenizer(vocabulary: Vocabulary) -> Tokenizer:
+    """BERT's tokenizer, as transformers has it: the same ids for the same text, vocabulary and options."""
+    ids = {token: number for number, token in enumerate(vocabulary.tokens)}
     tokenizer = Tokenizer(models.WordPiece(vocab=ids, unk_token="[UNK]", max_input_chars_per_word=100))
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.normalizer = normalizers.BertNormalizer(
+        lowercase=vocabulary.lowercase,
+        strip_accents=vocabulary.strip_accents,
+        handle_chinese_chars=vocabulary.chinese_characters,
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS]:0 $A:0 [SEP]:0",
@@ -100,31 +120,31 @@ def make_tokenizer(tokens: Sequence[str]) -> Tokenizer:
     return tokenizer
 
 
-def write_tokenizer_files(folder: str, tokens: Sequence[str], longest: int = 512) -> None:
+def write_tokenizer_files(folder: str, vocabulary: Vocabulary, longest: int = 512) -> None:
     """Writes vocab.txt, tokenizer.json and tokenizer_config.json: what transformers' AutoTokenizer loads a folder from.
 
     `longest`: tokens that the model has positions for; the tokenizer cuts longer text off there when it is told to.
     """
     config = {
         "tokenizer_class": "BertTokenizer",
-        "do_lower_case": True,
-        "strip_accents": None,
-        "tokenize_chinese_chars": True,
+        "do_lower_case": vocabulary.lowercase,
+        "strip_accents": vocabulary.strip_accents,
+        "tokenize_chinese_chars": vocabulary.chinese_characters,
         "model_max_length": longest,
         **{f"{token.strip('[]').lower()}_token": token for token in SPECIAL_TOKENS},
     }
     contents = {
-        "tokenizer.json": make_tokenizer(tokens).to_str(pretty=True) + "\n",
+        "tokenizer.json": make_tokenizer(vocabulary).to_str(pretty=True) + "\n",
         "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
     }
-    write_vocab(os.path.join(folder, "vocab.txt"), tokens)
+    write_vocab(os.path.join(folder, "vocab.txt"), vocabulary)
     for name, text in contents.items():
         write_text(os.path.join(folder, name), text)
 
 
-def write_vocab(path: str, tokens: Sequence[str]) -> None:
-    """Writes a vocabulary, a token a line."""
-    write_text(path, "".join(f"{token}\n" for token in tokens))
+def write_vocab(path: str, vocabulary: Vocabulary) -> None:
+    """Writes a vocabulary's tokens, one a line."""
+    write_text(path, "".join(f"{token}\n" for token in vocabulary.tokens))
 
 
 def write_text(path: str, text: str) -> None:
@@ -132,7 +152,7 @@ def write_text(path: str, text: str) -> None:
         file.write(text)
 
 
-def train_vocab(read_texts: Callable[[], Iterable[List[str]]], vocab_size: int) -> List[str]:
+def train_vocab(read_texts: Callable[[], Iterable[List[str]]], vocab_size: int) -> Vocabulary:
     """A WordPiece vocabulary of at most `vocab_size` tokens, the five special ones first; the same for the same text.
 
     `read_texts` begins a pass over the text, in lists of lines; it is called twice. Raises InputError for too small a
@@ -141,7 +161,7 @@ def train_vocab(read_texts: Callable[[], Iterable[List[str]]], vocab_size: int) 
     if vocab_size < MINIMUM_VOCAB_SIZE:
         expected = f"at least {MINIMUM_VOCAB_SIZE}: the letters alone need as many"
         raise InputError(f"--vocab-size is {vocab_size}, expected {expected}")
-    tokenizer = make_tokenizer(SPECIAL_TOKENS)
+    tokenizer = make_tokenizer(Vocabulary(list(SPECIAL_TOKENS)))
     letters, inner = find_letters(read_texts(), tokenizer, min(MOST_LETTERS, (vocab_size - len(SPECIAL_TOKENS)) // 4))
     # The trainer numbers letters in the order of a hash table, which differs from run to run, and breaks ties between
     # equally frequent pairs by those numbers. Letters given as special tokens are numbered first, in this order.
@@ -155,7 +175,7 @@ def train_vocab(read_texts: Callable[[], Iterable[List[str]]], vocab_size: int) 
     )
     tokenizer.train_from_iterator(read_texts(), trainer)
     ids = tokenizer.get_vocab()
-    return sorted(ids, key=lambda token: ids[token])
+    return Vocabulary(sorted(ids, key=lambda token: ids[token]))
 
 
 def find_letters(texts: Iterable[List[str]], tokenizer: Tokenizer, most: int) -> Tuple[List[str], List[str]]:
@@ -182,10 +202,10 @@ class TextEncoder:
     text here: a corpus must not be able to mask or end a sample.
     """
 
-    def __init__(self, tokens: Sequence[str]):
-        self.tokenizer = make_tokenizer(tokens)
+    def __init__(self, vocabulary: Vocabulary):
+        self.tokenizer = make_tokenizer(vocabulary)
         self.tokenizer.encode_special_tokens = True
-        self.dtype = token_dtype(len(tokens))
+        self.dtype = token_dtype(len(vocabulary))
         self.forget()
 
     def forget(self) -> None:

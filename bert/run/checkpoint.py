@@ -12,7 +12,7 @@ import dataclasses
 import os
 import re
 import shutil
-from typing import Collection, Dict, List, Mapping, Optional, Sequence, Union
+from typing import Collection, Dict, List, Mapping, Optional, Union
 
 import torch
 from safetensors.torch import save_file
@@ -21,7 +21,7 @@ from bert.config import ModelConfig
 from bert.run.shards import Shards, WholeFile, opened
 from data.errors import InputError
 from data.files import flush_to_disk, read_json, write_json
-from data.tokenizer import write_tokenizer_files
+from data.tokenizer import Vocabulary, write_tokenizer_files
 from ops.shards import is_dtensor
 
 __all__ = ["begin_checkpoint", "complete_checkpoint", "list_checkpoints", "load_optimizer_state", "load_weights"]
@@ -42,19 +42,25 @@ SIZE_KEYS = (
 
 
 def save_checkpoint(
-    folder: str, state: Dict, weights: Tensors, optimizer_state: Tensors, model: Dict, tokens: Sequence[str], keep: int
+    folder: str,
+    state: Dict,
+    weights: Tensors,
+    optimizer_state: Tensors,
+    model: Dict,
+    vocabulary: Vocabulary,
+    keep: int,
 ) -> str:
     """Writes folder/step_<step> and removes all but the newest `keep` checkpoints; returns its path.
 
-    `state` is training_state.json, which has the step; `model` is config.json (`transformers_config`), `tokens` the
-    vocabulary. It is written under another name, flushed to disk, then renamed: it appears whole or not at all.
+    `state` is training_state.json, which has the step; `model` is config.json (`transformers_config`). It is
+    written under another name, flushed to disk, then renamed: it appears whole or not at all.
     """
     temporary = begin_checkpoint(folder, state["step"])
     for file, tensors in {"model.safetensors": weights, "optimizer.safetensors": optimizer_state}.items():
         contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
         metadata = {"format": "pt"} if tensors is weights else None
         save_file(contiguous, os.path.join(temporary, file), metadata=metadata)
-    return complete_checkpoint(temporary, state, model, tokens, keep)
+    return complete_checkpoint(temporary, state, model, vocabulary, keep)
 
 
 def begin_checkpoint(folder: str, step: int) -> str:
@@ -65,13 +71,13 @@ def begin_checkpoint(folder: str, step: int) -> str:
     return temporary
 
 
-def complete_checkpoint(temporary: str, state: Dict, model: Dict, tokens: Sequence[str], keep: int) -> str:
+def complete_checkpoint(temporary: str, state: Dict, model: Dict, vocabulary: Vocabulary, keep: int) -> str:
     """Makes a folder with all tensors a checkpoint; the rest is as `save_checkpoint` says."""
     folder = os.path.dirname(temporary)
     path, config = os.path.join(folder, name_of(state["step"])), os.path.join(temporary, "config.json")
     write_json(config, model)
     write_json(os.path.join(temporary, "training_state.json"), state)
-    write_tokenizer_files(temporary, tokens, model["max_position_embeddings"])
+    write_tokenizer_files(temporary, vocabulary, model["max_position_embeddings"])
     for place, _, files in os.walk(temporary):
         for file in files:
             shutil.copymode(config, os.path.join(place, file))  # safetensors makes them readable by their owner alone

@@ -22,7 +22,7 @@ from data.loading.sharing import LocalRanks, can_share, connect, listen
 from data.prepare import prepare
 from data.preparing.options import PrepareOptions
 from data.shards import ShardInfo
-from data.tokenizer import find_vocab, vocab_sha256
+from data.tokenizer import Vocabulary, find_vocab, vocab_sha256
 
 __all__ = ["DataSet", "make_shards_from_text", "next_batch", "open_data", "open_loader", "sharing_loader"]
 
@@ -33,8 +33,7 @@ class DataSet(NamedTuple):
     """The training shards, checked against the config and each other."""
 
     shards: List[ShardInfo]
-    tokens: List[str]
-    """The vocabulary."""
+    vocabulary: Vocabulary
     skipped: Dict[str, str]
     """Shards that are left out, and why."""
 
@@ -45,7 +44,7 @@ class DataSet(NamedTuple):
     def identity(self) -> Dict:
         """What a resumed run must find again."""
         sizes = [[os.path.basename(shard.path), shard.num_samples] for shard in self.shards]
-        return {"shards": sizes, "vocab_sha256": vocab_sha256(self.tokens)}
+        return {"shards": sizes, "vocab_sha256": vocab_sha256(self.vocabulary.tokens)}
 
 
 def make_shards_from_text(config: Config) -> None:
@@ -101,12 +100,10 @@ def open_data(config: Config, task: Task) -> DataSet:
     expected = (data.sequence_length, data.mask_tokens, config.model.vocab_size)
     skipped: Dict[str, str] = {}
     shards = open_shards(data.files, *expected, skipped=skipped if data.on_bad_shard == "skip" else None)
-    tokens, path = find_vocab(data.vocab, shards, "--data.vocab")
-    if len(tokens) > config.model.vocab_size:
-        raise InputError(
-            f"{path}: has {len(tokens)} tokens, model.vocab_size is {config.model.vocab_size}. Set model.vocab_size to "
-            f"{len(tokens)}"
-        )
+    vocabulary, path = find_vocab(data.vocab, shards, "--data.vocab")
+    if len(vocabulary) > config.model.vocab_size:
+        sizes = f"has {len(vocabulary)} tokens, model.vocab_size is {config.model.vocab_size}"
+        raise InputError(f"{path}: {sizes}. Set model.vocab_size to {len(vocabulary)}")
     task.check_shards(shards)
     if data.held_out_files:
         held_out = open_shards(data.held_out_files, *expected)
@@ -120,7 +117,7 @@ def open_data(config: Config, task: Task) -> DataSet:
             )
         for _ in batches_in_order(held_out, 4096):
             pass
-    return DataSet(shards, tokens, skipped)
+    return DataSet(shards, vocabulary, skipped)
 
 
 @contextlib.contextmanager

@@ -85,8 +85,9 @@ class Run:
             raise Diverged(f"step {engine.steps_done}: weights are not finite")
         state = self.state.to_json(self.data_set.identity(), engine.skipped_updates(), list(engine.task.metrics))
         state["config"] = dataclasses.asdict(config)
-        model, tokens, keep = describe_model(config, engine), self.data_set.tokens, config.training.keep_checkpoints
-        values = (checkpoints_of(config), state, weights, optimizer_state, model, tokens, keep)
+        model, vocabulary = describe_model(config, engine), self.data_set.vocabulary
+        keep = config.training.keep_checkpoints
+        values = (checkpoints_of(config), state, weights, optimizer_state, model, vocabulary, keep)
         with protected():
             if self.saves:
                 self.saves.start(*values)
@@ -320,10 +321,10 @@ def load_weights_into(engine: Engine, path: str, config: Config, data_set: DataS
             "checkpoint before it"
         )
     vocabulary = os.path.join(path, "vocab.txt")
-    if os.path.exists(vocabulary) and read_vocab(vocabulary) != data_set.tokens:
+    if os.path.exists(vocabulary) and read_vocab(vocabulary).tokens != data_set.vocabulary.tokens:
         raise InputError(
             f"{vocabulary}: differs from the vocabulary of the shards, which has the hash "
-            f"{vocab_sha256(data_set.tokens)[:12]}. Make shards with it: "
+            f"{vocab_sha256(data_set.vocabulary.tokens)[:12]}. Make shards with it: "
             f"python -m data.prepare --vocab {vocabulary} ..."
         )
     engine.load_weights(weights)

@@ -10,7 +10,7 @@ import datetime
 import json
 import logging
 import os
-from typing import Any, Dict, Mapping, Optional, Sequence
+from typing import Any, Dict, Mapping, Optional
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from bert.engines.parallel.processes import Processes, failing_together
 from bert.run.checkpoint import begin_checkpoint, complete_checkpoint, open_tensors
 from bert.run.shards import Shards, Tensors, count_values
 from data.files import replacing
+from data.tokenizer import Vocabulary
 
 __all__ = ["SavesInBackground", "write_model"]
 
@@ -46,7 +47,7 @@ class SavesInBackground:
         weights: Tensors,
         optimizer_state: Tensors,
         model: Dict,
-        tokens: Sequence[str],
+        vocabulary: Vocabulary,
         keep: int,
     ) -> None:
         """Begins what `save_checkpoint` does, for tensors of which this process holds a part or which only some have.
@@ -64,9 +65,9 @@ class SavesInBackground:
         }
         copies = DefaultStager(StagingOptions(False, False, False, False)).stage(contiguous)
         self.place = f"{folder}: the checkpoint of step {state['step']}"
-        self.saving = self.thread.submit(self.save, folder, state, copies, model, tokens, keep)
+        self.saving = self.thread.submit(self.save, folder, state, copies, model, vocabulary, keep)
 
-    def save(self, folder: str, state: Dict, parts: Any, model: Dict, tokens: Sequence[str], keep: int) -> None:
+    def save(self, folder: str, state: Dict, parts: Any, model: Dict, vocabulary: Vocabulary, keep: int) -> None:
         from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
         from torch.distributed.checkpoint.utils import _DistWrapper
 
@@ -81,7 +82,7 @@ class SavesInBackground:
             shards = [f"{part}/{name}" for part in parts for name in sorted(os.listdir(os.path.join(temporary, part)))]
             for part in parts:
                 check_all_there(os.path.join(temporary, part), written[part])
-            path = complete_checkpoint(temporary, {**state, "shards": shards}, model, tokens, keep)
+            path = complete_checkpoint(temporary, {**state, "shards": shards}, model, vocabulary, keep)
             self.saved_step = state["step"]  # even if another process is lost before it hears of it
             logger.info("saved %s", path)
             return path

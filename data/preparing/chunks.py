@@ -20,7 +20,7 @@ from data.preparing.options import PrepareOptions
 from data.preparing.splits import TRAIN
 from data.samples import Samples
 from data.shards import read_samples, write_shard
-from data.tokenizer import SPECIAL_TOKENS, TextEncoder, vocab_sha256
+from data.tokenizer import SPECIAL_TOKENS, TextEncoder, Vocabulary, vocab_sha256
 
 __all__ = ["ChunkMaker", "read_part_counts"]
 
@@ -32,15 +32,16 @@ NumberedLines = Tuple[int, List[str]]  # a document's number and lines, also as 
 class ChunkMaker:
     """Makes parts and shards. Its arguments are JSON values, for it may be in a process of its own.
 
-    `tokens`: the vocabulary's. `options`: those of PrepareOptions. `choose`: the function that chooses tokens to mask,
-    as `data.masking.choice_reference` names it. `made_by`: what the shards say of how they were made.
+    `vocabulary`: the fields of Vocabulary. `options`: those of PrepareOptions. `choose`: the function that chooses
+    tokens to mask, as `data.masking.choice_reference` names it. `made_by`: what the shards say of how they were made.
     """
 
-    def __init__(self, tokens: Sequence[str], options: Dict[str, Any], choose: str, made_by: Dict[str, Any]):
+    def __init__(self, vocabulary: Dict[str, Any], options: Dict[str, Any], choose: str, made_by: Dict[str, Any]):
         self.options, self.made_by = PrepareOptions(**options), made_by
-        self.encoder = TextEncoder(tokens)
+        tokens = vocabulary["tokens"]
+        self.encoder = TextEncoder(Vocabulary(**vocabulary))
         self.vocab_size, self.vocab_hash = len(tokens), vocab_sha256(tokens)
-        self.special_ids = list(map(list(tokens).index, SPECIAL_TOKENS))
+        self.special_ids = list(map(tokens.index, SPECIAL_TOKENS))
         units, share, continuations = self.options.units, self.options.mask_share, None
         if units != "tokens":
             continuations = np.array([token.startswith("##") for token in tokens])

@@ -101,7 +101,7 @@ def test_the_folder_holds_shards_that_open_and_the_vocabulary_they_were_made_wit
         "tokenizer_config.json",
     }
     shards = open_shards([str(tmp_path / "out" / "train-*.h5")], vocab_size=805, **SIZES)
-    tokens = read_vocab(str(tmp_path / "out" / "vocab.txt"))
+    tokens = read_vocab(str(tmp_path / "out" / "vocab.txt")).tokens
     assert shards[0].vocab_sha256 == vocab_sha256(tokens)
     assert max(shard.num_samples for shard in shards) <= 50
     assert max(shard.num_samples for shard in shards) - min(shard.num_samples for shard in shards) <= 1
@@ -120,7 +120,7 @@ def test_every_token_of_the_text_is_in_the_samples_once_per_duplicate(corpus, tm
     monkeypatch.setattr(module, "GROUP_CHUNKS", 3)
     monkeypatch.setattr("data.preparing.chunks.BATCH_CHARACTERS", 700)
     summary = make(corpus, tmp_path / "out", duplicates=3, workers=1)
-    tokens = read_vocab(str(tmp_path / "out" / "vocab.txt"))
+    tokens = read_vocab(str(tmp_path / "out" / "vocab.txt")).tokens
     seen = np.zeros(len(tokens), np.int64)
     for samples in all_samples(tmp_path / "out"):
         for row, first, length, label in zip(
@@ -139,7 +139,7 @@ def test_every_token_of_the_text_is_in_the_samples_once_per_duplicate(corpus, tm
 def test_without_nsp_samples_are_one_segment_and_hold_every_token_once_per_duplicate(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(splits, "CHUNK_CHARACTERS", 3000)
     summary = make(corpus, tmp_path / "out", duplicates=3, nsp=False)
-    tokens = read_vocab(str(tmp_path / "out" / "vocab.txt"))
+    tokens = read_vocab(str(tmp_path / "out" / "vocab.txt")).tokens
     seen = np.zeros(len(tokens), np.int64)
     for samples in all_samples(tmp_path / "out"):
         assert (samples.first_lengths == samples.lengths).all() and not samples.nsp_labels.any()
@@ -158,7 +158,7 @@ def test_without_nsp_samples_are_one_segment_and_hold_every_token_once_per_dupli
 
 def test_second_segments_come_from_the_document_that_the_label_says(corpus, tmp_path):
     summary = make(corpus, tmp_path / "out", duplicates=3)
-    tokens = read_vocab(str(tmp_path / "out" / "vocab.txt"))
+    tokens = read_vocab(str(tmp_path / "out" / "vocab.txt")).tokens
     for samples in all_samples(tmp_path / "out"):
         for row, first, length, label in zip(
             restored(samples), samples.first_lengths, samples.lengths, samples.nsp_labels
@@ -171,7 +171,7 @@ def test_second_segments_come_from_the_document_that_the_label_says(corpus, tmp_
 
 def test_held_out_documents_are_a_share_and_none_is_trained_on(corpus, tmp_path):
     def documents_in(folder, name):
-        tokens = read_vocab(str(folder / "vocab.txt"))
+        tokens = read_vocab(str(folder / "vocab.txt")).tokens
         return {
             document_of(tokens, token)
             for samples in all_samples(folder, name)
@@ -219,7 +219,7 @@ def test_duplicates_are_cut_and_masked_anew(corpus, tmp_path):
 
 def test_samples_are_shuffled_within_a_shard(corpus, tmp_path):
     make(corpus, tmp_path / "out")
-    tokens = read_vocab(str(tmp_path / "out" / "vocab.txt"))
+    tokens = read_vocab(str(tmp_path / "out" / "vocab.txt")).tokens
     order = [document_of(tokens, row[1]) for row in restored(all_samples(tmp_path / "out")[0])]
     assert order != sorted(order) and len(set(order[:40])) > 15
 
@@ -247,9 +247,8 @@ def test_lines_without_a_token_and_unknown_words_are_counted(corpus, tmp_path):
 
 def test_chunks_hold_no_line_and_no_document_without_a_token():
     texts = [Document(0, ["a a", "\x07", "a"]), Document(1, ["\x07"]), Document(2, ["\x07", "a"])]
-    maker = ChunkMaker(
-        list(SPECIAL_TOKENS) + ["a"], asdict(PrepareOptions([], "", **SIZES)), "data.masking:choose_tokens", {}
-    )
+    vocabulary = {"tokens": list(SPECIAL_TOKENS) + ["a"]}
+    maker = ChunkMaker(vocabulary, asdict(PrepareOptions([], "", **SIZES)), "data.masking:choose_tokens", {})
     chunk, counts = maker.encode(texts)
     assert chunk.unit_starts.tolist() == [0, 2, 3] and chunk.document_starts.tolist() == [0, 3, 4]
     assert chunk.tokens.tolist() == [5] * 4
@@ -284,7 +283,7 @@ def test_any_number_of_processes_gives_the_same_bytes(corpus, tmp_path, small_ch
 def test_shards_of_a_group_draw_from_all_of_its_text(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(splits, "CHUNK_CHARACTERS", 2000)
     make(corpus, tmp_path / "out", workers=1, samples_per_shard=60)
-    tokens = read_vocab(str(tmp_path / "out" / "vocab.txt"))
+    tokens = read_vocab(str(tmp_path / "out" / "vocab.txt")).tokens
     for samples in all_samples(tmp_path / "out"):
         assert len({document_of(tokens, row[1]) for row in restored(samples)}) > 25
 

@@ -13,6 +13,7 @@ from data.shards import ShardInfo
 from data.tokenizer import (
     SPECIAL_TOKENS,
     TextEncoder,
+    Vocabulary,
     find_vocab,
     make_tokenizer,
     read_vocab,
@@ -40,6 +41,7 @@ TOKENS = list(SPECIAL_TOKENS) + [
     "σ",
     "##σ",
 ]
+VOCABULARY = Vocabulary(TOKENS)
 needs_shared_data = pytest.mark.skipif(not os.path.isdir(SHARED), reason="development data is not there")
 
 
@@ -57,24 +59,24 @@ def vocab_file(tmp_path, content):
 @needs_shared_data
 def test_ids_are_those_of_transformers_bert_tokenizer():
     transformers = pytest.importorskip("transformers")
-    tokens = read_vocab(os.path.join(SHARED, "bert-base-uncased-vocab.txt"))
+    vocabulary = read_vocab(os.path.join(SHARED, "bert-base-uncased-vocab.txt"))
     reference = transformers.BertTokenizer(
-        vocab={token: number for number, token in enumerate(tokens)}, do_lower_case=True
+        vocab={token: number for number, token in enumerate(vocabulary.tokens)}, do_lower_case=True
     )
     lines = real_lines()[:1000] + ["Crème BRÛLÉE, naïve; 中文 [MASK] don't! \x07 Σίσυφος " + "x" * 101]
     expected = reference(lines)["input_ids"]
-    assert [encoding.ids for encoding in make_tokenizer(tokens).encode_batch(lines)] == expected
+    assert [encoding.ids for encoding in make_tokenizer(vocabulary).encode_batch(lines)] == expected
     pair = reference("a cat", "the mat")
-    encoding = make_tokenizer(tokens).encode("a cat", "the mat")
+    encoding = make_tokenizer(vocabulary).encode("a cat", "the mat")
     assert (encoding.ids, encoding.type_ids) == (pair["input_ids"], pair["token_type_ids"])
 
 
 @needs_shared_data
 def test_the_text_encoder_gives_the_tokenizers_ids_on_real_text():
-    tokens = read_vocab(os.path.join(SHARED, "bert-base-uncased-vocab.txt"))
+    vocabulary = read_vocab(os.path.join(SHARED, "bert-base-uncased-vocab.txt"))
     lines = real_lines()
-    ids, counts = TextEncoder(tokens).encode(lines)
-    expected = [encoding.ids for encoding in make_tokenizer(tokens).encode_batch(lines, add_special_tokens=False)]
+    ids, counts = TextEncoder(vocabulary).encode(lines)
+    expected = [encoding.ids for encoding in make_tokenizer(vocabulary).encode_batch(lines, add_special_tokens=False)]
     assert counts.tolist() == [len(line) for line in expected]
     assert ids.tolist() == [number for line in expected for number in line]
 
@@ -88,7 +90,7 @@ def test_the_text_encoder_gives_the_tokenizers_ids_on_real_text():
     )
 )
 def test_the_text_encoder_gives_the_tokenizers_ids_on_any_text_however_often_it_forgets(batches):
-    encoder, reference = TextEncoder(TOKENS), make_tokenizer(TOKENS)
+    encoder, reference = TextEncoder(VOCABULARY), make_tokenizer(VOCABULARY)
     reference.encode_special_tokens = True
     for number, lines in enumerate(batches):
         lines = [line.encode("utf-8", "ignore").decode("utf-8") for line in lines]
@@ -100,14 +102,14 @@ def test_the_text_encoder_gives_the_tokenizers_ids_on_any_text_however_often_it_
 
 
 def test_special_words_in_a_corpus_are_plain_text():
-    ids, counts = TextEncoder(TOKENS).encode(["the [MASK] sat", "[SEP]"])
+    ids, counts = TextEncoder(VOCABULARY).encode(["the [MASK] sat", "[SEP]"])
     assert [TOKENS[number] for number in ids] == ["the", "[", "mask", "]", "sat", "[", "[UNK]", "]"]
     assert counts.tolist() == [5, 3] and ids.dtype == np.uint16
 
 
 def test_a_vocabulary_is_read_with_any_line_ending(tmp_path):
-    assert read_vocab(vocab_file(tmp_path, "\r\n".join(TOKENS) + "\r\n")) == TOKENS
-    assert read_vocab(vocab_file(tmp_path, "\n".join(TOKENS))) == TOKENS
+    assert read_vocab(vocab_file(tmp_path, "\r\n".join(TOKENS) + "\r\n")) == VOCABULARY
+    assert read_vocab(vocab_file(tmp_path, "\n".join(TOKENS))) == VOCABULARY
 
 
 @pytest.mark.parametrize(
@@ -138,7 +140,7 @@ import hashlib
 from pydoc_data.topics import topics
 from data.tokenizer import train_vocab
 lines = [line for name in sorted(topics) for line in topics[name].splitlines()]
-print(hashlib.sha256("\\n".join(train_vocab(lambda: [lines], 2000)).encode()).hexdigest())
+print(hashlib.sha256("\\n".join(train_vocab(lambda: [lines], 2000).tokens).encode()).hexdigest())
 """
 
 
@@ -158,10 +160,11 @@ def test_training_a_vocabulary_gives_the_same_words_in_every_process_and_on_any_
 
 def test_a_trained_vocabulary_has_the_special_words_first_no_repeats_and_covers_its_text():
     lines = ["The cats sat, the cat sat: Été 中文!"] * 3 + [f"other tokens {number}" for number in range(100)]
-    tokens = train_vocab(lambda: [lines], 120)
+    vocabulary = train_vocab(lambda: [lines], 120)
+    tokens = vocabulary.tokens
     assert tokens[:5] == list(SPECIAL_TOKENS) and len(set(tokens)) == len(tokens) <= 120
     assert {"cat", "sat", "the"} <= set(tokens) and not any(token != token.lower() for token in tokens[5:])
-    encoding = make_tokenizer(tokens).encode("the cat sat: other tokens 7")
+    encoding = make_tokenizer(vocabulary).encode("the cat sat: other tokens 7")
     assert "[UNK]" not in encoding.tokens
 
 
@@ -172,11 +175,11 @@ def test_a_vocabulary_too_small_for_letters_is_refused():
 
 def test_transformers_loads_the_folder_and_gives_the_same_ids(tmp_path):
     transformers = pytest.importorskip("transformers")
-    write_tokenizer_files(str(tmp_path), TOKENS)
-    assert read_vocab(str(tmp_path / "vocab.txt")) == TOKENS
+    write_tokenizer_files(str(tmp_path), VOCABULARY)
+    assert read_vocab(str(tmp_path / "vocab.txt")) == VOCABULARY
     assert sorted(os.listdir(str(tmp_path))) == ["tokenizer.json", "tokenizer_config.json", "vocab.txt"]
     text = "The CATS sat, [MASK] thée 中"
-    expected = make_tokenizer(TOKENS).encode(text).ids
+    expected = make_tokenizer(VOCABULARY).encode(text).ids
     for load in (transformers.AutoTokenizer, transformers.BertTokenizerFast):
         loaded = load.from_pretrained(str(tmp_path))
         assert loaded(text)["input_ids"] == expected
@@ -190,7 +193,7 @@ def test_the_vocabulary_of_shards_is_beside_them_or_named_and_has_their_hash(tmp
 
     path = vocab_file(tmp_path, "\n".join(TOKENS))
     own, nvidias = shard("a.h5", TOKENS), ShardInfo("b.h5", 1, 8, 1, 20, "", 0, is_nvidia=True)
-    assert find_vocab(None, [own, nvidias]) == find_vocab(path, [nvidias]) == find_vocab(path, []) == (TOKENS, path)
+    assert find_vocab(None, [own, nvidias]) == find_vocab(path, [nvidias]) == find_vocab(path, []) == (VOCABULARY, path)
     with pytest.raises(InputError, match="vocab.txt: is not the vocabulary that .*c.h5 was made with.* --data.vocab"):
         find_vocab(None, [own, shard("c.h5", TOKENS[:-1])], "--data.vocab")
     os.remove(path)

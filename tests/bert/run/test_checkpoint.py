@@ -12,10 +12,10 @@ from bert.model.batch import Batch
 from bert.run.checkpoint import list_checkpoints, load_weights, save_checkpoint, transformers_config
 from data.errors import InputError
 from data.files import read_json
-from data.tokenizer import SPECIAL_TOKENS
+from data.tokenizer import SPECIAL_TOKENS, Vocabulary
 from tests.bert.model.test_model import make_perturbed_model, random_batch, small_config
 
-WORDS = list(SPECIAL_TOKENS) + ["hello", "world", "##s", "!"] + [f"word{i}" for i in range(202)]
+WORDS = Vocabulary([*SPECIAL_TOKENS, "hello", "world", "##s", "!", *(f"word{i}" for i in range(202))])
 
 
 def save(folder, graph, config, step=1, keep=3):

@@ -27,7 +27,7 @@ NSP_ALONE = {
 def make_shards_of(segments, folder):
     """A training shard and a held-out one."""
     make_shards(folder)
-    tokens = read_vocab(str(folder / "vocab.txt"))
+    tokens = read_vocab(str(folder / "vocab.txt")).tokens
     (folder / "train-00001.h5").rename(folder / "held_out-00000.h5")
     if segments == 1:
         for path, count in (("train-00000.h5", 67), ("held_out-00000.h5", 33)):
