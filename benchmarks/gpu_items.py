@@ -48,7 +48,6 @@ TINY = {
     "data.sequence_length": 64,
     "data.mask_tokens": 10,
     "training.global_batch_size": 24,
-    "ipu.layers_per_ipu": "[0, 2]",
 }
 
 

@@ -23,7 +23,7 @@ from data.errors import InputError
 __all__ = ["PHASES", "own_speed", "peer_speed", "whole_run"]
 
 LARGE = "--model.num_hidden_layers 24 --model.hidden_size 1024 --model.num_attention_heads 16"
-LARGE += " --model.intermediate_size 4096 --ipu.layers_per_ipu [0,8,8,8]"
+LARGE += " --model.intermediate_size 4096"
 TINY_LARGE = "--model.hidden_size 64 --model.num_attention_heads 4 --model.intermediate_size 128"
 # Name -> config, options, samples of a step: as much as makes some micro-batches.
 PHASES: Dict[str, Tuple[str, str, int]] = {

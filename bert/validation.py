@@ -20,7 +20,7 @@ def asks_for_ipu(config: Config) -> bool:
 def validate(config: Config, source: str = "config") -> None:
     """Raises InputError for the first impossible value: names `source`, the key, its value and what is expected."""
     expect = functools.partial(_expect, config, source)
-    model, data, optimizer, ipu = config.model, config.data, config.optimizer, config.ipu
+    model, data, optimizer = config.model, config.data, config.optimizer
     heads, longest, most_masked = model.num_attention_heads, model.max_position_embeddings, data.sequence_length - 3
     expect(model.hidden_size % heads == 0, "model.hidden_size", f"a multiple of model.num_attention_heads, {heads}")
     at_most = f"at most model.max_position_embeddings, {longest}"
@@ -44,26 +44,18 @@ def validate(config: Config, source: str = "config") -> None:
     if config.training.precision == "float8":
         for key in ("model.hidden_size", "model.intermediate_size", "data.sequence_length"):
             expect(attrgetter(key)(config) % 16 == 0, key, "a multiple of 16, as training.precision is float8")
-    ipus, layers = len(ipu.layers_per_ipu), model.num_hidden_layers
-    if isinstance(ipu.matmul_proportion, list):
-        each = f"one number, or one for each of the {ipus} IPUs of ipu.layers_per_ipu"
-        expect(len(ipu.matmul_proportion) == ipus, "ipu.matmul_proportion", each)
-    split = f"counts that add up to model.num_hidden_layers, {layers}"
-    example = f"on other devices any split will do, such as --ipu.layers_per_ipu '[0, {layers}]'"
-    expect(sum(ipu.layers_per_ipu) == layers, "ipu.layers_per_ipu", f"{split}; {example}")
-    products = f"shares above 0, at most 1, for some of {', '.join(MATMULS)}"
-    expect(set(ipu.operation_proportions) <= set(MATMULS), "ipu.operation_proportions", products)
     if asks_for_ipu(config):
         validate_for_ipu(config, source)
 
 
 def validate_for_ipu(config: Config, source: str = "config") -> None:
-    """The same for what only IPUs ask for: static shapes, whole parts, a full pipeline, what PopTorch has."""
+    """The same for the ipu section, and what else only IPUs ask for: static shapes, whole parts, what PopTorch has."""
     expect = functools.partial(_expect, config, source)
     training, ipu, vocabulary = config.training, config.ipu, config.model.vocab_size
     simulator = "false with --compile-only: the simulator's executables are not kept"
     expect(not (config.compile_only and config.ipu_model), "ipu_model", simulator)
     expect(config.device in ("auto", "ipu"), "device", '"ipu" or "auto" with --compile-only and --ipu-model')
+    check_placement(config, source)
     rows, accumulation, replicas = ipu.micro_batch_size, ipu.gradient_accumulation_steps, ipu.replication_factor
     batch = rows * accumulation * replicas
     product = "ipu.micro_batch_size x gradient_accumulation_steps x replication_factor"
@@ -81,7 +73,6 @@ def validate_for_ipu(config: Config, source: str = "config") -> None:
     slices = parts if accumulation > 1 else 1  # without accumulation the decoder's update is not cut
     either = f"1 or {slices}, the parts of the decoder's update on IPUs" if slices > 1 else "1, as one part is updated"
     expect(config.optimizer.trust_ratio_slices in (1, slices), "optimizer.trust_ratio_slices", either)
-    expect(all(ipu.layers_per_ipu[1:]), "ipu.layers_per_ipu", "at least one layer on each IPU but the first")
     stages = 2 * len(ipu.layers_per_ipu) + 1 if len(ipu.layers_per_ipu) > 1 else 1
     filled = f"at least {stages}, the stages of the pipeline forward and backward"
     expect(accumulation >= stages, "ipu.gradient_accumulation_steps", filled)
@@ -93,6 +84,20 @@ def validate_for_ipu(config: Config, source: str = "config") -> None:
     for name in ("max_steps", "stop_at_step", "save_every", "log_every"):
         whole_calls = (getattr(training, name) or 0) % ipu.device_iterations == 0
         expect(whole_calls, f"training.{name}", f"a multiple of ipu.device_iterations, {ipu.device_iterations}")
+
+
+def check_placement(config: Config, source: str) -> None:
+    """The same for where layers are, and for the shares of memory there."""
+    expect = functools.partial(_expect, config, source)
+    ipu, ipus, layers = config.ipu, len(config.ipu.layers_per_ipu), config.model.num_hidden_layers
+    if isinstance(ipu.matmul_proportion, list):
+        each = f"one number, or one for each of the {ipus} IPUs of ipu.layers_per_ipu"
+        expect(len(ipu.matmul_proportion) == ipus, "ipu.matmul_proportion", each)
+    split = f"counts that add up to model.num_hidden_layers, {layers}, such as [0, {layers}]"
+    expect(sum(ipu.layers_per_ipu) == layers, "ipu.layers_per_ipu", split)
+    expect(all(ipu.layers_per_ipu[1:]), "ipu.layers_per_ipu", "at least one layer on each IPU but the first")
+    products = f"shares above 0, at most 1, for some of {', '.join(MATMULS)}"
+    expect(set(ipu.operation_proportions) <= set(MATMULS), "ipu.operation_proportions", products)
 
 
 def divisors_of(vocabulary: int) -> str:

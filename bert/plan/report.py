@@ -73,8 +73,9 @@ def is_for_ipu(config: Config) -> Tuple[bool, str]:
         return asks_for_ipu(config), ""
     ipu, default = config.ipu, IpuConfig()
     rows = ipu.micro_batch_size * ipu.gradient_accumulation_steps * ipu.replication_factor
-    is_default = all(getattr(ipu, name) == getattr(default, name) for name in GEOMETRY)
-    if is_default and rows != config.training.global_batch_size:
+    is_default = all(getattr(ipu, name) == getattr(default, name) for name in (*GEOMETRY, "layers_per_ipu"))
+    fits = rows == config.training.global_batch_size and sum(ipu.layers_per_ipu) == config.model.num_hidden_layers
+    if is_default and not fits:
         return False, f"the config says nothing of {', '.join('ipu.' + name for name in GEOMETRY)}"
     try:
         validate_for_ipu(config)

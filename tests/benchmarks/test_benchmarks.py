@@ -28,7 +28,6 @@ TINY = {
     },
     "data": {"sequence_length": 64, "mask_tokens": 10},
     "training": {"global_batch_size": 16},
-    "ipu": {"layers_per_ipu": [0, 1]},
 }
 
 

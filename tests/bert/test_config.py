@@ -334,10 +334,13 @@ BAD = [
         ["own.json", "model.hidden_size is 100", "multiple of model.num_attention_heads, 12"],
     ),
     (
-        {"ipu": {"layers_per_ipu": [0, 4, 4]}},
+        {"device": "ipu", "ipu": {"layers_per_ipu": [0, 4, 4]}},
         ["own.json", "ipu.layers_per_ipu is [0, 4, 4]", "add up to model.num_hidden_layers, 12"],
     ),
-    ({"ipu": {"matmul_proportion": [0.1, 0.2]}}, ["own.json", "ipu.matmul_proportion", "each of the 4 IPUs"]),
+    (
+        {"device": "ipu", "ipu": {"matmul_proportion": [0.1, 0.2]}},
+        ["own.json", "ipu.matmul_proportion", "each of the 4 IPUs"],
+    ),
     ({"ipu": {"matmul_proportion": 1.5}}, ["own.json", "ipu.matmul_proportion is 1.5"]),
     (
         {"device": "ipu", "training": {"global_batch_size": 64}},
@@ -370,7 +373,10 @@ BAD = [
         ["own.json", "training.save_every is 100", "a multiple of ipu.device_iterations, 3"],
     ),
     ({"device": "cpu", "compile_only": True}, ["own.json", 'device is "cpu"']),
-    ({"ipu": {"operation_proportions": {"decoder": 0.1}}}, ["own.json", "ipu.operation_proportions", "mlm_decoder"]),
+    (
+        {"device": "ipu", "ipu": {"operation_proportions": {"decoder": 0.1}}},
+        ["own.json", "ipu.operation_proportions", "mlm_decoder"],
+    ),
     ({"data": {"mask_tokens": 128}}, ["own.json", "data.mask_tokens is 128", "at most", "125"]),
     ({"data": {"sequence_length": 1024}}, ["own.json", "data.sequence_length is 1024", "max_position_embeddings, 512"]),
     ({"optimizer": {"learning_rate": -1.0}}, ["own.json", "optimizer.learning_rate is -1.0", "above 0"]),
@@ -437,6 +443,14 @@ BAD = [
     ({"base": "own.json"}, ["own.json", 'base is "own.json"', "expected none, as ", "is based on this file"]),
     ({"base": "pod64_phase1"}, ["pod64_phase1.json", 'base is "pod16_phase1.json"', "own.json is based on this file"]),
 ]
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda"])
+def test_the_ipu_section_matters_on_ipus_alone(device):
+    options = ["--device", device, "--model.num_hidden_layers", "2", "--training.global_batch_size", "24"]
+    assert parse_command_line(options).ipu.layers_per_ipu == [0, 4, 4, 4]
+    with pytest.raises(InputError, match=r"ipu.layers_per_ipu is \[0, 4, 4, 4\], expected .* 2, such as \[0, 2\]"):
+        parse_command_line([*options, "--device", "ipu"])
 
 
 @pytest.mark.parametrize("values, words", BAD)

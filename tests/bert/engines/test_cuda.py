@@ -50,8 +50,6 @@ def losses(device, precision, compiled, batch, steps=5):
             precision,
             "--training.compile",
             compiled,
-            "--ipu.layers_per_ipu",
-            "[0, 2]",
         ]
     )
     engine = make_engine(config, device)

@@ -116,7 +116,7 @@ def test_an_ipu_section_that_cannot_run_is_an_error_with_the_way_out(options, ke
 def test_ipus_that_cannot_run_the_config_are_an_error_as_in_training(monkeypatch, capsys):
     monkeypatch.setattr("bert.engines.choosing.choose_device", lambda *arguments: ("ipu", "4 IPUs"))
     assert main(["--config", "quickstart.json", "--plan"]) == 2
-    assert "training.global_batch_size is 32" in capsys.readouterr().err
+    assert "ipu.layers_per_ipu is [0, 4, 4, 4]" in capsys.readouterr().err
 
 
 def write_shards(folder, length, masks, vocab):

@@ -77,7 +77,7 @@ def main(folder, *ways):
 
     def config_of(**options):
         exact = {"model__hidden_dropout_prob": 0, "model__attention_probs_dropout_prob": 0}
-        sizes = {"model__num_hidden_layers": LAYERS, "ipu__layers_per_ipu": f"[0, {LAYERS}]"}
+        sizes = {"model__num_hidden_layers": LAYERS}
         exact.update(training__micro_batch_size=2, parallel__timeout=60)
         return parse_command_line(arguments(place, shards, **exact, **sizes, **options))
 
