@@ -27,7 +27,9 @@ from tqdm import tqdm
 from benchmarks.report import make_parser, median, print_table, write_json
 from bert.text import count_of
 from data.prepare import PrepareOptions, prepare
-from data.preparing.corpus import FORMATS, documents, find_files
+from data.preparing.corpus import FORMATS, documents
+from data.preparing.finding import find_files
+from data.preparing.formats import with_formats
 from data.tokenizer import Vocabulary, make_tokenizer, read_vocab, train_vocab
 
 LENGTH, MASKS, DUPLICATES = 128, 20, 5
@@ -240,7 +242,8 @@ def main():
     )
     parser.add_argument("--rounds", type=int, default=5, help="in which the ways take turns (default: %(default)s)")
     options = parser.parse_args()
-    texts = [document.lines for document in documents(find_files(options.input), options.format)]
+    files = with_formats(find_files(options.input), options.format, "utf-8", "text")
+    texts = [document.lines for document in documents(files)]
     megabytes = sum(len(line.encode("utf-8")) + 1 for text in texts for line in text) / 1e6
     vocabulary = read_vocab(options.vocab) if options.vocab else train_vocab(lambda: iter(texts), 30522)
     seconds, samples = measure(options, texts, vocabulary.tokens)

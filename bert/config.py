@@ -84,10 +84,15 @@ class DataConfig:
     workers: PositiveInt = 2
     """Threads of the loader's process; no more than the machine has cores."""
     text: Union[str, List[str]] = field(default_factory=list)
-    """If `files` are not there yet, make them from this text: paths, URLs or globs of them, or `python`, the prose
-    that Python brings. They go into the folder of `files`, which must be named train-*.h5."""
-    text_format: Literal["lines", "wikitext", "wikiextractor", "jsonl"] = "lines"
-    """How `text` separates documents: blank lines, `= Title =` lines, WikiExtractor's <doc>, or a line of JSON each."""
+    """If `files` are not there yet, make them from this text: paths, folders, URLs or globs of them, or `python`, the
+    prose that Python brings. They go into the folder of `files`, which must be named train-*.h5."""
+    text_format: Literal["auto", "lines", "wikitext", "wikiextractor", "jsonl", "csv", "tsv", "parquet"] = "auto"
+    """How `text` separates documents: blank lines, `= Title =` lines, WikiExtractor's <doc>, a line of JSON each, or a
+    row each. auto: by each file's name or first lines."""
+    text_field: str = "text"
+    """The field or column of jsonl, csv, tsv and parquet that holds the text."""
+    encoding: str = "utf-8"
+    """The encoding of `text`, such as shift_jis; any that Python has."""
     duplicates: PositiveInt = 1
     """How often each document of `text` is cut and masked, each time anew."""
     held_out: Probability = 0.0

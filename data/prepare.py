@@ -30,7 +30,9 @@ from data.errors import InputError
 from data.masking import choice_reference
 from data.preparing import splits
 from data.preparing.chunks import read_part_counts
-from data.preparing.corpus import Document, check_formats, corpus_bytes, documents, file_bytes, find_files
+from data.preparing.corpus import Document, TextFile, documents
+from data.preparing.finding import corpus_bytes, file_bytes, find_files
+from data.preparing.formats import check_formats, describe, with_formats
 from data.preparing.options import PrepareOptions
 from data.preparing.python_prose import PYTHON
 from data.preparing.remote import base_name, is_url, remote_state
@@ -128,6 +130,11 @@ class Summary:
         unknown = f"{100 * self.unknown_tokens / max(1, self.tokens):.2f} % [UNK]"
         not_next = f"{100 * self.not_next_samples / samples:.1f} % of the second segments do not follow the first"
         train = f"{self.train_samples:,} to train on in {self.train_shards} shards"
+        warning = (
+            "few second segments are random, so that NSP has little to learn: random ones need other documents nearby "
+            f"(the text has {self.documents:,}). End each document by a blank line (--format lines), give it a file of "
+            "its own, or give --nsp false"
+        )
         return table(
             {
                 "documents": f"{self.documents:,}, of which {self.held_out_documents:,} held out",
@@ -138,6 +145,7 @@ class Summary:
                 "padding": f"{100 - 100 * self.sample_tokens / self.slots:.1f} % of the token slots",
                 "vocabulary": f"{self.vocab_size:,} tokens",
                 "written to": self.output,
+                **({"warning": warning} if self.nsp and 4 * self.not_next_samples < samples else {}),
             }
         )
 
@@ -224,40 +232,44 @@ def make_vocab(options: PrepareOptions, progress: bool = True) -> str:
     return table({"vocabulary": f"{len(vocabulary):,} tokens", "written to": path})
 
 
-def check_input(options: PrepareOptions) -> Tuple[List[str], Optional[Vocabulary]]:
+def check_input(options: PrepareOptions) -> Tuple[List[TextFile], Optional[Vocabulary]]:
     """The files of the text and the vocabulary, if one is given; raises InputError for what cannot be used."""
     options.check()
-    files = find_files(options.input)
+    files = with_formats(find_files(options.input), options.format, options.encoding, options.text_field)
     if not options.finish:  # which does not read the text
         check_formats(files, options.format)
     check_output(options.output, options.vocab)
     return files, None if options.vocab is None else read_vocab(options.vocab)
 
 
-def read_documents(files: Sequence[str], text_format: str, purpose: str, progress: bool) -> Iterator[Document]:
-    total = corpus_bytes(files)
+def paths_of(files: Sequence[TextFile]) -> List[str]:
+    return [file.path for file in files]
+
+
+def read_documents(files: Sequence[TextFile], purpose: str, progress: bool) -> Iterator[Document]:
+    total = corpus_bytes(paths_of(files))
     with tqdm(total=total, unit="B", unit_scale=True, desc=purpose, disable=not progress) as bar:
-        yield from documents(files, text_format, bar.update)
+        yield from documents(files, bar.update)
 
 
-def read_chunks(files: Sequence[str], options: PrepareOptions, progress: bool) -> Iterator[TextChunk]:
-    texts = read_documents(files, options.format, "samples", progress)
+def read_chunks(files: Sequence[TextFile], options: PrepareOptions, progress: bool) -> Iterator[TextChunk]:
+    texts = read_documents(files, "samples", progress)
     return splits.split_into_chunks(texts, options.held_out, options.seed)
 
 
-def train_on(files: Sequence[str], options: PrepareOptions, progress: bool) -> Vocabulary:
+def train_on(files: Sequence[TextFile], options: PrepareOptions, progress: bool) -> Vocabulary:
     """The vocabulary of a text: of a long one's, every k-th document's."""
-    stride = -(-corpus_bytes(files) // VOCAB_TEXT_BYTES) or 1
+    stride = -(-corpus_bytes(paths_of(files)) // VOCAB_TEXT_BYTES) or 1
 
     def texts() -> Iterator[List[str]]:
-        read = read_documents(files, options.format, "vocabulary", progress)
+        read = read_documents(files, "vocabulary", progress)
         return (text for number, text in read if number % stride == 0)
 
     return train_vocab(texts, options.vocab_size)
 
 
 def open_pool(
-    few: bool, vocabulary: Vocabulary, files: Sequence[str], options: PrepareOptions, staging: Staging
+    few: bool, vocabulary: Vocabulary, files: Sequence[TextFile], options: PrepareOptions, staging: Staging
 ) -> "contextlib.closing[Pool]":
     """What does tasks; `few` are done here and now."""
     settings = {
@@ -277,13 +289,14 @@ def peek(items: Iterator[Item]) -> Tuple[bool, Iterator[Item]]:
     return len(first) < 2, chain(first, items)
 
 
-def made_by(options: PrepareOptions, files: Sequence[str]) -> Dict[str, Any]:
+def made_by(options: PrepareOptions, files: Sequence[TextFile]) -> Dict[str, Any]:
     """What the shards say of how they were made."""
-    names = ("format", "mask_share", "short_share", "duplicates", "held_out", "seed", "masking")
+    names = ("mask_share", "short_share", "duplicates", "held_out", "seed", "masking")
     return {
         "command": "data.prepare",
-        "input": [base_name(path) for path in files[:NAMED_FILES]],
+        "input": [base_name(file.path) for file in files[:NAMED_FILES]],
         "input_files": len(files),
+        "format": describe(files),
         **{name: getattr(options, name) for name in names},
         "whole_word_masking": options.units == "words",
         **({} if options.units in ("tokens", "words") else {"masked_units": options.units}),
@@ -291,14 +304,27 @@ def made_by(options: PrepareOptions, files: Sequence[str]) -> Dict[str, Any]:
     }
 
 
-def identity(options: PrepareOptions, files: Sequence[str], vocabulary: Optional[Vocabulary]) -> Dict[str, Any]:
+def identity(options: PrepareOptions, files: Sequence[TextFile], vocabulary: Optional[Vocabulary]) -> Dict[str, Any]:
     """What has to be the same for a stopped run to be continued (name -> JSON value)."""
-    free = ("input", "output", "workers", "whole_word_masking", "part", "finish", "vocab_only")
+    # `describe` tells the field of the text and the encoding.
+    free = (
+        "input",
+        "output",
+        "workers",
+        "whole_word_masking",
+        "part",
+        "finish",
+        "vocab_only",
+        "text_field",
+        "encoding",
+    )
     # Where files lie, and since when, may differ between machines; parts have a checksum of the text.
     state = portable_state if options.part or options.finish else file_state
     return {
         **{name: value for name, value in asdict(options).items() if name not in free},
-        "files": [state(path) for path in files],
+        # A run that an earlier release began may have taken formulas for titles.
+        "format": describe(files).replace("wikitext", "wikitext with blank lines around titles"),
+        "files": [state(path) for path in paths_of(files)],
         "vocab": vocabulary and vocab_sha256(vocabulary.tokens),
         "vocab_size": None if vocabulary else options.vocab_size,
         "masked_units": options.units,
@@ -432,10 +458,11 @@ def summarize(options: PrepareOptions, vocab_size: int, groups: Sequence[Dict[st
     return Summary(**{**counts, **own})
 
 
-def check_samples_made(summary: Summary, files: Sequence[str], held_out: float) -> None:
+def check_samples_made(summary: Summary, files: Sequence[TextFile], held_out: float) -> None:
     if not summary.slots:
+        names = ", ".join(paths_of(files)[:NAMED_FILES])
         raise InputError(
-            f"{', '.join(files)}: no text to make a sample of ({summary.lines} lines, {summary.tokens} tokens); "
+            f"{names}: no text to make a sample of ({summary.lines} lines, {summary.tokens} tokens); "
             "expected documents of one sentence or paragraph a line"
         )
     fault = advice = ""

@@ -78,6 +78,8 @@ def make_shards_from_text(config: Config) -> None:
                 input=list(data.text),
                 output=folder,
                 format=data.text_format,
+                text_field=data.text_field,
+                encoding=data.encoding,
                 vocab=data.vocab,
                 vocab_size=config.model.vocab_size,
                 sequence_length=data.sequence_length,
@@ -89,7 +91,10 @@ def make_shards_from_text(config: Config) -> None:
             )
         )
     except InputError as error:
-        raise InputError(f"data.text: {error}")
+        message = str(error)
+        for option, key in (("format", "text_format"), ("text-field", "text_field"), ("encoding", "encoding")):
+            message = message.replace(f"--{option} ", f"--data.{key} ")
+        raise InputError(f"data.text: {message}")
     logger.info("%s", summary)
 
 

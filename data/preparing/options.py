@@ -7,8 +7,10 @@ from typing import List, Optional
 from data.commands import check_options, option
 from data.errors import InputError
 from data.masking import CHOICES
-from data.preparing.corpus import FORMATS
+from data.preparing.corpus import FORMATS, TEXT
+from data.preparing.formats import AUTO
 from data.preparing.shares import is_share
+from data.preparing.text_file import UTF_8, check_encoding
 
 __all__ = ["PrepareOptions"]
 
@@ -18,16 +20,26 @@ class PrepareOptions:
     """Makes a BERT pre-training data set from text: HDF5 shards of masked samples, with their vocabulary."""
 
     input: List[str]
-    """UTF-8 text files, plain, .gz or .zst, or globs in quotes; also URLs, such as s3://bucket/corpus/*.txt, gs://,
-    hf:// or https://, with fsspec and the package of the protocol; or the word `python` for the English prose that
-    every Python brings"""
+    """text files, plain, .gz or .zst; folders of them, or globs in quotes; also URLs, such as s3://bucket/corpus/*.txt,
+    gs://, hf:// or https://, with fsspec and the package of the protocol; or the word `python` for the English prose
+    that every Python brings. Of a folder it takes names without an ending, .txt, .text, .md, .jsonl, .ndjson, .csv,
+    .tsv and .parquet, also in subfolders, and says what it leaves out. A document never goes on in the next file"""
     output: str
     """the folder to make; one that holds a data set is refused"""
-    format: str = option("lines", choices=FORMATS)
-    """lines: one sentence or paragraph a line, a blank line ends a document. wikitext: a `= Title =` line begins a
-    document; headings stay as lines, without their = signs, and text before the first title is a document.
-    wikiextractor: what is between <doc ...> and </doc> is a document, as WikiExtractor writes it. jsonl: a JSON object
-    a line, its field `text` a document. In these two, blank lines within a document are left out"""
+    format: str = option(AUTO, choices=(AUTO, *FORMATS))
+    """auto: by each file's name (.jsonl, .ndjson, .csv, .tsv, .parquet), or by its first lines (jsonl, wikiextractor,
+    wikitext, else lines). lines: one sentence or paragraph a line, a blank line ends a document. wikitext: a
+    `= Title =` line between blank lines begins a document; headings stay as lines, without their = signs, and text
+    before the first title is a document. wikiextractor: what is between <doc ...> and </doc> is a document, as
+    WikiExtractor writes it. jsonl: a JSON object a line, its field `text` a document. csv: each row's column `text` is
+    a document; the first line names the columns, which commas, semicolons or tabs separate, and fields may be in double
+    quotes. tsv: the same with tabs, a quote being text. parquet: the same with pyarrow. In the last five, blank lines
+    within a document are left out"""
+    text_field: str = option(TEXT, metavar="NAME")
+    """the field or column of jsonl, csv, tsv and parquet that holds the text"""
+    encoding: str = option(UTF_8, metavar="NAME")
+    """of text files, such as shift_jis, euc_kr, cp1254, utf-16-le: any that Python has. A mark of UTF-16 or UTF-32 at a
+    file's beginning is recognised"""
     vocab: Optional[str] = None
     """the WordPiece vocabulary, one token a line; without it one is trained on the text"""
     vocab_size: int = 30522
@@ -69,6 +81,7 @@ class PrepareOptions:
     def check(self) -> None:
         """Raises InputError that names the first option that cannot be used."""
         check_options(self)
+        check_encoding(self.encoding)
         special, names = (3, "[CLS] and two [SEP]") if self.nsp else (2, "[CLS] and [SEP]")
         most = self.sequence_length - special
         if not 1 <= self.mask_tokens <= most:

@@ -74,7 +74,8 @@ def remote_state(url: str) -> List[Any]:
 
 
 def open_remote(url: str) -> BinaryIO:
-    """A file to read from its beginning to its end. Raises PrepareStopped, also later, when that breaks off."""
+    """A file to read; where the server sends parts of a file, from any place in it. Raises PrepareStopped, also later,
+    when that breaks off."""
     return io.BufferedReader(RemoteFile(url), 1 << 20)  # type: ignore[return-value]  # mypy takes it for no BinaryIO
 
 
@@ -93,6 +94,16 @@ class RemoteFile(io.RawIOBase):
 
     def readable(self) -> bool:
         return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        try:
+            self.done = self.file.seek(offset, whence)
+        except Exception as error:
+            raise self.broken(error)
+        return self.done
 
     def tell(self) -> int:
         return self.done

@@ -232,7 +232,7 @@ def test_without_a_vocabulary_one_is_trained_and_two_runs_agree(corpus, tmp_path
 
 
 def test_wikitext_documents_are_told_apart_by_titles(corpus, tmp_path):
-    (tmp_path / "wiki.txt").write_text("".join(f" = d{n}w0 = \n \n d{n}w1 d{n}w2 d{n}w3 \n" for n in range(5)))
+    (tmp_path / "wiki.txt").write_text("".join(f" \n = d{n}w0 = \n \n d{n}w1 d{n}w2 d{n}w3 \n" for n in range(5)))
     summary = make(corpus, tmp_path / "out", input=[str(tmp_path / "wiki.txt")], format="wikitext")
     assert (summary.documents, summary.lines, summary.tokens) == (5, 10, 20)
 
@@ -591,16 +591,19 @@ def text(path, content):
         (lambda folder: dict(duplicates=0), "--duplicates is 0"),
         (lambda folder: dict(samples_per_shard=0), "--samples-per-shard is 0"),
         (lambda folder: dict(seed=-1), "--seed is -1"),
-        (lambda folder: dict(format="html"), "--format is html, expected lines or wikitext or wikiextractor or jsonl"),
+        (
+            lambda folder: dict(format="html"),
+            "--format is html, expected auto or lines or wikitext or wikiextractor or jsonl",
+        ),
         (lambda folder: dict(masking="none"), "--masking is none, expected static or dynamic"),
         (lambda folder: dict(masked_units="letters"), "--masked-units is letters, expected tokens or words"),
         (lambda folder: dict(workers=0), "--workers is 0"),
         (
-            lambda folder: dict(input=text(folder / "a.jsonl.gz", b"")),
+            lambda folder: dict(format="lines", input=text(folder / "a.jsonl.gz", b"")),
             "a.jsonl.gz: is named as JSON lines, --format is lines",
         ),
         (
-            lambda folder: dict(input=text(folder / "w", b"<doc id>\na b\n</doc>\n")),
+            lambda folder: dict(format="lines", input=text(folder / "w", b"<doc id>\na b\n</doc>\n")),
             "w: begins with .*Give --format wikiextractor",
         ),
         (lambda folder: dict(held_out=1.0), "--held-out is 1.0"),

@@ -7,8 +7,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.errors import InputError
-from data.preparing import corpus, python_prose, text_file
-from data.preparing.corpus import Document, check_formats, corpus_bytes, documents, find_files
+from data.preparing import corpus, formats, python_prose, text_file
+from data.preparing.corpus import Document, TextFile
+from data.preparing.finding import corpus_bytes, find_files
+from data.preparing.formats import with_formats
+
+
+def documents(paths, text_format="lines", on_bytes=lambda count: None, **options):
+    return corpus.documents([TextFile(path, text_format, **options) for path in paths], on_bytes)
+
+
+def check_formats(paths, text_format):
+    formats.check_formats(with_formats(paths, text_format, "utf-8", "text"), text_format)
 
 
 def write(path, content):
@@ -25,12 +35,22 @@ def test_documents_end_at_blank_lines_and_at_the_end_of_a_file(tmp_path):
 def test_wikitext_documents_begin_at_titles_and_headings_lose_their_signs(tmp_path):
     path = write(
         tmp_path / "wiki.txt",
-        " \nbefore\n \n = One = \n \n a = b \n \n = = Part = = \n\n c = \n = E = mc² = \n = = = X = = = \n",
+        " \nbefore\n \n = One = \n \n a = b \n \n = = Part = = \n\n c = \n\n = E = mc² = \n\n = = = X = = = \n",
     )
     assert [document.lines for document in documents([path], "wikitext")] == [
         ["before"],
         ["One", "a = b", "Part", "c ="],
         ["E = mc²", "X"],
+    ]
+
+
+def test_a_formula_that_looks_like_a_title_is_text_of_its_article(tmp_path):
+    formula = "= 1 <unk> / s ... ="
+    text = f" \n = One = \n \n of speed \n {formula} \n = 2 \n {formula} \n \n {formula} \n more \n"
+    text += f" \n = Two = \n \n {formula} \n x"
+    assert [document.lines for document in documents([write(tmp_path / "wiki.txt", text)], "wikitext")] == [
+        ["One", "of speed", formula, "= 2", formula, formula, "more"],
+        ["Two", formula, "x"],
     ]
 
 
@@ -91,7 +111,8 @@ def test_files_are_found_by_globs_once_and_sorted(tmp_path):
 def test_an_input_without_a_file_is_named(tmp_path):
     with pytest.raises(InputError, match=r"none\*.txt: no file matches"):
         find_files([str(tmp_path / "none*.txt")])
-    with pytest.raises(InputError, match="is not a file"):
+    (tmp_path / "gone.txt").symlink_to(tmp_path / "nothing")
+    with pytest.raises(InputError, match="gone.txt: is not a file"):
         find_files([str(tmp_path)])
     with pytest.raises(InputError, match="no input"):
         find_files([])

@@ -14,8 +14,9 @@ import zstandard
 from data.errors import InputError, PrepareStopped
 from data.prepare import main
 from data.preparing import remote, text_file
-from data.preparing.corpus import check_formats, documents, find_files
+from data.preparing.finding import find_files
 from data.preparing.remote import base_name, find_remote
+from tests.data.preparing.test_corpus import check_formats, documents
 from tests.data.test_prepare import arguments, corpus, file_hashes, make, small_chunks
 
 
