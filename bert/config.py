@@ -132,6 +132,9 @@ class OptimizerConfig:
     """Added to the root of the second moment."""
     weight_decay: NonNegativeNumber = 0.01
     """Decay of matrices and embeddings; biases and LayerNorms have none."""
+    max_grad_norm: NonNegativeNumber = 0.0
+    """Gradients whose norm, over all parameters, is above it are scaled down to it before the update; 0: never. Not on
+    IPUs."""
     trust_ratio_slices: PositiveInt = 1
     """LAMB's trust ratios of the word embedding, which is the MLM decoder too: one for each of so many equal parts of
     the vocabulary. More than 1 is what PopART makes of a serialized decoder when nothing adds up its parts' norms; on

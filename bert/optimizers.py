@@ -1,4 +1,4 @@
-"""Optimizers by name, and what every one of them has: named state, skipped updates, weights to compute with.
+"""Optimizers by name, and what all have: named state, clipping, skipped updates, weights to compute with.
 
 Parameters may be DTensors, of which each process holds a part (ops/shards.py). An optimizer that goes by elements then
 works as it is. One that needs more of a parameter, as LAMB its norm and Muon all of a matrix, has to ask the others.
@@ -106,13 +106,15 @@ OPTIMIZERS: Dict[str, Maker] = {"lamb": make_lamb, "adamw": make_adamw, "muon": 
 class NamedOptimizer:
     """The optimizers that `config` asks for, as one whose state goes by the parameters' names.
 
-    `skipped` counts, on the parameters' device, the updates that were left out because a gradient was not finite:
-    weights, state and compute weights are then as they were. `compute_weights` maps parameters to bfloat16 tensors of
-    their shapes, which each update fills with the weights rounded to nearest even.
+    `skipped` counts, on the parameters' device, the updates that were left out because a gradient was not finite (or
+    their norm is above what float32 holds): weights, state and compute weights are then as they were. With
+    `config.max_grad_norm`, gradients are clipped first, as by torch.nn.utils.clip_grad_norm_. `compute_weights` maps
+    parameters to bfloat16 tensors of their shapes, which each update fills with the weights rounded to nearest even.
 
     With several processes whose parameters are parts, or others, `sum_across` makes a float64 tensor on the parameters'
     device the sum over these processes, so that all skip the same updates; the last value tells them, and LAMB's norms
-    come before it (ops/lamb.py). All processes make the same steps. Raises ValueError for DTensors without it.
+    come before it (ops/lamb.py). `holders` says how many of them hold the same gradient, of parameters of which
+    several do. All processes make the same steps. Raises ValueError for DTensors without it.
     """
 
     def __init__(
@@ -121,11 +123,12 @@ class NamedOptimizer:
         config: OptimizerConfig,
         compute_weights: Mapping,
         sum_across: Optional[SumAcross] = None,
+        holders: Mapping[str, int] = {},
     ):
         if sum_across is None and any(is_dtensor(p) for _, p in named_parameters):
             raise ValueError("parameters are DTensors: sum_across is None, expected a sum over their processes")
         self.named_parameters, self.config, self.compute_weights = named_parameters, config, dict(compute_weights)
-        self.sum_across = sum_across
+        self.sum_across, self.holders = sum_across, holders
         self.optimizers = OPTIMIZERS[config.name](named_parameters, config)
         self.skipped = torch.zeros((), dtype=torch.int64, device=named_parameters[0][1].device)
         for optimizer in self.optimizers:
@@ -139,6 +142,8 @@ class NamedOptimizer:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
         if len(self.optimizers) == 1 and isinstance(self.optimizers[0], Lamb):
+            if self.config.max_grad_norm:
+                self.clip_gradients()
             self.optimizers[0].step()  # its kernels skip, count and round
         elif self.check_gradients():
             for optimizer in self.optimizers:
@@ -153,23 +158,39 @@ class NamedOptimizer:
         Optimizers that can leave it out on the device, without a wait for it, are told there: by `found_inf`, as
         torch.amp.GradScaler tells them.
         """
-        gradients = [local_part(p.grad) for _, p in self.named_parameters if p.grad is not None]
-        gradients = [gradient for gradient in gradients if gradient.numel() > 0]
-        if not gradients and self.sum_across is None:
+        if self.sum_across is None and not self.gradients():
             return False
-        broken = torch.zeros_like(self.skipped, dtype=torch.bool)
-        if gradients:
-            broken = ~torch.stack(torch._foreach_norm(gradients, float("inf"))).isfinite().all()
-        if self.sum_across is not None:
-            total = broken.double().view(1)
-            self.sum_across(total)
-            broken = total[0] > 0
+        broken = ~self.clip_gradients().isfinite()
         self.skipped += broken
         if not all(getattr(optimizer, "_step_supports_amp_scaling", False) for optimizer in self.optimizers):
             return not bool(broken)
         for optimizer in self.optimizers:
             vars(optimizer).update(grad_scale=None, found_inf=broken.float())
         return True
+
+    def gradients(self) -> Dict[str, torch.Tensor]:
+        """Parameter name -> its gradient, or this process's part of it; without those of which it has nothing."""
+        gradients = {name: local_part(p.grad) for name, p in self.named_parameters if p.grad is not None}
+        return {name: gradient for name, gradient in gradients.items() if gradient.numel() > 0}
+
+    def clip_gradients(self) -> torch.Tensor:
+        """Scales gradients down where their norm, over all parameters and processes, is above config.max_grad_norm.
+
+        Returns the norm that they had, on their device, without a wait for it; it is not finite where one of them is
+        not.
+        """
+        gradients, most = self.gradients(), self.config.max_grad_norm
+        norms = torch._foreach_norm(list(gradients.values())) if gradients else [torch.zeros_like(self.skipped).float()]
+        if gradients and self.holders:
+            norms = torch._foreach_mul(norms, [self.holders.get(name, 1) ** -0.5 for name in gradients])
+        norm = torch.stack(norms).norm()
+        if self.sum_across is not None:
+            total = torch.stack(norms).double().square().sum().view(1)
+            self.sum_across(total)
+            norm = total[0].sqrt().float()
+        if most and gradients:
+            torch._foreach_mul_(list(gradients.values()), (most / (norm + 1e-6)).clamp(max=1.0))
+        return norm
 
     def state_dict(self) -> Dict[str, torch.Tensor]:
         """ "<parameter name>.<key>" -> tensor, on the CPU; a number is a tensor too. DTensors are as they are. Empty
@@ -255,10 +276,11 @@ def make_optimizer(
     config: OptimizerConfig,
     compute_weights: Mapping[torch.Tensor, torch.Tensor] = {},
     sum_across: Optional[SumAcross] = None,
+    holders: Mapping[str, int] = {},
 ) -> NamedOptimizer:
     """The optimizer that `config` names, for all parameters."""
     check_name(config)
-    return NamedOptimizer(list(named_parameters), config, compute_weights, sum_across)
+    return NamedOptimizer(list(named_parameters), config, compute_weights, sum_across, holders)
 
 
 def check_name(config: OptimizerConfig) -> None:

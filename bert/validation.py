@@ -78,6 +78,8 @@ def validate_for_ipu(config: Config, source: str = "config") -> None:
     expect(accumulation >= stages, "ipu.gradient_accumulation_steps", filled)
     optimizers = '"lamb" or "adamw", which PopTorch has, or another device: --device cuda or --device cpu'
     expect(config.optimizer.name in ("lamb", "adamw"), "optimizer.name", optimizers)
+    unclipped = "0 on IPUs: PopART would clip gradients that still have the loss scaling"
+    expect(not config.optimizer.max_grad_norm, "optimizer.max_grad_norm", unclipped)
     if training.precision == "float32":
         scaling = 'false where training.precision is "float32"'
         expect(not ipu.automatic_loss_scaling, "ipu.automatic_loss_scaling", scaling)

@@ -69,8 +69,9 @@ class TorchEngine:
         compute_weights: Dict[torch.Tensor, torch.Tensor] = {}
         if self.parameters is not self.master_weights:
             compute_weights = {self.master_weights[name]: weight.detach() for name, weight in self.parameters.items()}
-        named, sums = self.master_weights.items(), self.parallel.sum_across
-        self.optimizer = make_optimizer(named, config.optimizer, compute_weights, sums)
+        named, parallel = self.master_weights.items(), self.parallel
+        sums = parallel.sum_across, parallel.holders
+        self.optimizer = make_optimizer(named, config.optimizer, compute_weights, *sums)
         self.steps_done = 0
         self.done_events: Dict[int, Any] = {}
         self.compiled, self.compile_line = wants_compile(device, training.compile)

@@ -406,6 +406,10 @@ BAD = [
         ["own.json", 'optimizer.name is "muon"', '"lamb" or "adamw"', "--device cuda"],
     ),
     (
+        {"device": "ipu", "optimizer": {"max_grad_norm": 1.0}},
+        ["own.json", "optimizer.max_grad_norm is 1.0", "expected 0 on IPUs", "loss scaling"],
+    ),
+    (
         {"optimizer": {"trust_ratio_slices": 4}},
         ["own.json", "optimizer.trust_ratio_slices is 4", "divides model.vocab_size, 30522: 1, 2, 3, 6"],
     ),

@@ -53,8 +53,8 @@ def lion(monkeypatch):
     monkeypatch.setitem(OPTIMIZERS, "lion", make_lion)
 
 
-def config(name):
-    return OptimizerConfig(**{**vars(CONFIG), "name": name})
+def config(name, max_grad_norm=0.0):
+    return OptimizerConfig(**{**vars(CONFIG), "name": name, "max_grad_norm": max_grad_norm})
 
 
 def draw(device="cpu"):
@@ -89,20 +89,24 @@ def by_hand(name, parameters):
     return optimizers
 
 
+@pytest.mark.parametrize("limit", [0.0, 0.5, 20.0])  # below, and among, the norms of the gradients
 @pytest.mark.parametrize("name", ["lamb", "adamw", "muon"])
-def test_an_optimizer_is_torchs_own_by_hand(name):
+def test_an_optimizer_is_torchs_own_by_hand_with_torchs_clipping(name, limit):
     parameters = draw()
     expected = copies(parameters)
-    optimizer, optimizers = make_optimizer(parameters.items(), config(name)), by_hand(name, expected)
+    optimizer, optimizers = make_optimizer(parameters.items(), config(name, limit)), by_hand(name, expected)
     for rate in (0.1, 0.03, 0.2):
         draw_gradients(parameters, expected)
+        if limit:
+            torch.nn.utils.clip_grad_norm_(expected.values(), limit)
         optimizer.step(rate)
         for own in optimizers:
             for group in own.param_groups:
                 group["lr"] = rate
             own.step()
     for key, parameter in parameters.items():
-        torch.testing.assert_close(parameter, expected[key], rtol=0 if name == "lamb" else 1e-5, atol=1e-6)
+        rounds = name != "lamb" or limit
+        torch.testing.assert_close(parameter, expected[key], rtol=1e-5 if rounds else 0, atol=1e-6)
 
 
 def test_trust_ratio_slices_are_of_the_word_embedding_alone_and_leave_the_state_as_it_is():
@@ -140,11 +144,11 @@ def test_trust_ratio_slices_of_a_model_without_a_word_embedding_are_an_error():
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
-def test_an_update_with_a_gradient_that_is_not_finite_changes_nothing_and_counts(name, value):
+@pytest.mark.parametrize("value, limit", [("nan", 0.0), ("inf", 0.0), ("-inf", 0.5), ("nan", 0.5)])
+def test_an_update_with_a_gradient_that_is_not_finite_changes_nothing_and_counts(name, value, limit):
     parameters = draw()
     compute_weights = {p: p.detach().bfloat16() for p in parameters.values()}
-    optimizer = make_optimizer(parameters.items(), config(name), compute_weights)
+    optimizer = make_optimizer(parameters.items(), config(name, limit), compute_weights)
     draw_gradients(parameters)
     optimizer.step(0.1)
     assert optimizer.skipped.dtype == torch.int64 and optimizer.skipped == 0

@@ -168,6 +168,8 @@ class Pipelined:
         self.dtype, self.hidden_size = dtype, hidden_size
         self.schedules: Dict[bool, Tuple[Any, Any]] = {}
         self.sum_across: SumAcross = self.sum_skips
+        alike = 1 if gathered else layout.copies
+        self.holders: Mapping[str, int] = {name: alike * len(layout.users[name]) for name in masters}
 
     def count(self, own: int) -> int:
         """Of micro-batches, in all pipelines: in rounds of one size, in which each process of a pipeline has as many to

@@ -67,6 +67,8 @@ class Parallel(Protocol):
     """Whether a step that failed in one process can be done again."""
     sum_across: SumAcross
     """Of an optimizer's sums (bert/optimizers.py); None where they are the same in all processes."""
+    holders: Mapping[str, int]
+    """How many processes hold the same gradient of a parameter and add it to those sums; 1 where it is not listed."""
 
     def count(self, own: int) -> Optional[int]:
         """How many micro-batches to run, where this process has samples for `own` and all must run as many; None where
@@ -87,6 +89,7 @@ class Alone:
 
     sharded, gathers, static, can_redo = False, False, False, True
     sum_across: SumAcross = None
+    holders: Mapping[str, int] = {}
 
     def count(self, own: int) -> Optional[int]:
         return None
@@ -109,6 +112,7 @@ class DataParallel:
 
     sharded, gathers, static, can_redo = False, False, False, True
     sum_across: SumAcross = None
+    holders: Mapping[str, int] = {}
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ gathered, in the type that it computes in. What happens when, in a step of sever
 """
 
 import warnings
-from typing import Any, Iterable, List
+from typing import Any, Iterable, List, Mapping
 
 import torch
 import torch.distributed as dist
@@ -52,6 +52,7 @@ class Sharded:
     """`modules` are those of `shard`, and `model` the last of them."""
 
     sharded, gathers, static, can_redo = True, True, False, False
+    holders: Mapping[str, int] = {}
 
     def __init__(self, processes: Processes, modules: List, full: bool):
         self.processes, self.modules, self.full = processes, modules, full

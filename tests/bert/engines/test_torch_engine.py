@@ -19,7 +19,8 @@ def shards(tmp_path):
     return make_shards(tmp_path / "shards")
 
 
-def test_one_global_batch_gives_the_same_gradients_for_any_micro_batch(tmp_path, shards):
+@pytest.mark.parametrize("limit", [0.0, 0.01])
+def test_one_global_batch_gives_the_same_gradients_for_any_micro_batch_clipped_or_not(tmp_path, shards, limit):
     samples = random_samples(np.random.default_rng(), 16, LENGTH, MASKS, VOCAB)
     samples.nsp_labels[:] = (
         np.arange(16) % 4 == 0
@@ -34,11 +35,15 @@ def test_one_global_batch_gives_the_same_gradients_for_any_micro_batch(tmp_path,
                 training__micro_batch_size=size,
                 model__hidden_dropout_prob=0,
                 model__attention_probs_dropout_prob=0,
+                optimizer__name="adamw",
+                optimizer__max_grad_norm=limit,
             )
         )
         engine = make_engine(config, "cpu")
         metrics = engine.step(batch, 0.0, 1)
         found[size] = {name: p.grad for name, p in engine.model.named_parameters()}, metrics
+        norm = torch.cat([gradient.flatten() for gradient in found[size][0].values()]).norm()
+        assert abs(norm - limit) < 1e-5 * limit if limit else norm > 0.1
     for size in (4, 16):
         for name, gradient in found[1][0].items():
             if not name.endswith("attention.self.key.bias"):  # zero but for rounding

@@ -36,7 +36,10 @@ def options_of(way):
     optimizer = words.pop() if words[-1] in ("lamb", "adamw", "muon") else "lamb"
     names = {"shard": ["parallel__shard"], "pipeline": ["parallel__pipeline", "parallel__stages_per_process"]}
     names["pipeline"].append("parallel__shard")
-    return {"optimizer__name": optimizer, "training__precision": precision}, dict(zip(names[kind], words))
+    options = {"optimizer__name": optimizer, "training__precision": precision}
+    if optimizer == "adamw":  # with an eps that has the size of gradients matter
+        options.update(optimizer__max_grad_norm=0.01, optimizer__eps=0.01)
+    return options, dict(zip(names[kind], words))
 
 
 def run(engine, batch, learning_rate):
