@@ -66,7 +66,8 @@ class DataConfig:
     files: Union[str, List[str]] = field(default_factory=list)
     """Training shards: a path or glob, or a list of them. `python -m data.prepare` makes them from text."""
     held_out_files: Union[str, List[str]] = field(default_factory=list)
-    """Shards that the model is evaluated on at the end of the run; none: no evaluation."""
+    """Shards that the model is evaluated on, at the end of the run and as `training.evaluate_every` says; none: no
+    evaluation."""
     vocab: Optional[str] = None
     """The vocabulary that the shards were made with (vocab.txt); by default the one beside the first shard."""
     sequence_length: PositiveInt = 128
@@ -148,7 +149,8 @@ class TrainingConfig:
     global_batch_size: PositiveInt = 65536
     """Samples of one optimizer step."""
     max_steps: PositiveInt = 10500
-    """Optimizer steps of the whole schedule."""
+    """Optimizer steps of the whole schedule. A run may go on under `resume` with another number, which changes its
+    learning rates from there on."""
     stop_at_step: Optional[PositiveInt] = None
     """Stop after this step, with a checkpoint; the schedule stays as it is. For a time slot shorter than the run."""
     micro_batch_size: Optional[PositiveInt] = None
@@ -157,6 +159,10 @@ class TrainingConfig:
     """Seed of the initial weights, the order of samples, and dropout."""
     start_from: Optional[str] = None
     """Folder with the weights to start from: a checkpoint of a run, or any BERT of transformers in safetensors."""
+    branch_from: Optional[str] = None
+    """Begin a run of its own with all of another's checkpoint: weights, optimizer's state, step, place in the data.
+    RUN@STEP, RUN being that run's folder, or the checkpoint's folder. Learning rate, schedule, max_steps and so on may
+    differ; model sizes, task, optimizer.name and data set may not."""
     output: str = ""
     """The run's folder; by default runs/ and the config's name."""
     precision: Literal["auto", "float32", "bfloat16", "float8"] = "auto"
@@ -168,10 +174,13 @@ class TrainingConfig:
     """torch.compile of each encoder layer; auto: on CUDA where Triton is found, not on the CPU, which gains nothing."""
     log_every: PositiveInt = 5
     """Steps between two lines of metrics."""
+    evaluate_every: Optional[PositiveInt] = None
+    """Steps between two evaluations on data.held_out_files; by default there is one, at the end. The best checkpoint
+    so far is kept, beside the newest, and named in checkpoints/best.json. Not on IPUs."""
     save_every: PositiveInt = 100
     """Steps between two checkpoints."""
     keep_checkpoints: PositiveInt = 3
-    """How many checkpoints are kept: the newest."""
+    """How many checkpoints are kept: the newest, and the one of the lowest held-out loss."""
 
 
 @dataclass

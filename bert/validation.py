@@ -41,7 +41,13 @@ def validate(config: Config, source: str = "config") -> None:
         expect(optimizer.name == "lamb", "optimizer.trust_ratio_slices", lamb)
         divides = f"a number that divides model.vocab_size, {model.vocab_size}: {divisors_of(model.vocab_size)}"
         expect(model.vocab_size % optimizer.trust_ratio_slices == 0, "optimizer.trust_ratio_slices", divides)
-    if config.training.precision == "float8":
+    training = config.training
+    if training.evaluate_every:
+        expect(bool(data.held_out_files), "data.held_out_files", "shards, as training.evaluate_every is set")
+    if training.branch_from:
+        either = "null where training.branch_from is set, which has weights"
+        expect(training.start_from is None, "training.start_from", either)
+    if training.precision == "float8":
         for key in ("model.hidden_size", "model.intermediate_size", "data.sequence_length"):
             expect(attrgetter(key)(config) % 16 == 0, key, "a multiple of 16, as training.precision is float8")
     if asks_for_ipu(config):
@@ -83,6 +89,12 @@ def validate_for_ipu(config: Config, source: str = "config") -> None:
     if training.precision == "float32":
         scaling = 'false where training.precision is "float32"'
         expect(not ipu.automatic_loss_scaling, "ipu.automatic_loss_scaling", scaling)
+    expect(
+        training.evaluate_every is None,
+        "training.evaluate_every",
+        "null on IPUs: between two steps they cannot go to another executable and back without drawing the dropout of "
+        "the first steps again. At the end of a run they evaluate, and python -m bert.evaluate does any checkpoint",
+    )
     for name in ("max_steps", "stop_at_step", "save_every", "log_every"):
         whole_calls = (getattr(training, name) or 0) % ipu.device_iterations == 0
         expect(whole_calls, f"training.{name}", f"a multiple of ipu.device_iterations, {ipu.device_iterations}")

@@ -5,7 +5,7 @@ optimizer.safetensors                                         the optimizer's st
 training_state.json                                           step, samples seen, the run's config
 
 Of a run whose processes each hold a part, the folders weights/ and optimizer/ have a file of each instead of the two
-files (bert/run/sharded_checkpoint.py).
+files (bert/run/sharded_checkpoint.py). Beside a run's checkpoints, best.json names the one of the lowest held-out loss.
 """
 
 import dataclasses
@@ -24,8 +24,9 @@ from data.files import flush_to_disk, read_json, write_json
 from data.tokenizer import Vocabulary, write_tokenizer_files
 from ops.shards import is_dtensor
 
-__all__ = ["begin_checkpoint", "complete_checkpoint", "list_checkpoints", "load_optimizer_state", "load_weights"]
-__all__ += ["open_tensors", "read_safetensors", "save_checkpoint", "transformers_config"]
+__all__ = ["SIZE_KEYS", "begin_checkpoint", "check_is_folder", "complete_checkpoint", "list_checkpoints"]
+__all__ += ["load_optimizer_state", "load_weights", "mark_best", "name_of", "open_tensors", "open_weights"]
+__all__ += ["read_safetensors", "save_checkpoint", "transformers_config"]
 
 Tensors = Mapping[str, torch.Tensor]
 # What a config.json must say alike for its weights to mean the same here.
@@ -50,10 +51,11 @@ def save_checkpoint(
     vocabulary: Vocabulary,
     keep: int,
 ) -> str:
-    """Writes folder/step_<step> and removes all but the newest `keep` checkpoints; returns its path.
+    """Writes folder/step_<step> and removes all checkpoints but the newest `keep` and the best; returns its path.
 
-    `state` is training_state.json, which has the step; `model` is config.json (`transformers_config`). It is
-    written under another name, flushed to disk, then renamed: it appears whole or not at all.
+    `state` is training_state.json, which has the step, and as `best` the line of held_out.jsonl with the lowest loss;
+    `model` is config.json (`transformers_config`). It is written under another name, flushed to disk, then renamed: it
+    appears whole or not at all.
     """
     temporary = begin_checkpoint(folder, state["step"])
     for file, tensors in {"model.safetensors": weights, "optimizer.safetensors": optimizer_state}.items():
@@ -85,11 +87,20 @@ def complete_checkpoint(temporary: str, state: Dict, model: Dict, vocabulary: Vo
         flush_to_disk(place)
     os.rename(temporary, path)
     flush_to_disk(folder)
-    for old in list_checkpoints(folder)[:-keep]:
-        # So that no half of it is taken for whole.
-        os.rename(old, os.path.join(folder, f".{os.path.basename(old)}.incomplete"))
-    remove_incomplete(folder)
+    mark_best(folder, state.get("best", {}), keep)
     return path
+
+
+def mark_best(folder: str, best: Mapping, keep: int) -> None:
+    """Has best.json name the checkpoint of the lowest held-out loss, if it is there, with its line of held_out.jsonl;
+    and removes all checkpoints but it and the newest `keep`."""
+    path = os.path.join(folder, name_of(best.get("step", 0)))
+    if os.path.isdir(path):
+        write_json(os.path.join(folder, "best.json"), {"checkpoint": os.path.basename(path), **best})
+    for old in list_checkpoints(folder)[:-keep]:
+        if old != path:  # first renamed, so that no half of it is taken for whole
+            os.rename(old, os.path.join(folder, f".{os.path.basename(old)}.incomplete"))
+    remove_incomplete(folder)
 
 
 def name_of(step: int) -> str:
@@ -146,18 +157,11 @@ def load_weights(
     (`transformers_config`), the folder's config.json must describe the same architecture and sizes. Raises InputError
     that names the file, the key, found and expected.
     """
-    if not os.path.isdir(path):
-        raise InputError(f"{path}: no such folder; expected a checkpoint or a BERT folder of transformers")
     if model is not None:
         config = os.path.join(path, "config.json")
+        check_is_folder(path)
         check_model(read_json(config), model, config)
-    file = os.path.join(path, "model.safetensors")
-    if not os.path.exists(file) and not os.path.isdir(os.path.join(path, "weights")):
-        raise InputError(
-            f"{file}: no such file. Weights are read from safetensors only (a .bin is a pickle, which can run code): "
-            "open the model in transformers and save_pretrained() it"
-        )
-    source = open_tensors(path, "model.safetensors", "weights", expected.values())
+    source = open_weights(path, expected.values())
     names = {canonical_name(name, expected): name for name in source.shapes}
     encoder = [name for name in expected if name.startswith("bert.") and not name.startswith("bert.pooler.")]
     missing = [name for name in encoder if name not in names]
@@ -171,6 +175,24 @@ def load_weights(
     likes = {names[name]: like for name, like in expected.items() if name in names}
     tensors = source.read(likes, torch.float32)
     return {name: tensors[names[name]] for name in expected if name in names}
+
+
+def check_is_folder(path: str) -> None:
+    if not os.path.isdir(path):
+        raise InputError(f"{path}: no such folder; expected a checkpoint or a BERT folder of transformers")
+
+
+def open_weights(path: str, likes: Collection[torch.Tensor] = ()) -> Union[WholeFile, Shards]:
+    """The weights of a checkpoint or transformers folder, to read what is like `likes`. Raises InputError where there
+    are none in safetensors."""
+    check_is_folder(path)
+    file = os.path.join(path, "model.safetensors")
+    if not os.path.exists(file) and not os.path.isdir(os.path.join(path, "weights")):
+        raise InputError(
+            f"{file}: no such file. Weights are read from safetensors only (a .bin is a pickle, which can run code): "
+            "open the model in transformers and save_pretrained() it"
+        )
+    return open_tensors(path, "model.safetensors", "weights", likes)
 
 
 def canonical_name(name: str, expected: Tensors) -> str:

@@ -1,11 +1,12 @@
 """Lines on the console, by `logging`, above a progress bar."""
 
 import logging
+import shutil
 import sys
 
 from tqdm import tqdm
 
-__all__ = ["show_errors_only", "show_progress"]
+__all__ = ["bar_width", "show_errors_only", "show_progress"]
 
 
 class ProgressBarHandler(logging.Handler):
@@ -26,3 +27,8 @@ def show_progress() -> None:
 def show_errors_only() -> None:
     """For a process of a run that is not the first: it would say the same again."""
     logging.getLogger("bert").setLevel(logging.ERROR)
+
+
+def bar_width() -> int:
+    """Columns of a progress bar: the terminal's, and at most 100."""
+    return min(100, shutil.get_terminal_size().columns)

@@ -1,16 +1,19 @@
-"""The task's metrics over all held-out samples."""
+"""The task's metrics over all held-out samples, and when a run evaluates them."""
 
+import math
 from typing import Any, Dict
 
 from tqdm import tqdm
 
 from bert.config import Config
 from bert.engines import Engine
+from bert.run.console import bar_width
+from bert.run.state import RunState
 from data.loading.loader import batches_in_order
 from data.loading.shard_files import open_shards
 from data.rows import Part
 
-__all__ = ["evaluate"]
+__all__ = ["evaluate", "is_due", "note_evaluation"]
 
 
 def evaluate(config: Config, engine: Engine, part: Part) -> Dict[str, Any]:
@@ -19,7 +22,7 @@ def evaluate(config: Config, engine: Engine, part: Part) -> Dict[str, Any]:
     shards = open_shards(data.held_out_files, data.sequence_length, data.mask_tokens, config.model.vocab_size)
     sums, counts, samples = dict.fromkeys(task.metrics, 0.0), dict.fromkeys(task.metrics.values(), 0), 0
     total, quiet = sum(shard.num_samples for shard in shards), True if engine.rank else None
-    with tqdm(total=total, unit="seq", desc="evaluating", disable=quiet, leave=False) as bar:
+    with tqdm(total=total, unit="seq", desc="evaluating", disable=quiet, leave=False, ncols=bar_width()) as bar:
         for batch in batches_in_order(shards, 256 * part.size, part):
             metrics = engine.evaluate(batch.arrays)
             for name, weights in task.metrics.items():
@@ -31,3 +34,17 @@ def evaluate(config: Config, engine: Engine, part: Part) -> Dict[str, Any]:
     means = {name: sums[name] / max(1, counts[weights]) for name, weights in task.metrics.items()}
     loss = sum(means[panel.loss] for panel in task.panels)
     return {"step": engine.steps_done, "samples": samples, "loss": loss, **means}
+
+
+def is_due(config: Config, step: int, state: RunState) -> bool:
+    """Whether the weights of this step are to be evaluated, and are not yet."""
+    training = config.training
+    asked = step == training.max_steps or (training.evaluate_every and step % training.evaluate_every == 0)
+    return bool(config.data.held_out_files and asked and state.evaluated < step)
+
+
+def note_evaluation(state: RunState, held_out: Dict[str, Any]) -> bool:
+    """Notes what `evaluate` gave; whether its loss is the lowest so far."""
+    is_best = held_out["loss"] < state.best.get("loss", math.inf)
+    state.evaluated, state.best = held_out["step"], held_out if is_best else state.best
+    return is_best

@@ -28,15 +28,16 @@ from bert.run.checkpoint import (
     list_checkpoints,
     load_optimizer_state,
     load_weights,
+    mark_best,
     save_checkpoint,
     transformers_config,
 )
-from bert.run.console import show_errors_only
+from bert.run.console import bar_width, show_errors_only
 from bert.run.curve import draw_curve, read_metrics
 from bert.run.data_set import DataSet, make_shards_from_text, next_batch, open_data, open_loader, sharing_loader
-from bert.run.evaluation import evaluate
+from bert.run.evaluation import evaluate, is_due, note_evaluation
 from bert.run.handshake import check_same_data, check_same_settings, check_same_weights, note_batch
-from bert.run.metrics_log import MetricsLog, task_words
+from bert.run.metrics_log import MetricsLog
 from bert.run.run_folder import checkpoints_of, claim, find_checkpoint, is_begun_by, is_finished, mark_finished
 from bert.run.sharded_checkpoint import SavesInBackground, write_model
 from bert.run.state import RunState, read_state
@@ -94,6 +95,19 @@ class Run:
             elif engine.rank == 0:
                 logger.info("saved %s", save_checkpoint(*values))
             self.saved_step = engine.steps_done
+
+    def evaluate(self, log: MetricsLog) -> None:
+        """Evaluates on the held-out samples, and keeps the checkpoint where they have the lowest loss so far."""
+        held_out = evaluate(self.config, self.engine, self.part)
+        is_best = note_evaluation(self.state, held_out)
+        log.write_held_out(held_out, is_best)
+        if is_best and self.saved_step < self.engine.steps_done:
+            self.save()
+        elif is_best:
+            if self.saves:
+                self.saves.wait()
+            if self.engine.rank == 0:
+                mark_best(checkpoints_of(self.config), self.state.best, self.config.training.keep_checkpoints)
 
     def save_last(self, reason: BaseException) -> None:
         """Saves as the run stops, if it can: all processes have to write shards, and stop at one step by a signal
@@ -217,7 +231,7 @@ def begin(
     engine.expect_rows(len(first.arrays["input_ids"]))
     log_what_runs(config, device_line, engine, data_set, first, checkpoint)
     if engine.rank == 0:
-        closing.enter_context(claim(config, engine.steps_done, torchruns()))
+        closing.enter_context(claim(config, engine.steps_done, state.evaluated, torchruns()))
     part, processes, saves = evaluated_part(config, device), current(), None
     if engine.sharded and processes:
         saves = SavesInBackground(processes, config.parallel.timeout, engine.steps_done)
@@ -229,6 +243,9 @@ def run_steps(run: Run, batch: GlobalBatch) -> None:
     engine, state, loader, training = run.engine, run.state, run.loader, run.config.training
     with progress_bar(run) as bar, MetricsLog(training.output, engine, run.last_step) as log:
         try:
+            if is_due(run.config, engine.steps_done, state):  # a run that goes on was stopped before it
+                with log.not_counted():
+                    run.evaluate(log)
             while engine.steps_done < run.last_step:
                 step = engine.steps_done + engine.steps_per_call
                 learning_rate = learning_rate_at(step, run.config.optimizer, training.max_steps)
@@ -239,16 +256,20 @@ def run_steps(run: Run, batch: GlobalBatch) -> None:
                     log.samples += batch.samples
                 log.write()  # the line of the step before: meanwhile the device works on this one
                 saving = step % training.save_every == 0 or step == run.last_step
+                evaluating = is_due(run.config, step, state) and not engine.made_up
                 if step % training.log_every == 0 or step == training.max_steps:
                     with protected():
                         log.end_line(step, learning_rate, state.samples_seen, state.take_recent())
-                    if saving or not engine.asynchronous:
+                    if saving or evaluating or not engine.asynchronous:
                         log.write()
-                if saving:
+                if saving or evaluating:
                     engine.wait_for(step)  # else the device's time for the step would count as saving's
                     with log.not_counted():
                         check_same_weights(engine)
-                        run.save()
+                        if saving:
+                            run.save()
+                        if evaluating:
+                            run.evaluate(log)
                 if step < run.last_step:
                     with log.waiting_for_data():
                         batch = next_batch(loader, engine.steps_per_call)
@@ -271,7 +292,7 @@ def progress_bar(run: Run) -> tqdm:
     form = "{desc}: {percentage:.1f} %|{bar}| step {n:.2f} of {total_fmt}, {elapsed} elapsed, {remaining} left"
     steps = dict(total=run.last_step, initial=run.engine.steps_done)
     quiet = True if run.engine.rank else None
-    return tqdm(**steps, disable=quiet, dynamic_ncols=True, desc="training", bar_format=form)
+    return tqdm(**steps, disable=quiet, ncols=bar_width(), desc="training", bar_format=form)
 
 
 def follow(bar: tqdm, batch: GlobalBatch, run: Run) -> Callable[[int], None]:
@@ -375,20 +396,19 @@ def advice_for_divergence(config: Config) -> str:
 
 
 def finish(run: Run) -> None:
-    """The held-out evaluation, the picture, and where the checkpoint is."""
+    """The last evaluation in a file of its own, the picture, and where the checkpoint is."""
     config, engine = run.config, run.engine
-    folder, task = config.training.output, engine.task
-    held_out = evaluate(config, engine, run.part) if config.data.held_out_files else None
+    folder = config.training.output
     if engine.rank:
         return
-    if held_out:
-        write_json(os.path.join(folder, "held_out.json"), held_out)
-        logger.info(f"held out ({held_out['samples']} samples): {task_words(task, held_out)}")
-    metrics = read_metrics(os.path.join(folder, "metrics.jsonl"))
-    draw_curve(metrics, task, os.path.join(folder, "curve.png"), os.path.basename(folder))
+    metrics, held_out = (read_metrics(os.path.join(folder, f"{name}.jsonl")) for name in ("metrics", "held_out"))
+    if held_out and held_out[-1]["step"] == engine.steps_done:
+        write_json(os.path.join(folder, "held_out.json"), held_out[-1])
+    picture = os.path.join(folder, "curve.png")
+    drawn = draw_curve(metrics, held_out, engine.task, picture, os.path.basename(folder))
     checkpoint = list_checkpoints(checkpoints_of(config))[-1]
     if run.saves:
         write_model(checkpoint, os.path.join(checkpoint, "model.safetensors"))
     mark_finished(config)
-    logger.info(f"metrics and picture: {folder}/metrics.jsonl, {folder}/curve.png")
+    logger.info(f"metrics{' and picture' if drawn else ''}: {folder}/metrics.jsonl{f', {picture}' if drawn else ''}")
     logger.info(f"checkpoint: AutoModel.from_pretrained({checkpoint!r})")

@@ -1,4 +1,7 @@
-"""The lines of a run: metrics.jsonl, TensorBoard and the console. A fork that logs elsewhere too does it in `write`."""
+"""The lines of a run: metrics.jsonl, held_out.jsonl, TensorBoard and the console.
+
+A fork that logs elsewhere too does it in `write` and `write_held_out`.
+"""
 
 import contextlib
 import importlib.util
@@ -13,12 +16,13 @@ from bert.engines import Engine
 from bert.errors import Diverged
 from bert.signals import protected
 from bert.tasks import Task
-from bert.text import duration
+from bert.text import duration, percent
 
-__all__ = ["MetricsLog", "task_words"]
+__all__ = ["MetricsLog"]
 
 logger = logging.getLogger(__name__)
-NOT_IN_TENSORBOARD = ("step", "samples_seen")
+NOT_IN_TENSORBOARD = ("step", "samples_seen", "samples")
+WIDTH = 100  # characters of a line, at most
 
 
 class Line(NamedTuple):
@@ -42,7 +46,9 @@ class MetricsLog:
     def __init__(self, folder: str, engine: Engine, last_step: int):
         self.engine, self.last_step = engine, last_step
         self.closing = contextlib.ExitStack()
-        path = os.devnull if engine.rank else os.path.join(folder, "metrics.jsonl")
+        path, self.held_out_path = (
+            os.devnull if engine.rank else os.path.join(folder, f"{name}.jsonl") for name in ("metrics", "held_out")
+        )
         self.file = self.closing.enter_context(open(path, "a", encoding="utf-8"))  # noqa: SIM115
         self.board: Any = (
             None if engine.rank else open_board(os.path.join(folder, "tensorboard"), engine.steps_done + 1)
@@ -91,21 +97,41 @@ class MetricsLog:
             self.file.write(json.dumps(values) + "\n")
             self.file.flush()
             self.due = None
-        for name in [name for name in values if self.board and name not in NOT_IN_TENSORBOARD]:
-            self.board.add_scalar(name, values[name], values["step"])
+        self.draw(values)
         self.show(values, (self.last_step - values["step"]) * seconds_a_step)
         self.since, self.waited = time.perf_counter(), 0.0
 
+    def write_held_out(self, values: Dict[str, Any], is_best: bool) -> None:
+        """Writes the metrics of an evaluation: what held_out.jsonl holds, a line each."""
+        with protected(), open(self.held_out_path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+        self.draw(values, "held_out/")
+        words = f"loss {values['loss']:.3f}  {panel_words(self.engine.task, values)}"
+        place = f"step {values['step']}/{self.last_step}  held out ({values['samples']} samples)"
+        logger.info(f"{place}: {words}{'  best' if is_best else ''}")
+
+    def draw(self, values: Dict[str, Any], group: str = "") -> None:
+        """Hands values to TensorBoard."""
+        for name in [name for name in values if self.board and name not in NOT_IN_TENSORBOARD]:
+            self.board.add_scalar(group + name, values[name], values["step"])
+
     def show(self, values: Dict[str, Any], seconds_left: float) -> None:
-        """The line for people."""
-        skipped = values["skipped_updates"]
-        words = f"{task_words(self.engine.task, values)}  " if "loss" in values else ""
-        logger.info(
-            f"step {values['step']}/{self.last_step}  {words}"
-            f"lr {values['learning_rate']:.2e}  {values['sequences_per_second']:.1f} seq/s  "
-            f"data wait {100 * values['data_wait_fraction']:.1f} %"
-            f"{f'  {skipped} updates skipped' if skipped else ''}  {duration(seconds_left)} left"
-        )
+        """The line for people. What is least wanted is left out where it would have more than WIDTH characters."""
+        rate, waiting, skipped = (values[k] for k in ("sequences_per_second", "data_wait_fraction", "skipped_updates"))
+        parts = {
+            "step": f"step {values['step']}/{self.last_step}",
+            "loss": f"loss {values['loss']:.3f}" if "loss" in values else "",
+            "panels": panel_words(self.engine.task, values) if "loss" in values else "",
+            "learning rate": f"lr {values['learning_rate']:.1e}",
+            "rate": f"{rate:.{0 if rate >= 100 else 1}f} seq/s",
+            "waiting": f"data wait {percent(waiting)}" if waiting >= 0.01 else "",
+            "skipped": f"{skipped} skipped" if skipped else "",
+            "left": f"{duration(seconds_left)} left",
+        }
+        for name in ("waiting", "loss", "learning rate"):
+            if len("  ".join(filter(None, parts.values()))) > WIDTH:
+                parts[name] = ""
+        logger.info("  ".join(filter(None, parts.values())))
 
 
 def open_board(folder: str, first_step: int) -> Any:
@@ -135,7 +161,6 @@ def line_of(due: Line, engine: Engine, seconds: float, waited: float) -> Dict[st
     }
 
 
-def task_words(task: Task, values: Mapping[str, Any]) -> str:
-    """The loss and its parts, in words for a line: `loss 6.464  mlm 5.772 (14.5 %)  nsp 0.693 (52.3 %)`."""
-    parts = [f"{part.label} {values[part.loss]:.3f} ({100 * values[part.accuracy]:.1f} %)" for part in task.panels]
-    return "  ".join([f"loss {values['loss']:.3f}", *parts])
+def panel_words(task: Task, values: Mapping[str, Any]) -> str:
+    """The parts of the loss and their accuracies, for a line: `mlm 5.772 (14.5%)  nsp 0.693 (52.3%)`."""
+    return "  ".join(f"{part.label} {values[part.loss]:.3f} ({values[part.accuracy]:.1%})" for part in task.panels)

@@ -1,8 +1,9 @@
 """A run's folder: whose run it holds, how far it is, and that only one process works in it.
 
-run.json         the settings that decide where the run goes
+run.json         the settings that decide where the run goes, and of each time that it started or went on with what
 state.json       that it is finished, or which torchruns have it train
-metrics.jsonl    one object a line        curve.png, held_out.json, tensorboard/        checkpoints/step_<step>
+metrics.jsonl, held_out.jsonl    one object a line        held_out.json    the last of them, of a run that is done
+curve.png, tensorboard/          checkpoints/step_<step>, checkpoints/best.json
 """
 
 import contextlib
@@ -11,7 +12,7 @@ import fcntl
 import glob
 import json
 import os
-from typing import Any, Collection, Dict, Iterator, Optional
+from typing import Any, Collection, Dict, Iterator, Mapping, Optional
 
 from bert.config import Config
 from bert.run.checkpoint import list_checkpoints
@@ -19,16 +20,17 @@ from bert.run.curve import read_metrics
 from data.errors import InputError
 from data.files import read_json, replacing, write_json
 
-__all__ = ["checkpoints_of", "claim", "find_checkpoint", "is_begun_by", "is_finished", "mark_finished"]
+__all__ = ["checkpoints_of", "claim", "decisive_settings", "find_checkpoint", "is_begun_by", "is_finished"]
+__all__ += ["mark_finished", "settings_of"]
 
-OWN_FILES = ("metrics.jsonl", "curve.png", "held_out.json", "tensorboard", "checkpoints")
+OWN_FILES = ("metrics.jsonl", "held_out.jsonl", "curve.png", "held_out.json", "tensorboard", "checkpoints")
 # The settings that decide where a run goes. The others (device, micro-batch, logging ...) may change when it is
 # resumed.
 DECISIVE = {
     "model": None,
     "task": None,
     "optimizer": None,
-    "training": ("global_batch_size", "max_steps", "seed", "start_from"),
+    "training": ("global_batch_size", "max_steps", "seed", "start_from", "branch_from"),
     "data": ("sequence_length", "mask_tokens", "packing", "samples_per_row"),
 }
 
@@ -40,6 +42,11 @@ def decisive_settings(config: Config) -> Dict[str, Any]:
         for section, keys in DECISIVE.items()
         for key in keys or values[section]
     }
+
+
+def settings_of(path: str) -> Dict[str, Any]:
+    """The decisive settings in a run.json. An older version's lacks keys that are new: it went by their defaults."""
+    return {**decisive_settings(Config()), **read_json(path)}
 
 
 def checkpoints_of(config: Config) -> str:
@@ -78,13 +85,13 @@ def can_resume(config: Config, folder: str, path: str) -> bool:
             f"{folder}: holds a run already. Continue it with --resume auto, or choose another folder with "
             "--training.output"
         )
-    # A run of an older version lacks the keys that are new: it went by what is now their default.
-    there = {**decisive_settings(Config()), **read_json(path)}
+    there = settings_of(path)
     for key, value in decisive_settings(config).items():
-        if there[key] != value:
+        if there[key] != value and key != "training.max_steps":  # see bert/run/extending.py
             raise InputError(
                 f"{path}: is another config's run: {key} is {json.dumps(there[key])} there, expected "
-                f"{json.dumps(value)}. Choose another folder with --training.output"
+                f"{json.dumps(value)}. Choose another folder with --training.output; to go on from a step of that run "
+                f"otherwise, add --training.branch_from {folder}@STEP"
             )
     return True
 
@@ -113,18 +120,19 @@ def mark_finished(config: Config) -> None:
 
 
 @contextlib.contextmanager
-def claim(config: Config, step: int, torchruns: Collection[str] = ()) -> Iterator[None]:
-    """Makes the folder this process's own while open, and cuts metrics.jsonl back to `step`: the resumed run writes
-    later lines again. Notes which `torchruns` have begun it.
+def claim(
+    config: Config, step: int, evaluated: int, torchruns: Collection[str] = (), session: Mapping = {}
+) -> Iterator[None]:
+    """Makes the folder this process's own while open, and cuts metrics.jsonl back to `step` and held_out.jsonl to
+    `evaluated`: the resumed run writes later lines again. Notes which `torchruns` have begun it, and in run.json the
+    `session` (bert/run/provenance.py).
 
     Raises InputError when another process has it.
     """
     folder = config.training.output
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, "run.json")
-    if not os.path.exists(path):
-        write_json(path, decisive_settings(config))
-    with open(path) as lock:
+    with open(os.path.join(folder, ".lock"), "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -132,14 +140,22 @@ def claim(config: Config, step: int, torchruns: Collection[str] = ()) -> Iterato
                 f"{folder}: another process is training there. Wait for it, or choose another folder with "
                 "--training.output"
             )
-        written = ("run.json", "state.json", "held_out.json", "metrics.jsonl", "checkpoints/*/model.safetensors")
-        for name in written:
+        lines = {"metrics.jsonl": step, "held_out.jsonl": evaluated}
+        in_checkpoints = ("checkpoints/best.json", "checkpoints/*/model.safetensors")
+        for name in ("run.json", "state.json", "held_out.json", *lines, *in_checkpoints):
             for left in glob.glob(os.path.join(glob.escape(folder), name + ".tmp-*")):  # by a process that was killed
                 os.remove(left)
         write_json(os.path.join(folder, "state.json"), {"finished": False, "torchruns": list(torchruns)})
-        metrics = os.path.join(folder, "metrics.jsonl")
-        if os.path.exists(metrics):
-            kept = [line for line in read_metrics(metrics) if line["step"] <= step]
-            with replacing(metrics) as temporary, open(temporary, "w", encoding="utf-8") as file:
-                file.writelines(json.dumps(line) + "\n" for line in kept)
+        sessions = read_json(path).get("sessions", []) if os.path.exists(path) else []
+        write_json(path, {**decisive_settings(config), "sessions": [*sessions, session]})
+        for name, last in lines.items():
+            cut_back(os.path.join(folder, name), last)
         yield
+
+
+def cut_back(path: str, step: int) -> None:
+    """Takes the lines after `step` out of a file, if it is there."""
+    if os.path.exists(path):
+        kept = [line for line in read_metrics(path) if line["step"] <= step]
+        with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in kept)

@@ -31,6 +31,10 @@ class RunState:
     """Updates that were left out because a gradient was not finite."""
     recent: List[Mapping[str, Any]] = field(default_factory=list)
     """Metrics of the steps that are not in metrics.jsonl yet."""
+    evaluated: int = 0
+    """The step of the last line in held_out.jsonl."""
+    best: Dict[str, Any] = field(default_factory=dict)
+    """Its line of the lowest loss."""
 
     def advance(self, step: int, batch: GlobalBatch, metrics: Mapping[str, torch.Tensor]) -> None:
         """Notes that `step` has trained on `batch`."""
@@ -63,7 +67,7 @@ def read_state(checkpoint: Optional[str], data_set: Dict, may_lack_shards: bool)
     if checkpoint is None:
         return RunState()
     saved = read_json(os.path.join(checkpoint, "training_state.json"))
-    names = ("step", "samples_seen", "position", "skipped_updates", "recent")
+    names = ("step", "samples_seen", "position", "skipped_updates", "recent", "evaluated", "best")
     state = RunState(**{name: saved[name] for name in names if name in saved})
     state.leave_out(saved.get("skipped", {}))
     before, now = [{tuple(shard) for shard in shards["shards"]} for shards in (saved["data_set"], data_set)]

@@ -6,6 +6,7 @@ Shape letters: R rows, L token slots of a row, M mask slots of a row, S samples 
 tokens are unpadded (bert/model/batch.py), R L is one number of tokens T, R M one of masked tokens, R S one of samples.
 """
 
+import math
 from typing import Optional, Sequence, Tuple, cast
 
 import torch
@@ -35,7 +36,7 @@ class Pretraining:
         self.targets: Sequence[Target] = [MLM, NSP][: 1 + nsp]
         self.panels: Sequence[Panel] = [
             Panel("mlm", "MLM loss", "mlm_loss", "mlm_accuracy"),
-            Panel("nsp", "NSP loss", "nsp_loss", "nsp_accuracy"),
+            Panel("nsp", "NSP loss", "nsp_loss", "nsp_accuracy", chance=math.log(2)),
         ][: 1 + nsp]
         self.metrics = {panel.loss: target.weights for panel, target in zip(self.panels, self.targets)}
         self.metrics.update({panel.accuracy: target.weights for panel, target in zip(self.panels, self.targets)})

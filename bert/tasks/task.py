@@ -1,5 +1,6 @@
 """What the rest of the project knows of a task: what a model learns."""
 
+import math
 from typing import Dict, NamedTuple, Protocol, Sequence
 
 from bert.config import Config
@@ -21,6 +22,8 @@ class Panel(NamedTuple):
     """The metric that is the loss."""
     accuracy: str
     """The metric that is the share of right predictions."""
+    chance: float = math.nan
+    """The loss of who guesses without looking, for a line in the picture; none where it is nan."""
 
 
 class Task(Protocol):

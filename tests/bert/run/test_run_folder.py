@@ -22,7 +22,7 @@ def config(tmp_path):
 
 
 def test_a_finished_run_still_says_which_torchruns_had_it(config):
-    with claim(config, 0, ["host:1:2"]):
+    with claim(config, 0, 0, ["host:1:2"]):
         mark_finished(config)
     assert is_finished(config) and is_begun_by(config, ["host:1:2"]) and not is_begun_by(config, ["host:1:3"])
 
@@ -32,7 +32,7 @@ def test_what_killed_processes_left_half_written_goes(config, tmp_path):
     checkpoint.mkdir(parents=True)
     for path in (tmp_path / "state.json.tmp-1", checkpoint / "model.safetensors.tmp-1", checkpoint / "config.json"):
         path.write_text("{}")
-    with claim(config, 2):
+    with claim(config, 2, 0):
         assert [path.name for path in checkpoint.iterdir()] == ["config.json"]
         assert json.loads((tmp_path / "state.json").read_text()) == {"finished": False, "torchruns": []}
         assert not list(tmp_path.glob("*.tmp-*"))
