@@ -36,8 +36,10 @@ from bert.run.console import bar_width, show_errors_only
 from bert.run.curve import draw_curve, read_metrics
 from bert.run.data_set import DataSet, make_shards_from_text, next_batch, open_data, open_loader, sharing_loader
 from bert.run.evaluation import evaluate, is_due, note_evaluation
+from bert.run.extending import check_max_steps, find_branch, read_branch
 from bert.run.handshake import check_same_data, check_same_settings, check_same_weights, note_batch
 from bert.run.metrics_log import MetricsLog
+from bert.run.provenance import describe_session
 from bert.run.run_folder import checkpoints_of, claim, find_checkpoint, is_begun_by, is_finished, mark_finished
 from bert.run.sharded_checkpoint import SavesInBackground, write_model
 from bert.run.state import RunState, read_state
@@ -202,10 +204,14 @@ def find_source(config: Config, device: str, closing: contextlib.ExitStack) -> S
     checkpoint = find_checkpoint(config, rank)
     finished = is_finished(config)
     first_alone(lambda: make_shards_from_text(config))
+    branch = None if checkpoint else find_branch(config)
     data_set = open_data(config, task)
-    state = read_state(checkpoint, data_set.identity(), config.data.on_bad_shard == "skip")
+    from_data_set = data_set.identity(), config.data.on_bad_shard == "skip"
+    state = read_branch(branch, config, *from_data_set) if branch else read_state(checkpoint, *from_data_set)
+    if rank == 0:
+        check_max_steps(config, state.step)
     state.leave_out(data_set.skipped)
-    return Source(config, data_set, checkpoint, state, finished)
+    return Source(config, data_set, checkpoint or branch, state, finished)
 
 
 def begin(
@@ -231,7 +237,9 @@ def begin(
     engine.expect_rows(len(first.arrays["input_ids"]))
     log_what_runs(config, device_line, engine, data_set, first, checkpoint)
     if engine.rank == 0:
-        closing.enter_context(claim(config, engine.steps_done, state.evaluated, torchruns()))
+        identity = data_set.identity()
+        session = describe_session(config, engine.steps_done, device_line, engine.world_size, identity)
+        closing.enter_context(claim(config, engine.steps_done, state.evaluated, torchruns(), session))
     part, processes, saves = evaluated_part(config, device), current(), None
     if engine.sharded and processes:
         saves = SavesInBackground(processes, config.parallel.timeout, engine.steps_done)
