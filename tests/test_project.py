@@ -53,7 +53,7 @@ FILES_OF_WING = {
     "data's commands": ("data/prepare.py", "data/convert.py", "data/inspect.py"),
     "bert's optimizers": ("bert/optimizers.py", "bert/schedules.py"),
     "bert's command line": ("bert/command_line.py", "bert/validation.py"),
-    "the command": ("run_pretraining.py", "bert/export.py"),
+    "the command": ("run_pretraining.py", "bert/export.py", "bert/evaluate.py"),
 }
 
 
