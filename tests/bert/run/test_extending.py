@@ -48,9 +48,9 @@ def settings(folder, run="run"):
 def test_a_finished_run_goes_on_with_more_steps_and_says_what_that_does_to_its_schedule(folder, capsys):
     assert main(words(folder, training__max_steps=6, resume="auto")) == 0
     said = capsys.readouterr().out
-    assert "max_steps was 4 and is 6 now: the learning rate was 0.0025 at step 4 and rises to 0.00333 at step 5" in said
+    assert "max_steps was 4 and is 6 now: the learning rate was 0.0025 at step 4 and rises to 0.004 at step 5" in said
     assert [line["step"] for line in read_lines(folder)] == [1, 2, 3, 4, 5, 6]
-    assert read_lines(folder)[4]["learning_rate"] == pytest.approx(0.01 * 2 / 6 * 1)
+    assert read_lines(folder)[4]["learning_rate"] == pytest.approx(0.004)
     assert saved_step(checkpoints(folder)[-1]) == 6
     assert settings(folder)["training.max_steps"] == 6
     assert [(s["after_step"], s["max_steps"]) for s in settings(folder)["sessions"]] == [(0, 4), (4, 6)]
