@@ -13,6 +13,7 @@ from ops.native import grad_of, is_native
 __all__ = ["embed", "gather_tokens", "gather_tokens_one_hot"]
 
 ONE_HOT_ROWS = 1024  # of an embedding, at most, whose gradient is a one-hot product on CUDA
+FEW_IDS = 3072  # for which, at most, PyTorch on CUDA adds up an embedding's gradient in the type that it has
 
 
 def gather_tokens(hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -39,7 +40,10 @@ def embed(ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """
     if weight.is_cuda and len(weight) <= ONE_HOT_ROWS:
         return _EmbedOneHot.apply(ids, weight)
-    return _Embed.apply(ids, weight) if is_native(parameters=(weight,)) else F.embedding(ids, weight)
+    if is_native(parameters=(weight,)):
+        return _Embed.apply(ids, weight)
+    rounds = weight.dtype == torch.bfloat16 and (not weight.is_cuda or ids.numel() <= FEW_IDS)
+    return _EmbedSummed.apply(ids, weight) if rounds else F.embedding(ids, weight)
 
 
 class _Embed(torch.autograd.Function):
@@ -55,6 +59,22 @@ class _Embed(torch.autograd.Function):
     def backward(ctx, gradient):
         grad_of(ctx.weight).index_add_(0, ctx.saved_tensors[0].flatten(), gradient.flatten(0, -2).float())
         return None, None
+
+
+class _EmbedSummed(torch.autograd.Function):
+    # F.embedding's gradient on the CPU adds a frequent token's thousands of terms in bfloat16.
+    @staticmethod
+    def forward(ctx, ids, weight):
+        ctx.save_for_backward(ids)
+        ctx.rows = len(weight)
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        (ids,) = ctx.saved_tensors
+        total = torch.ops.aten.embedding_dense_backward(gradient.float(), ids, ctx.rows, -1, False)
+        return None, total.to(gradient.dtype)
 
 
 class _EmbedOneHot(torch.autograd.Function):

@@ -15,6 +15,7 @@ from ops import native
 from ops.cuda import takes_triton
 from ops.float8 import float8_linear, is_float8, pays
 from ops.ipu import is_lowering, matmul_memory
+from ops.norm import layer_norm
 
 __all__ = [
     "linear",
@@ -97,7 +98,7 @@ def linear_dropout_add_norm_plain(
     """The same in PyTorch's operations."""
     output = linear_plain(x, weight, bias, name)
     total = (F.dropout(output, dropout) if dropout else output) + residual
-    return F.layer_norm(total, norm_weight.shape, norm_weight, norm_bias, eps)
+    return layer_norm(total, norm_weight, norm_bias, eps)
 
 
 def _linear_dropout_add_norm_triton(x, weight, bias, residual, norm_weight, norm_bias, eps, dropout, name):

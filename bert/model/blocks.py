@@ -15,6 +15,7 @@ from ops.dropout import dropout
 from ops.gather import embed
 from ops.ipu import no_outline, recompute_from
 from ops.linear import linear_dropout_add_norm, linear_gelu, linears
+from ops.norm import LayerNorm
 
 __all__ = ["DenseAddNorm", "DenseGelu", "Embeddings", "EncoderLayer", "SelfAttention"]
 
@@ -27,7 +28,7 @@ class Embeddings(nn.Module):
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.LayerNorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = config.hidden_dropout_prob
 
     def forward(self, state: State) -> State:
@@ -71,7 +72,7 @@ class DenseAddNorm(nn.Module):
     def __init__(self, size: int, config: ModelConfig, name: str):
         super().__init__()
         self.dense = nn.Linear(size, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.LayerNorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout, self.name = config.hidden_dropout_prob, name
 
     def forward(self, hidden, residual):

@@ -24,6 +24,7 @@ from ops.gather import gather_tokens
 from ops.ipu import mark_loss
 from ops.linear import linear_gelu
 from ops.linear_cross_entropy import linear_cross_entropy
+from ops.norm import LayerNorm
 
 __all__ = ["Pretraining", "PretrainingHeads"]
 
@@ -79,7 +80,7 @@ class Transform(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.LayerNorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, hidden):
         return self.LayerNorm(linear_gelu(hidden, self.dense.weight, self.dense.bias, "mlm_transform"))

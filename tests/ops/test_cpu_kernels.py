@@ -25,6 +25,7 @@ from ops.linear import (
 )
 from ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_plain
 from ops.native import add_weight_grad, call, is_native, multiplies_bfloat16, native, packed_weights
+from ops.norm import layer_norm
 from tests import ROOT
 from tests.ops.test_ops import gradients, relative_error
 
@@ -259,6 +260,18 @@ def test_embedding_gradients_are_added_in_place(dtype):
     weight = random(50, 8, dtype=dtype, parameter=True)
     ids = torch.randint(0, 50, (4, 30), dtype=torch.int32)
     assert_agree(embed(ids, weight), lambda weight: F.embedding(ids, weight), [weight], TOLERANCE[dtype])
+
+
+def test_gradients_of_bfloat16_parameters_are_summed_in_float32_where_there_is_no_master():
+    inputs = [random(*shape, dtype=torch.bfloat16) for shape in ((50, 8), (8,), (8,))]
+    ids, exact = (torch.rand(5000) ** 4 * 50).int(), doubles(inputs)
+    direction = 1 + torch.randn(5000, 8).bfloat16()
+    expected = F.layer_norm(F.embedding(ids, exact[0]), (8,), *exact[1:], 1e-3)
+    wanted = gradients(expected, exact, direction.double())
+    for tensor, gradient in zip(
+        gradients(layer_norm(embed(ids, inputs[0]), *inputs[1:], 1e-3), inputs, direction), wanted
+    ):
+        assert tensor.dtype == torch.bfloat16 and relative_error(tensor, gradient) < 1e-2
 
 
 @pytest.mark.parametrize("factor", [None, 1, 3])
