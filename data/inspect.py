@@ -6,14 +6,17 @@ Shape letters: N samples, L sequence length, M mask slots.
 import dataclasses
 import itertools
 import json
+import os
 import sys
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
+import h5py
 import numpy as np
 from tqdm import tqdm
 
+from data import histogram
 from data.commands import check_options, option, parse_options, run_command, table
 from data.errors import InputError
 from data.foreign.bert_layout import first_fault
@@ -28,7 +31,6 @@ __all__ = ["InspectOptions", "Inspection", "inspect", "main", "readable", "resto
 
 BLOCK = 4096  # samples read at a time
 PACKED_SAMPLES = 65536  # that are packed together to see what packing saves: a global batch of the recipe's phase 1
-BARS, BAR_WIDTH = 16, 40
 ALIKE = ("sequence_length", "mask_tokens", "segments", "masking")  # fields of ShardInfo that shards have in common
 
 EXAMPLES = """examples:
@@ -54,9 +56,20 @@ class InspectOptions:
     check: bool = False
     """verify every sample; exits 2 naming the first bad one"""
     plot: Optional[str] = None
-    """the picture to draw of the histogram of lengths, such as lengths.png"""
+    """the picture to draw of the histogram of lengths, such as lengths.png, .svg or .pdf"""
     json: bool = False
     """print one JSON object instead of text"""
+
+
+@dataclass
+class Source:
+    """What the shards of a folder add to a data set."""
+
+    folder: str
+    samples: int
+    tokens: int
+    duplicates: int  # samples that another sample before it equals, wherever that is
+    gone_over: int  # how many times data.prepare went over the text; 0 where the first shard does not say
 
 
 @dataclass
@@ -81,6 +94,7 @@ class Inspection:
     masked_unchanged: float  # how many are as they were; BERT's: 0.1
     not_next: float  # of the samples, how many second segments do not follow the first; BERT's: 0.5
     duplicates: int  # samples whose tokens, before masking, are those of another sample before it
+    sources: List[Source]  # the folders of the files
     checked: bool  # every sample was verified and is good
     examples: List[str]
 
@@ -100,16 +114,24 @@ class Inspection:
             "masked": masked if self.masking == "static" else "nothing yet: the loader masks anew in each epoch",
             "NSP": not_next if self.segments > 1 else "none: a sample is one segment",
             "duplicates": f"{self.duplicates:,} samples, {100 * self.duplicates / self.samples:.2f} %",
+            **({"sources": "\n            ".join(map(self.share, self.sources))} if len(self.sources) > 1 else {}),
             "checked": "every sample is good" if self.checked else "no: --check verifies every sample",
         }
         examples = ["", *self.examples] if self.examples else []
-        return "\n".join([table(rows), "", "lengths", *bars(self.length_histogram), *examples])
+        return "\n".join([table(rows), "", *histogram.bars(self.length_histogram), *examples])
+
+    def share(self, source: Source) -> str:
+        """A source's shares in words."""
+        samples = f"{source.samples:,} samples ({100 * source.samples / self.samples:.1f} %)"
+        tokens = f"{source.tokens:,} tokens ({100 * source.tokens / self.tokens:.1f} %)"
+        gone_over = f", text gone over {source.gone_over} times" if source.gone_over else ""
+        return f"{source.folder}: {samples}, {tokens}, {source.duplicates:,} duplicates{gone_over}"
 
 
 def inspect(options: InspectOptions, progress: bool = True) -> Inspection:
     """Reads all samples of the shards, block by block, and counts what is in them.
 
-    Of each sample 8 bytes stay in memory, to find duplicates. With `options.check` it verifies every sample as
+    Of each sample 8 bytes stay in memory, and 24 at the end, to find duplicates. With `options.check` it verifies every sample as
     `find_fault` does, else only what reading needs. Raises InputError that names the file and sample that cannot be
     used.
     """
@@ -119,15 +141,18 @@ def inspect(options: InspectOptions, progress: bool = True) -> Inspection:
     ids = {token: tokens.index(token) for token in ("[PAD]", "[CLS]", "[SEP]", "[MASK]")}
     first, samples = shards[0], sum(shard.num_samples for shard in shards)
     counts: Counter = Counter()
-    histogram = np.zeros(first.sequence_length + 1, np.int64)
+    lengths = np.zeros(first.sequence_length + 1, np.int64)
+    parts: List[Tuple[str, int, int]] = []
     hashes, sizes, to_pack = [], [], PACKED_SAMPLES
-    for block in blocks(shards, samples, ids if options.check else None, progress):
-        histogram += np.bincount(block.lengths, minlength=len(histogram))
+    for shard, block in blocks(shards, samples, ids if options.check else None, progress):
+        parts.append((shard.path, len(block), int(block.lengths.sum(dtype=np.int64))))
+        lengths += np.bincount(block.lengths, minlength=len(lengths))
         counts.update(count_masks(block, ids["[MASK]"]), not_next=int(block.nsp_labels.sum()))
         hashes.append(hash_rows(restored_ids(block)))
         sizes.append(np.stack([block.lengths[:to_pack], block.mlm_counts[:to_pack]]))
         to_pack -= sizes[-1].shape[1]
-    total, masked = int(histogram @ np.arange(len(histogram))), max(1, counts["masked"])
+    total, masked = int(lengths @ np.arange(len(lengths))), max(1, counts["masked"])
+    sources = sources_of(parts, np.concatenate(hashes))
     common: Dict[str, Any] = {name: getattr(first, name) for name in ALIKE}
     return Inspection(
         files=len(shards),
@@ -135,7 +160,7 @@ def inspect(options: InspectOptions, progress: bool = True) -> Inspection:
         vocab_size=len(tokens),
         samples=samples,
         tokens=total,
-        length_histogram=histogram.tolist(),
+        length_histogram=lengths.tolist(),
         padding=1 - total / (samples * first.sequence_length),
         padding_packed=padding_when_packed(np.concatenate(sizes, axis=1), first),
         masked=counts["masked"] / max(1, counts["maskable"]),
@@ -143,7 +168,8 @@ def inspect(options: InspectOptions, progress: bool = True) -> Inspection:
         masked_as_random=(counts["masked"] - counts["as_mask"] - counts["unchanged"]) / masked,
         masked_unchanged=counts["unchanged"] / masked,
         not_next=counts["not_next"] / samples,
-        duplicates=samples - len(np.unique(np.concatenate(hashes))),
+        duplicates=sum(source.duplicates for source in sources),
+        sources=sources,
         checked=options.check,
         examples=list(show_examples(shards, tokens, options.samples)),
         **common,
@@ -165,12 +191,14 @@ def open_all(options: InspectOptions) -> Tuple[Vocabulary, List[ShardInfo]]:
     return vocabulary, [dataclasses.replace(shard, vocab_size=len(vocabulary)) for shard in shards]
 
 
-def blocks(shards: Sequence[ShardInfo], total: int, ids: Optional[Dict[str, int]], progress: bool) -> Iterator[Samples]:
+def blocks(
+    shards: Sequence[ShardInfo], total: int, ids: Optional[Dict[str, int]], progress: bool
+) -> Iterator[Tuple[ShardInfo, Samples]]:
     with tqdm(total=total, unit=" samples", unit_scale=True, disable=not progress) as bar:
         for shard in shards:
             for start in range(0, shard.num_samples, BLOCK):
                 samples = read_block(shard, start, min(start + BLOCK, shard.num_samples), ids)
-                yield samples
+                yield shard, samples
                 bar.update(len(samples))
 
 
@@ -217,6 +245,25 @@ def hash_rows(ids: np.ndarray) -> np.ndarray:
     """[N] uint64: equal rows have equal hashes, others almost surely have not."""
     weights = np.random.default_rng(0).integers(0, 1 << 63, ids.shape[1], np.uint64) * np.uint64(2) + np.uint64(1)
     return ids.astype(np.uint64) @ weights
+
+
+def sources_of(parts: Sequence[Tuple[str, int, int]], hashes: np.ndarray) -> List[Source]:
+    """The folders of parts (a shard's path, samples, tokens), which together have the samples with these hashes."""
+    repeated = np.ones(len(hashes), np.int64)
+    repeated[np.unique(hashes, return_index=True)[1]] = 0
+    starts = np.cumsum([0, *(samples for _, samples, _ in parts)])[:-1]
+    sources: Dict[str, Source] = {}
+    for (path, samples, tokens), duplicates in zip(parts, np.add.reduceat(repeated, starts).tolist()):
+        folder = os.path.dirname(path)
+        source = sources.get(folder) or Source(folder, 0, 0, 0, gone_over(path))
+        source.samples, source.tokens = source.samples + samples, source.tokens + tokens
+        source.duplicates, sources[folder] = source.duplicates + duplicates, source
+    return list(sources.values())
+
+
+def gone_over(path: str) -> int:
+    with h5py.File(path, "r") as file:
+        return json.loads(file.attrs.get("made_by", "{}")).get("duplicates", 0)
 
 
 def find_fault(samples: Samples, ids: Dict[str, int], segments: int) -> Optional[Tuple[int, str]]:
@@ -281,38 +328,6 @@ def readable(samples: Samples, index: int, tokens: Sequence[str]) -> str:
     return " ".join(shown).replace(" ##", "")
 
 
-def bars(histogram: Sequence[int]) -> List[str]:
-    """Lines of a bar chart of the histogram of lengths, in at most BARS bins."""
-    longest = len(histogram) - 1
-    width, digits = -(-longest // BARS), len(str(longest))
-    bins = {start: sum(histogram[start : start + width]) for start in range(1, longest + 1, width)}
-    lines = []
-    for start, count in bins.items():
-        lengths = f"{start:{digits}} to {min(start + width - 1, longest):{digits}}"
-        bar, share = "#" * -(-count * BAR_WIDTH // max(bins.values())), 100 * count / sum(bins.values())
-        lines.append(f"  {lengths}  {bar:{BAR_WIDTH}} {share:5.1f} %")
-    return lines
-
-
-def plot_lengths(result: Inspection, path: str) -> None:
-    """Draws the histogram of lengths. Raises InputError when the picture cannot be written."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    axes.bar(np.arange(len(result.length_histogram)), result.length_histogram, width=1.0)
-    axes.set(
-        xlabel="tokens of a sample",
-        ylabel="samples",
-        xlim=(0, result.sequence_length + 1),
-        title=f"{result.samples:,} samples, {100 * result.padding:.1f} % padding",
-    )
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: the picture cannot be written ({error}). Give --plot a name that ends in .png")
-
-
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     """The command. Gives its exit status, as `run_command` says."""
     options = parse_options(InspectOptions, arguments, "data.inspect", EXAMPLES)
@@ -321,7 +336,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         result = inspect(options)
         print(json.dumps(dataclasses.asdict(result), ensure_ascii=False) if options.json else result)
         if options.plot:
-            plot_lengths(result, options.plot)
+            title = f"{result.samples:,} samples, {100 * result.padding:.1f} % padding"
+            histogram.plot(result.length_histogram, title, options.plot)
 
     return run_command(show)
 
