@@ -203,6 +203,13 @@ class Reader:
         self.vocab_size = shards[0].vocab_size if shards else len(self.vocabulary)
         shards += [open_nvidia(path, self.vocab_size) for path in self.of_format("nvidia")]
         self.shards = {shard.path: shard for shard in shards}
+        self.segments = shards[0].segments if shards else 2
+        for path in files:
+            found = self.shards[path].segments if path in self.shards else 2
+            if found != self.segments:
+                raise InputError(
+                    f"{path}: its samples have {found} segment(s), others {self.segments}. Convert it alone"
+                )
         self.mask_tokens = options.mask_tokens
         if "hub" in self.formats and not self.mask_tokens:
             bar = partial(tqdm, unit="file", desc="masked tokens", disable=not progress)
@@ -277,9 +284,10 @@ def write_files(reader: Reader, blocks: Iterator[Block], staging: Staging, optio
         path = os.path.join(staging.data, f"train-{result.shards:05}.h5")
         if options.target == NATIVE:
             samples = Samples.concatenate(parts)
-            write_shard(path, samples, len(reader.vocabulary), vocab_sha256(reader.vocabulary.tokens), made_by)
+            vocab_hash = vocab_sha256(reader.vocabulary.tokens)
+            write_shard(path, samples, len(reader.vocabulary), vocab_hash, made_by, segments=reader.segments)
         else:
-            write_nvidia(path, parts)
+            write_nvidia(path, parts, reader.segments)
         result.shards += 1
         result.samples += sum(map(len, parts))
         result.tokens += sum(int(part.lengths.sum(dtype=np.int64)) for part in parts)

@@ -306,22 +306,12 @@ def made_by(options: PrepareOptions, files: Sequence[TextFile]) -> Dict[str, Any
 
 def identity(options: PrepareOptions, files: Sequence[TextFile], vocabulary: Optional[Vocabulary]) -> Dict[str, Any]:
     """What has to be the same for a stopped run to be continued (name -> JSON value)."""
-    # `describe` tells the field of the text and the encoding.
-    free = (
-        "input",
-        "output",
-        "workers",
-        "whole_word_masking",
-        "part",
-        "finish",
-        "vocab_only",
-        "text_field",
-        "encoding",
-    )
+    free = ("input", "output", "workers", "whole_word_masking", "part", "finish", "vocab_only")
+    described = ("text_field", "encoding")  # with the format
     # Where files lie, and since when, may differ between machines; parts have a checksum of the text.
     state = portable_state if options.part or options.finish else file_state
     return {
-        **{name: value for name, value in asdict(options).items() if name not in free},
+        **{name: value for name, value in asdict(options).items() if name not in (*free, *described)},
         # A run that an earlier release began may have taken formulas for titles.
         "format": describe(files).replace("wikitext", "wikitext with blank lines around titles"),
         "files": [state(path) for path in paths_of(files)],

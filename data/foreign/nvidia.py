@@ -2,7 +2,8 @@
 
 Shape letters: N samples, L sequence length, M mask slots. The data sets are `data.foreign.bert_layout`'s features,
 gzip-compressed; int32 [N, L] input_ids, int32 [N, M] masked_lm_positions and masked_lm_ids, int8 the others. As
-create_pretraining_data.py of NVIDIA/DeepLearningExamples, PyTorch/LanguageModeling/BERT, writes them.
+create_pretraining_data.py of NVIDIA/DeepLearningExamples, PyTorch/LanguageModeling/BERT, writes them. This project adds
+the attribute `segments`, 1, to a file whose samples have one segment.
 """
 
 import contextlib
@@ -42,10 +43,11 @@ def open_nvidia(path: str, vocab_size: int) -> ShardInfo:
         with h5py.File(path, "r") as file:
             check_datasets(file, path)
             count, sequence_length = file["input_ids"].shape
-            mask_tokens = file["masked_lm_positions"].shape[1]
+            mask_tokens, segments = file["masked_lm_positions"].shape[1], int(file.attrs.get("segments", 2))
     except OSError as error:
         raise InputError(f"{path}: cannot be read as HDF5 ({error}). It may be cut off: get it again")
-    return ShardInfo(path, count, sequence_length, mask_tokens, vocab_size, "", os.path.getsize(path), is_nvidia=True)
+    sizes = (count, sequence_length, mask_tokens, vocab_size)
+    return ShardInfo(path, *sizes, "", os.path.getsize(path), is_nvidia=True, segments=segments)
 
 
 def check_datasets(file: h5py.File, path: str) -> None:
@@ -71,7 +73,7 @@ def read_nvidia(path: str, start: int, stop: int, vocab_size: int, file: Optiona
     return to_samples(arrays, vocab_size, path, start)
 
 
-def write_nvidia(path: str, parts: Iterable[Samples]) -> None:
+def write_nvidia(path: str, parts: Iterable[Samples], segments: int = 2) -> None:
     """Writes a file as NVIDIA's script does, with samples of one sequence length and number of mask slots.
 
     Raises InputError for samples that the layout cannot hold (`bert_layout.from_samples`), OSError that names the file
@@ -79,6 +81,8 @@ def write_nvidia(path: str, parts: Iterable[Samples]) -> None:
     """
     done = 0
     with new_hdf5(path) as file:
+        if segments != 2:
+            file.attrs["segments"] = segments
         for samples in parts:
             for name, values in from_samples(samples, path, done).items():
                 shape = values.shape[1:]

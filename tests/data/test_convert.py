@@ -143,6 +143,21 @@ def test_shards_survive_the_way_through_nvidias_files(tmp_path_factory, vocab, s
     assert_equal(written(folder / "back"), samples)
 
 
+def test_samples_of_one_segment_stay_so_on_the_way_through_nvidias_files(tmp_path, vocab):
+    samples = bert_samples(np.random.default_rng(0), 9, LENGTH, SLOTS)
+    write_nvidia(str(tmp_path / "two.h5"), [samples])
+    samples.first_lengths[:], samples.nsp_labels[:] = samples.lengths, 0
+    write_shard(str(tmp_path / "own.h5"), samples, len(WORDS), vocab_sha256(WORDS), {}, segments=1)
+    run([tmp_path / "own.h5"], None, tmp_path / "nvidia", target="nvidia")
+    path = str(tmp_path / "nvidia" / "train-00000.h5")
+    run([path], vocab, tmp_path / "back")
+    (shard,) = open_shards([str(tmp_path / "back" / "*.h5")])
+    assert open_nvidia(path, len(WORDS)).segments == shard.segments == 1
+    assert_equal(written(tmp_path / "back"), samples)
+    with pytest.raises(InputError, match=r"two.h5: its samples have 2 segment\(s\), others 1. Convert it alone"):
+        run([path, tmp_path / "two.h5"], vocab, tmp_path / "both")
+
+
 def test_the_folder_has_the_vocabulary_and_its_hash(tmp_path, vocab):
     samples = bert_samples(np.random.default_rng(0), 5)
     run([write_hdf5(tmp_path / "a.hdf5", samples)], vocab, tmp_path / "out")
@@ -493,8 +508,8 @@ def test_after_an_interrupt_the_same_command_makes_the_whole_data_set(tmp_path, 
     samples = bert_samples(np.random.default_rng(0), 20)
     path, real = write_hdf5(tmp_path / "a", samples), module.write_shard
 
-    def interrupted(name, *arguments):
-        real(name, *arguments)
+    def interrupted(name, *arguments, **options):
+        real(name, *arguments, **options)
         if name.endswith("00001.h5"):
             raise KeyboardInterrupt
 
