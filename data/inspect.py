@@ -37,6 +37,9 @@ EXAMPLES = """examples:
   python -m data.inspect 'shards/wikipedia-128/train-*.h5' --plot lengths.png
   python -m data.inspect 'shards/wikipedia-128/*.h5' --check --samples 0     # exits 2 and names the first bad sample
 
+  # several sources, each in a folder of its own: what each adds
+  python -m data.inspect 'shards/*/train-*.h5'
+
   # NVIDIA's files do not bring their vocabulary
   python -m data.inspect 'hdf5_lower_case_1_seq_len_128/*.hdf5' --vocab vocab.txt --json
 
@@ -131,9 +134,9 @@ class Inspection:
 def inspect(options: InspectOptions, progress: bool = True) -> Inspection:
     """Reads all samples of the shards, block by block, and counts what is in them.
 
-    Of each sample 8 bytes stay in memory, and 24 at the end, to find duplicates. With `options.check` it verifies every sample as
-    `find_fault` does, else only what reading needs. Raises InputError that names the file and sample that cannot be
-    used.
+    Of each sample 8 bytes stay in memory, some 32 at the end, to find duplicates. With `options.check` it verifies
+    every sample as `find_fault` does, else only what reading needs. Raises InputError that names the file and sample
+    that cannot be used.
     """
     check_options(options)
     vocabulary, shards = open_all(options)

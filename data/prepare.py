@@ -74,6 +74,16 @@ EXAMPLES = """examples:
   python -m data.prepare --input 'extracted/*/wiki_*.zst' --format wikiextractor --vocab vocab.txt --duplicates 5 \\
       --masking dynamic --output shards128/
 
+  # a spreadsheet saved as CSV, all text files of a folder, text in Japanese Windows' encoding
+  python -m data.prepare --input reviews.csv --text-field review --vocab vocab.txt --output shards/
+  python -m data.prepare --input corpus/ --vocab vocab.txt --output shards/
+  python -m data.prepare --input 'old/*.txt' --encoding shift_jis --vocab vocab.txt --output shards/
+
+  # two sources, one of them gone over three times: folders beside each other, made with one vocabulary, are trained on
+  # together (--data.files 'shards/*/train-*.h5'), and data.inspect shows their shares
+  python -m data.prepare --input wiki/ --vocab vocab.txt --output shards/wiki/
+  python -m data.prepare --input books/ --vocab vocab.txt --duplicates 3 --output shards/books/
+
   # samples of one segment, for MLM alone
   python -m data.prepare --input 'corpus/*.txt' --vocab vocab.txt --nsp false --output shards/
 

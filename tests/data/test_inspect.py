@@ -8,11 +8,15 @@ import pytest
 from data import inspect as inspect_module
 from data.errors import InputError
 from data.foreign.nvidia import write_nvidia
+from data.histogram import bars, plot
 from data.inspect import InspectOptions, inspect, main, readable
+from data.loading.loader import Loader, LoaderSettings
+from data.loading.shard_files import open_shards
 from data.packing import SAMPLES_PER_ROW, pack
+from data.prepare import PrepareOptions, prepare
 from data.rows import RowShape
 from data.samples import Samples
-from data.shards import write_shard
+from data.shards import read_samples, write_shard
 from data.tokenizer import vocab_sha256
 from tests import ROOT, assert_help_teaches
 from tests.make_samples import WORDS, bert_samples
@@ -245,6 +249,52 @@ def test_the_command_prints_text_or_json_and_draws(tmp_path, capsys):
     assert main([path, "--plot", str(tmp_path / "no" / "lengths.png")]) == 2
     captured = capsys.readouterr()
     assert "lengths.png: the picture cannot be written" in captured.err and captured.out == report
+
+
+def test_bars_and_pictures_of_skewed_lengths_are_logarithmic_with_counts_and_shares(tmp_path):
+    skewed, even = [0] * 129, [0, *[10] * 128]
+    skewed[3], skewed[128] = 1, 9999
+    heading, *lines = bars(skewed)
+    assert heading == "lengths, bars on a logarithmic scale" and len(lines) == 16
+    assert lines[0].split() == ["1", "to", "8", "####", "1", "0.0", "%"] and lines[1].split()[3:] == ["0", "0.0", "%"]
+    assert lines[15].split() == ["121", "to", "128", 40 * "#", "9,999", "100.0", "%"]
+    heading, *lines = bars(even)
+    assert heading == "lengths" and all(line.split()[3:] == [40 * "#", "80", "6.2", "%"] for line in lines)
+    shown = ["9,999  (100.0 %)", "0  (0.0 %)", "samples, logarithmic scale"]
+    for counts, words in ((skewed, shown), (even, ["80  (6.2 %)", "samples"])):
+        plot(counts, "a title", str(tmp_path / "lengths.svg"))
+        texts = re.findall(r"<text[^>]*>([^<]*)<", (tmp_path / "lengths.svg").read_text())
+        assert {*words, "a title", "121 to 128"} <= set(texts)
+    plot(even, "", str(tmp_path / "lengths.pdf"))
+    assert (tmp_path / "lengths.pdf").read_bytes().startswith(b"%PDF")
+    with pytest.raises(InputError, match="lengths.txt: the picture cannot be written .* ends in .png, .svg or .pdf"):
+        plot(even, "", str(tmp_path / "lengths.txt"))
+
+
+def test_folders_prepared_with_other_duplicates_are_trained_on_together_and_their_shares_are_shown(tmp_path):
+    draw, vocab = np.random.default_rng(0), tmp_path / "words"
+    vocab.write_text("\n".join(WORDS))
+    for name, count, duplicates in (("books", 20, 3), ("wiki", 40, 1)):
+        (tmp_path / name).write_text("\n\n".join(" ".join(draw.choice(WORDS[5:], 40)) for _ in range(count)))
+        sizes = dict(sequence_length=16, mask_tokens=3, samples_per_shard=30, workers=1)
+        output = str(tmp_path / "shards" / name)
+        options = PrepareOptions([str(tmp_path / name)], output, vocab=str(vocab), duplicates=duplicates, **sizes)
+        prepare(options, progress=False)
+    pattern = str(tmp_path / "shards" / "*" / "train-*.h5")
+    result = look(pattern)
+    alone = [look(tmp_path / "shards" / name / "train-*.h5") for name in ("books", "wiki")]
+    assert [source.gone_over for source in result.sources] == [3, 1]
+    for source, own in zip(result.sources, alone):
+        assert (source.samples, source.tokens, source.duplicates) == (own.samples, own.tokens, own.duplicates)
+        assert (own.sources[0].samples, len(own.sources)) == (own.samples, 1) and "sources" not in str(own)
+    share = 100 * alone[0].samples / result.samples
+    assert f"books: {alone[0].samples:,} samples ({share:.1f} %), " in str(result)
+    assert result.duplicates == sum(source.duplicates for source in result.sources)
+    shards = open_shards([pattern])
+    samples = Samples.concatenate([read_samples(shard.path, 0, shard.num_samples) for shard in shards])
+    with Loader(shards, LoaderSettings(len(samples), seed=1)) as loader:  # a batch of all: each comes once
+        ids = loader.next().arrays["input_ids"]
+        assert sorted(map(bytes, ids)) == sorted(map(bytes, samples.input_ids.astype(ids.dtype)))
 
 
 def test_help_teaches_with_an_example_and_hides_no_module_of_python():
