@@ -14,9 +14,12 @@ import zstandard
 from data.errors import InputError, PrepareStopped
 from data.prepare import main
 from data.preparing import remote, text_file
+from data.preparing.corpus import documents as all_documents
 from data.preparing.finding import find_files
+from data.preparing.formats import with_formats
 from data.preparing.remote import base_name, find_remote
-from tests.data.preparing.test_corpus import check_formats, documents
+from tests.data.preparing.test_corpus import check_formats, documents, write
+from tests.data.preparing.test_formats import write_parquet
 from tests.data.test_prepare import arguments, corpus, file_hashes, make, small_chunks
 
 
@@ -102,6 +105,22 @@ def test_globs_of_urls_give_the_bytes_of_local_files_also_packed_and_in_parts(co
     assert main([*command, "--finish", "2"]) == 0
     for made in ("there", "parts"):
         assert file_hashes(tmp_path / made) == file_hashes(tmp_path / "here")
+
+
+@pytest.mark.parametrize("parts", [False, True])
+def test_tables_are_read_from_urls_parquet_where_the_server_sends_parts(tmp_path, monkeypatch, parts):
+    monkeypatch.setattr(remote, "BLOCK_BYTES", 5000)
+    texts = [f"text {number * 7919 % 5003}" for number in range(5000)]
+    write(tmp_path / "a.csv", "\n".join(["text", *texts]))
+    write_parquet(tmp_path / "a.parquet", {"text": texts}, row_group_size=700)
+    with serving(tmp_path, parts=parts) as (url, _):
+        files = with_formats([f"{url}/a.csv?key=secret", f"{url}/a.parquet"], "auto", "utf-8", "text")
+        assert [lines for _, lines in all_documents(files[:1])] == [[text] for text in texts]
+        if not parts:
+            with pytest.raises(PrepareStopped, match="a.parquet: reading broke off"):
+                list(all_documents(files[1:]))
+            return
+        assert [lines for _, lines in all_documents(files[1:])] == [[text] for text in texts]
 
 
 def test_s3_gives_the_bytes_of_local_files(corpus, tmp_path, monkeypatch):
