@@ -9,6 +9,8 @@ import statistics
 import sys
 from typing import Any, Dict, List, Optional, Sequence
 
+from bert.machine import cpu_name
+
 __all__ = ["about", "make_parser", "median", "print_table", "write_json"]
 
 
@@ -51,11 +53,3 @@ def write_json(path: Optional[str], results: Dict[str, Any], **versions: str) ->
     with open(path, "w", encoding="utf-8") as file:
         json.dump({"about": about(**versions), "results": results}, file, indent=2)
         file.write("\n")
-
-
-def cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()

@@ -1,5 +1,6 @@
 """Of what a run was made: the code, the software, the machine, the data, the command."""
 
+import dataclasses
 import datetime
 import hashlib
 import importlib.metadata
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 
 from bert.config import Config
+from bert.machine import cpu_name
 from bert.run.handshake import hash_of_source
 from data.subprocesses import PROJECT
 
@@ -30,7 +32,6 @@ def describe_session(config: Config, step: int, device_line: str, processes: int
     return {
         "began": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "after_step": step,
-        "max_steps": config.training.max_steps,
         "command": " ".join(map(shlex.quote, ["python", *sys.argv])),
         "commit": commit,
         "dirty": None if commit is None else bool(git("status", "--porcelain")),
@@ -40,6 +41,7 @@ def describe_session(config: Config, step: int, device_line: str, processes: int
         "processor": cpu_name(),
         "processes": processes,
         "data_sha256": hashlib.sha256(json.dumps(data_set).encode()).hexdigest(),
+        "config": dataclasses.asdict(config),
     }
 
 
@@ -64,11 +66,3 @@ def version() -> str:
     with open(path, encoding="utf-8") as file:
         found = re.search(r'^version = "(.*)"$', file.read(), re.MULTILINE)
     return found[1] if found else "unknown"
-
-
-def cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()

@@ -181,17 +181,49 @@ def test_results_of_every_kind_are_merged_into_one_file(tmp_path):
     assert len(merged) == len(paths) and "pretraining-phase1-2cores, this project" in done.stdout
 
 
+def make_run(folder, loss, config=None, held_out=()):
+    folder.mkdir()
+    lines = [
+        {"step": s, "own_loss": loss - s / 100, "samples_seen": 8 * s, "sequences_per_second": 4} for s in range(1, 41)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "held_out.jsonl").write_text("".join(json.dumps({"step": s, "own_loss": loss}) + "\n" for s in held_out))
+    if config:
+        (folder / "run.json").write_text(json.dumps({"sessions": [{"config": config}]}))
+    return folder
+
+
 def test_curves_of_runs_are_drawn_side_by_side(tmp_path):
-    for name, loss in (("one", 5.0), ("two", 6.0)):
-        (tmp_path / name).mkdir()
-        lines = [{"step": step, "own_loss": loss - step / 100, "accuracy": 0.7} for step in range(10, 50, 10)]
-        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        (tmp_path / name / "held_out.json").write_text(json.dumps({"own_loss": loss, "accuracy": 0.7}))
+    one, two = make_run(tmp_path / "one", 5.0), make_run(tmp_path / "two", 6.0)
+    (one / "held_out.json").write_text(json.dumps({"own_loss": 5.0, "accuracy": 0.7}))
     picture = tmp_path / "curves.png"
-    results, printed = run(tmp_path, "benchmarks/curves.py", tmp_path / "one", tmp_path / "two", "--output", picture)
+    results, printed = run(tmp_path, "benchmarks/curves.py", one, two, "--output", picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert "own_loss" in printed and "4.6000" in printed and "6.0000" in printed
-    assert results["two"]["steps"] == [10, 20, 30, 40] and results["two"]["own_loss"][0] == 5.9
+    assert "own_loss" in printed and "4.6000" in printed and "5.0000" in printed and "nan" in printed
+    assert results["two"][str(two)]["steps"][:2] == [1, 2] and results["two"][str(two)]["own_loss"][0] == 5.99
+
+
+def test_seeds_of_one_setting_are_one_curve_with_their_mean_and_deviation_and_text_stays_text(tmp_path):
+    def config(seed, rate):
+        return {"training": {"seed": seed, "output": f"runs/{rate}-{seed}"}, "optimizer": {"learning_rate": rate}}
+
+    for name, seed, rate, loss in (("low-seed1", 1, 0.1, 5.0), ("low-seed2", 2, 0.1, 5.2), ("high", 1, 0.2, 6.0)):
+        make_run(tmp_path / name, loss, config(seed, rate), held_out=[20, 40])
+    folders = sorted(tmp_path.iterdir())
+    picture = tmp_path / "curves.svg"
+    words = [*folders, "--output", picture, "--against", "hours"]
+    results, printed = run(tmp_path, "benchmarks/curves.py", *words)
+    assert all(text in picture.read_text() for text in (">low (mean of 2, lowest to highest)<", ">hours of training<"))
+    assert {name: len(runs) for name, runs in results.items()} == {"high": 1, "low": 2}
+    assert "5.1000 ± 0.1414" in printed and "6.0000" in printed
+    assert results["high"][str(tmp_path / "high")]["places"][-1] == pytest.approx(40 * 2 / 3600)
+    # Named by hand, whatever the settings; a seed that is there twice is no group.
+    make_run(tmp_path / "again", 6.0, config(1, 0.2))
+    picture = tmp_path / "curves.pdf"
+    words = [tmp_path / "high", tmp_path / "again", "--group", f"all={tmp_path}/low-*", "--output", picture]
+    results, _ = run(tmp_path, "benchmarks/curves.py", *words)
+    assert [len(runs) for runs in results.values()] == [2, 1, 1] and "all" in results
+    assert b"/FontFile2" in picture.read_bytes()  # a TrueType font, whose letters can be searched
 
 
 @pytest.mark.slow

@@ -296,11 +296,11 @@ def test_the_schema_describes_every_key(schema):
     sections = [value for value in schema["properties"].values() if value.get("type") == "object"]
     keys = [key for section in [schema, *sections] for key in section["properties"].values()]
     assert len(sections) == 7 and all(key["description"] for key in keys)
-    assert schema["properties"]["training"]["properties"]["max_steps"] == {
-        "description": "Optimizer steps of the whole schedule.",
+    assert schema["properties"]["training"]["properties"]["log_every"] == {
+        "description": "Steps between two lines of metrics.",
         "type": "integer",
         "exclusiveMinimum": 0,
-        "default": 10500,
+        "default": 5,
     }
 
 
@@ -441,6 +441,14 @@ BAD = [
     (
         {"device": "ipu", "ipu": {"instances": 3}},
         ["own.json", "ipu.instances is 3", "a divisor of ipu.replication_factor, 4; without poprun: --ipu.instances 1"],
+    ),
+    (
+        {"training": {"evaluate_every": 5}},
+        ["own.json", "data.held_out_files is []", "as training.evaluate_every is set"],
+    ),
+    (
+        {"device": "ipu", "training": {"evaluate_every": 5}, "data": {"held_out_files": ["x.h5"]}},
+        ["own.json", "training.evaluate_every is 5", "expected null on IPUs", "python -m bert.evaluate"],
     ),
     ({"base": 3}, ["own.json", "base is 3", "path or name"]),
     ({"base": "nowhere.json"}, ["own.json", 'base is "nowhere.json"', "no such config", "pod16_phase1.json"]),

@@ -53,7 +53,8 @@ def test_a_finished_run_goes_on_with_more_steps_and_says_what_that_does_to_its_s
     assert read_lines(folder)[4]["learning_rate"] == pytest.approx(0.004)
     assert saved_step(checkpoints(folder)[-1]) == 6
     assert settings(folder)["training.max_steps"] == 6
-    assert [(s["after_step"], s["max_steps"]) for s in settings(folder)["sessions"]] == [(0, 4), (4, 6)]
+    sessions = settings(folder)["sessions"]
+    assert [(s["after_step"], s["config"]["training"]["max_steps"]) for s in sessions] == [(0, 4), (4, 6)]
     assert main(words(folder, training__max_steps=5, resume="auto")) == 2  # fewer than are done
     assert "training.max_steps is 5" in capsys.readouterr().err and len(settings(folder)["sessions"]) == 2
     assert main(words(folder, training__max_steps=6, resume="auto")) == 0

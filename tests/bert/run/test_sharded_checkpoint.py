@@ -21,6 +21,7 @@ from bert.run.checkpoint import (
     read_safetensors,
     save_checkpoint,
 )
+from bert.run.curve import read_metrics
 from bert.run.sharded_checkpoint import check_all_there, write_model
 from bert.run.shards import Shards
 from data.errors import InputError
@@ -181,14 +182,21 @@ def test_a_sharded_run_goes_on_with_any_checkpoint_and_saves_where_it_is_stopped
     torch.set_num_threads(1)
     dropout = {f"model__{name}_dropout_prob": 0 for name in ("hidden", "attention_probs")}
     steps_and_saves = dict(training__max_steps=5, training__save_every=2, parallel__timeout=10)
-    words = arguments(tmp_path, make_shards(tmp_path / "shards"), **dropout, **steps_and_saves)
+    shards = make_shards(tmp_path / "shards")
+    data = dict(data__files=shards / "train-00000.h5", data__held_out_files=shards / "train-00001.h5")
+    words = arguments(tmp_path, shards, **dropout, **steps_and_saves, **data)
     one, other = ([*words, "--training.output", str(tmp_path / name)] for name in ("one", "other"))
     assert train(one) == 0
+    other += ["--training.evaluate_every", "1"]  # which changes nothing
     assert train([*other, "--training.stop_at_step", "1"]) == 0
     ended, said = processes(2, "run", "4", *other, "--resume", "auto", "--parallel.pipeline", "2")
     assert ended == [143, 143] and "stopped after step 3 of 5. To go on from step 3" in said[0], said
     assert [saved_step(path) for path in checkpoints(tmp_path, "other")] == [1, 2, 3]
     assert train([*other, "--resume", "auto"]) == 0  # alone
+    held_out = read_metrics(str(tmp_path / "other" / "held_out.jsonl"))
+    assert [line["step"] for line in held_out] == [1, 2, 3, 4, 5]
+    (expected,) = read_metrics(str(tmp_path / "one" / "held_out.jsonl"))
+    assert held_out[-1]["loss"] == pytest.approx(expected["loss"], rel=1e-5)
     last, others = (load_file(checkpoints(tmp_path, run)[-1] + "/model.safetensors") for run in ("one", "other"))
     for name, weight in last.items():
         if not name.endswith("key.bias"):  # its gradient is 0 but for rounding
