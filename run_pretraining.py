@@ -6,6 +6,7 @@ import sys
 from bert.command_line import parse_command_line
 from bert.errors import Diverged, ProcessesDiffer, ProcessLost, said_once_a_machine
 from data.commands import run_command
+from data.subprocesses import usable_cpus
 
 FEW_CORES = 16  # with more, sleeping threads take too long to wake
 
@@ -37,7 +38,7 @@ def wait_asleep() -> None:
     """Has threads that wait for others spin for microseconds and then sleep, not spin for milliseconds, where they are
     few: else another process on the machine gets its core only when its time is up, and all others wait. libgomp reads
     this when torch is imported."""
-    if (os.cpu_count() or 1) <= FEW_CORES and "OMP_WAIT_POLICY" not in os.environ:
+    if usable_cpus() <= FEW_CORES and "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 

@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, and JSON in them."""
 
 import contextlib
+import fcntl
 import json
 import os
 from typing import Any, Dict, Iterator
@@ -31,6 +32,9 @@ def flush_to_disk(path: str) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+        if hasattr(fcntl, "F_FULLFSYNC"):  # on macOS fsync leaves it in the drive's own memory
+            with contextlib.suppress(OSError):  # a network's drive has none
+                fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
     finally:
         os.close(descriptor)
 

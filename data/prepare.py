@@ -41,6 +41,7 @@ from data.preparing.splits import TextChunk
 from data.preparing.staging import Staging, check_output, open_staging
 from data.preparing.workers import InlineWorker, Workers
 from data.samples import layout
+from data.subprocesses import usable_cpus
 from data.tokenizer import Vocabulary, read_vocab, train_vocab, vocab_sha256, write_tokenizer_files, write_vocab
 
 __all__ = ["PrepareOptions", "Summary", "main", "make_part", "make_vocab", "prepare"]
@@ -425,7 +426,7 @@ def shard_tasks(
 
 
 def workers_of(options: PrepareOptions) -> int:
-    return options.workers or len(os.sched_getaffinity(0))
+    return options.workers or usable_cpus()
 
 
 def run_all(tasks: Iterable[Dict[str, Any]], pool: Pool, limit: int) -> None:

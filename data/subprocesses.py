@@ -1,4 +1,4 @@
-"""Processes of our own, which exchange JSON lines with their parent.
+"""Processes of our own, which exchange JSON lines with their parent, and the CPUs that there are for them.
 
 They are started anew, not forked: they take neither its threads nor its memory with them. The parent uses
 `ChildProcess`, the child `open_channel`, once, and `error_message`.
@@ -18,9 +18,14 @@ from typing import Any, Callable, Dict, Mapping, Sequence, Tuple
 
 from data.errors import InputError
 
-__all__ = ["PROJECT", "ChildProcess", "encode", "error_message", "open_channel"]
+__all__ = ["PROJECT", "ChildProcess", "encode", "error_message", "open_channel", "usable_cpus"]
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def usable_cpus() -> int:
+    """How many CPUs this process may use: on Linux those that it is kept to, elsewhere all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class ChildProcess:

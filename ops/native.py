@@ -93,7 +93,7 @@ def _library(dtype: torch.dtype) -> Optional[ctypes.CDLL]:
     except (OSError, subprocess.CalledProcessError) as error:
         lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         reason = next((line for line in lines if "error" in line), lines[0])
-        need = "They need g++, or another C++ compiler with OpenMP, named by CXX"
+        need = "They need g++, or another C++ compiler with OpenMP, named by CXX (macOS: brew install gcc, CXX=g++-15)"
         instead = "PyTorch's own, slower operations take their place"
         warnings.warn(f"the C++ kernels cannot be built, and {instead}: {reason}. {need}", stacklevel=2)
         return None

@@ -198,7 +198,7 @@ SPIN, POLICY = "GOMP_SPINCOUNT", "OMP_WAIT_POLICY"
 @pytest.mark.parametrize("given, expected", [({}, "1000"), ({SPIN: "7"}, "7"), ({POLICY: "active"}, "None")])
 def test_waiting_threads_sleep_soon_unless_the_user_says_otherwise(given, expected):
     code = (
-        "import os, sys, run_pretraining as command; os.cpu_count = lambda: 4\n"
+        "import os, sys, run_pretraining as command; command.usable_cpus = lambda: 4\n"
         "command.wait_asleep(); print('torch' in sys.modules, os.environ.get('GOMP_SPINCOUNT'))"
     )
     others = {name: value for name, value in os.environ.items() if name not in (SPIN, POLICY)}

@@ -221,7 +221,7 @@ class TorchEngine:
             memory, reason = None, None
             try:
                 result = passes(*arguments)
-            except torch.OutOfMemoryError:
+            except torch.cuda.OutOfMemoryError:  # its name on the CPU and in older versions, too
                 memory = self.device.memory
                 if memory is None or self.micro_batch_size == 1:
                     raise

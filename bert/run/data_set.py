@@ -22,6 +22,7 @@ from data.loading.sharing import LocalRanks, can_share, connect, listen
 from data.prepare import prepare
 from data.preparing.options import PrepareOptions
 from data.shards import ShardInfo
+from data.subprocesses import usable_cpus
 from data.tokenizer import Vocabulary, find_vocab, vocab_sha256
 
 __all__ = ["DataSet", "make_shards_from_text", "next_batch", "open_data", "open_loader", "sharing_loader"]
@@ -156,7 +157,7 @@ def open_loader(config: Config, data_set: DataSet, state: RunState, device: str,
         packing=packing_of(data, has_static_shapes(device)),
         samples_per_row=data.samples_per_row,
         skip_bad=data.on_bad_shard == "skip",
-        workers=min(data.workers, os.cpu_count() or 1),
+        workers=min(data.workers, usable_cpus()),
     )
     timeout = config.parallel.timeout if current() else None
     return Loader(data_set.shards, settings, state.position, state.skipped, local, timeout)

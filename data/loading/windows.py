@@ -62,7 +62,7 @@ class ShardFiles:
             offset += start * (len(data) // (stop - start))
             while len(data):
                 try:
-                    count = os.preadv(file, [data], offset)
+                    count = read_into(file, data, offset)
                 except OSError as error:
                     raise InputError(f"{info.path}: cannot read samples {start} to {stop} ({error})")
                 if count == 0:
@@ -185,10 +185,21 @@ def read_blocks(files: ShardFiles, blocks: List[List[int]], into: Samples) -> No
                 check_samples(part, vocab_size, files.shards[shard].path, start)
 
 
+def read_into(file: int, data: np.ndarray, offset: int) -> int:
+    """Fills `data` with what is at `offset` of a file, or its beginning; returns how many bytes."""
+    if hasattr(os, "preadv"):
+        return os.preadv(file, [data.data], offset)
+    found = os.pread(file, len(data), offset)
+    data[: len(found)] = np.frombuffer(found, np.uint8)
+    return len(found)
+
+
 def allow_open_files(count: int) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= count:
+        return
     try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, count), hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
     except ValueError:
         advice = "Use fewer, larger shards or raise `ulimit -Hn`"
         raise InputError(f"the shards need {count} open files, {hard} are allowed. {advice}")

@@ -234,8 +234,8 @@ class Processes:
     def disconnect(self) -> None:
         """Has those who wait for this process find out at once, where all connections are gloo's. Destroying the group
         does not, as long as anything refers to work of it."""
-        if self.uses_gloo_alone and os.path.exists("/proc/self/fd"):
-            for descriptor in map(int, os.listdir("/proc/self/fd")):
+        if self.uses_gloo_alone and os.path.exists("/dev/fd"):
+            for descriptor in map(int, os.listdir("/dev/fd")):
                 with contextlib.suppress(OSError):
                     if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
                         shut_down(socket.socket(fileno=descriptor))
