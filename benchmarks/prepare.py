@@ -30,7 +30,8 @@ from data.prepare import PrepareOptions, prepare
 from data.preparing.corpus import FORMATS, documents
 from data.preparing.finding import find_files
 from data.preparing.formats import with_formats
-from data.tokenizer import Vocabulary, make_tokenizer, read_vocab, train_vocab
+from data.preparing.vocab_training import train_vocab
+from data.tokenizer import Vocabulary, make_tokenizer, read_vocab
 
 LENGTH, MASKS, DUPLICATES = 128, 20, 5
 CJK = (

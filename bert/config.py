@@ -69,7 +69,8 @@ class DataConfig:
     """Shards that the model is evaluated on, at the end of the run and as `training.evaluate_every` says; none: no
     evaluation."""
     vocab: Optional[str] = None
-    """The vocabulary that the shards were made with (vocab.txt); by default the one beside the first shard."""
+    """The vocabulary that the shards were made with (a vocab.txt, a tokenizer.json, or a folder with them); by default
+    the one beside the first shard."""
     sequence_length: PositiveInt = 128
     """Tokens of a sample, at most."""
     mask_tokens: PositiveInt = 20
@@ -94,6 +95,16 @@ class DataConfig:
     """The field or column of jsonl, csv, tsv and parquet that holds the text."""
     encoding: str = "utf-8"
     """The encoding of `text`, such as shift_jis; any that Python has."""
+    lowercase: Optional[bool] = None
+    """Whether `text` is lower-cased; null: as the vocabulary's own files say, else yes."""
+    strip_accents: Optional[bool] = None
+    """Whether accents and all other combining marks of `text` are removed, such as Hindi's vowel signs; null: as the
+    vocabulary's own files say, else as `lowercase`."""
+    chinese_characters: Optional[bool] = None
+    """Whether each Chinese character of `text` is a word of its own; null: as the vocabulary's own files say, else
+    yes."""
+    normalization: Optional[Literal["nfc", "nfkc", "none"]] = None
+    """The Unicode normal form that `text` is brought into; null: as the vocabulary's own files say, else none."""
     duplicates: PositiveInt = 1
     """How often each document of `text` is cut and masked, each time anew."""
     held_out: Probability = 0.0

@@ -46,14 +46,17 @@ def option(
     choices: Collection[str] = (),
     flag: str = "",
     metavar: str = "",
+    off: str = "",
 ) -> Any:
     """A field of a dataclass of options. The docstring under it is its help.
 
     `allowed` tells which values it may have, `expected` says so in words; `choices` are all that a string may be.
     `flag` is its name on the command line, by default `--` and the field's name; without dashes it is positional.
-    `metavar` stands for its value in the help.
+    `metavar` stands for its value in the help. `off` is a second flag, of an Optional[bool]: `flag` makes it true,
+    `off` false.
     """
     metadata = {"allowed": allowed, "expected": expected, "choices": choices, "flag": flag, "metavar": metavar}
+    metadata["off"] = off
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -84,7 +87,14 @@ def parse_options(
     )
     types, docstrings = typing.get_type_hints(options), field_docstrings(options)
     for field in dataclasses.fields(options):  # type: ignore[arg-type]  # mypy cannot tell that it is a dataclass
-        parser.add_argument(flag_of(field), **argument_settings(field, types[field.name], docstrings[field.name]))
+        off, docstring = field.metadata.get("off"), docstrings[field.name]
+        if off:
+            pair = parser.add_mutually_exclusive_group()
+            help_of = {flag_of(field): docstring.replace("%", "%%"), off: f"the opposite of {flag_of(field)}"}
+            for value, (flag, text) in zip((True, False), help_of.items()):
+                pair.add_argument(flag, dest=field.name, action="store_const", const=value, help=text)
+            continue
+        parser.add_argument(flag_of(field), **argument_settings(field, types[field.name], docstring))
     return options(**vars(parser.parse_args(arguments)))
 
 

@@ -28,8 +28,8 @@ from data.foreign.tfrecord import feature_names, read_packed, read_plain
 from data.loading.shard_files import open_shards, read_checked
 from data.preparing.staging import Staging, check_output, open_staging
 from data.samples import Samples
-from data.shards import expand, write_shard
-from data.tokenizer import Vocabulary, find_vocab, vocab_sha256, write_tokenizer_files
+from data.shards import FIRST_TOKENIZER, expand, write_shard
+from data.tokenizer import NORMALIZATIONS, Vocabulary, claims_of, find_vocab, vocab_sha256, write_tokenizer_files
 
 __all__ = ["FORMATS", "Conversion", "ConvertOptions", "convert", "main", "recognise"]
 
@@ -37,6 +37,8 @@ NATIVE = "native"
 FORMATS = ("nvidia", "tfrecord", "packed-tfrecord", "hub")
 BLOCK = 4096  # samples read at a time from HDF5
 NAMED_FILES = 20  # in made_by: an attribute has room for 64 KB
+
+NONE = Vocabulary([])
 
 Block = Tuple[Samples, str, int]
 """samples, their file, and the place of the first of them in it"""
@@ -70,7 +72,17 @@ class ConvertOptions:
     target: str = option(NATIVE, choices=(NATIVE, "nvidia"), flag="--to")
     """native: this project's shards. nvidia: HDF5 as NVIDIA's BERT reads it"""
     vocab: Optional[str] = None
-    """the vocab.txt that the samples were made with; shards of this project need none"""
+    """the vocabulary that the samples were made with: a vocab.txt, a tokenizer.json, or a folder with them; shards of
+    this project need none"""
+    lowercase: Optional[bool] = option(None, off="--cased")
+    """the samples' text was lower-cased (default: as the vocabulary's own files say, else it was)"""
+    strip_accents: Optional[bool] = option(None, off="--keep-accents")
+    """accents and all other combining marks were removed (default: as the vocabulary's own files say, else as with
+    --lowercase)"""
+    chinese_characters: Optional[bool] = option(None, off="--no-chinese-characters")
+    """each Chinese character was a word of its own (default: as the vocabulary's own files say, else it was)"""
+    normalization: Optional[str] = option(None, choices=NORMALIZATIONS)
+    """the Unicode normal form that the text was brought into (default: as the vocabulary's own files say, else none)"""
     sequence_length: Optional[int] = option(None, lambda length: 8 <= length <= 65535, "8 to 65535 tokens")
     """token slots of a sample (default: the input's)"""
     mask_tokens: Optional[int] = option(None, lambda count: 1 <= count <= 65535, "1 to 65535")
@@ -92,14 +104,17 @@ class Conversion:
     shards: int = 0
     tokens: int = 0
     masked_tokens: int = 0
+    text: str = ""  # how it was normalised; "" where that is not told
 
     def __str__(self) -> str:
         sizes = f"{self.sequence_length} tokens and {self.mask_tokens} masked tokens at most"
+        text = {"text": f"taken to be {self.text}"} if self.text else {}
         return table(
             {
                 "read": ", ".join(self.formats),
                 "samples": f"{self.samples:,} in {self.shards} files, of {sizes}",
                 "tokens": f"{self.tokens:,}, {self.masked_tokens:,} of them masked",
+                **text,
                 "written to": self.output,
             }
         )
@@ -120,6 +135,7 @@ def convert(options: ConvertOptions, progress: bool = True) -> Conversion:
         "input": [os.path.realpath(path) for path in reader.files],
         "to": options.target,
         "vocabulary": vocab_sha256(reader.vocabulary.tokens),
+        "normalised": None if reader.vocabulary.rules == FIRST_TOKENIZER else reader.vocabulary.rules,
     }
     # Another run may differ in these, for it begins anew; but they say whether a data set that is there is its own.
     arguments = {
@@ -199,7 +215,8 @@ class Reader:
                     f"{shard.path}: its masking is {shard.masking}: nothing is masked yet, and NVIDIA's layout needs "
                     "masked samples. Prepare the text with --masking static"
                 )
-        self.vocabulary = find_vocab(options.vocab, shards)[0] if options.vocab else Vocabulary([])
+        said = claims_of(options)
+        self.vocabulary = find_vocab(options.vocab, shards, claims=said, strict=True)[0] if options.vocab else NONE
         self.vocab_size = shards[0].vocab_size if shards else len(self.vocabulary)
         shards += [open_nvidia(path, self.vocab_size) for path in self.of_format("nvidia")]
         self.shards = {shard.path: shard for shard in shards}
@@ -271,6 +288,7 @@ def write_files(reader: Reader, blocks: Iterator[Block], staging: Staging, optio
     length = options.sequence_length or head[0].input_ids.shape[1]
     slots = reader.mask_tokens or head[0].mlm_positions.shape[1]
     result = Conversion(options.output, reader.formats, length, slots)
+    result.text = reader.vocabulary.in_words() if reader.vocabulary else ""
     fitted = (fit_samples(samples, length, slots, path, first) for samples, path, first in chain([head], blocks))
     if reader.vocabulary:
         write_tokenizer_files(staging.data, reader.vocabulary)
@@ -284,8 +302,9 @@ def write_files(reader: Reader, blocks: Iterator[Block], staging: Staging, optio
         path = os.path.join(staging.data, f"train-{result.shards:05}.h5")
         if options.target == NATIVE:
             samples = Samples.concatenate(parts)
+            more = {"segments": reader.segments, "tokenizer": reader.vocabulary.rules}
             vocab_hash = vocab_sha256(reader.vocabulary.tokens)
-            write_shard(path, samples, len(reader.vocabulary), vocab_hash, made_by, segments=reader.segments)
+            write_shard(path, samples, len(reader.vocabulary), vocab_hash, made_by, **more)
         else:
             write_nvidia(path, parts, reader.segments)
         result.shards += 1

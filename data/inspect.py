@@ -10,6 +10,7 @@ import os
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import h5py
@@ -22,15 +23,17 @@ from data.errors import InputError
 from data.foreign.bert_layout import first_fault
 from data.foreign.nvidia import is_nvidia, open_nvidia, read_nvidia
 from data.packing import SAMPLES_PER_ROW, pack
+from data.preparing.text_file import read_lines
 from data.rows import RowShape
 from data.samples import Samples, find_bad_sample
 from data.shards import ShardInfo, expand, open_shard, read_samples
-from data.tokenizer import Vocabulary, find_vocab
+from data.tokenizer import Vocabulary, altered_characters, find_vocab, make_tokenizer, text_in_words
 
 __all__ = ["InspectOptions", "Inspection", "inspect", "main", "readable", "restored_ids"]
 
 BLOCK = 4096  # samples read at a time
 PACKED_SAMPLES = 65536  # that are packed together to see what packing saves: a global batch of the recipe's phase 1
+LINES_OF_TEXT = 100000  # that --text reads
 ALIKE = ("sequence_length", "mask_tokens", "segments", "masking")  # fields of ShardInfo that shards have in common
 
 EXAMPLES = """examples:
@@ -39,6 +42,9 @@ EXAMPLES = """examples:
 
   # several sources, each in a folder of its own: what each adds
   python -m data.inspect 'shards/*/train-*.h5'
+
+  # what the tokenizer makes of lines of text
+  python -m data.inspect 'shards/tr/train-*.h5' --text corpus.txt
 
   # NVIDIA's files do not bring their vocabulary
   python -m data.inspect 'hdf5_lower_case_1_seq_len_128/*.hdf5' --vocab vocab.txt --json
@@ -56,6 +62,9 @@ class InspectOptions:
     """the vocabulary that the samples were made with (default: vocab.txt beside the first shard)"""
     samples: int = option(3, lambda count: count >= 0, "0 or more")
     """samples to show as text"""
+    text: Optional[str] = None
+    """a text file, UTF-8: its first --samples lines are shown as tokens and made text again, and the share of its
+    characters that normalisation takes something from"""
     check: bool = False
     """verify every sample; exits 2 naming the first bad one"""
     plot: Optional[str] = None
@@ -99,6 +108,8 @@ class Inspection:
     duplicates: int  # samples whose tokens, before masking, are those of another sample before it
     sources: List[Source]  # the folders of the files
     checked: bool  # every sample was verified and is good
+    tokenizer: str  # how text is normalised: Vocabulary.rules
+    altered_characters: Optional[float]  # share that normalisation took something from, of --text or as shards say
     examples: List[str]
 
     def __str__(self) -> str:
@@ -115,6 +126,7 @@ class Inspection:
             "tokens": f"{self.tokens:,}, {self.tokens / self.samples:.1f} a sample",
             "padding": f"{percent['padding']} of the token slots, {percent['padding_packed']} when packed",
             "masked": masked if self.masking == "static" else "nothing yet: the loader masks anew in each epoch",
+            **text_in_words(self.tokenizer, self.altered_characters),
             "NSP": not_next if self.segments > 1 else "none: a sample is one segment",
             "duplicates": f"{self.duplicates:,} samples, {100 * self.duplicates / self.samples:.2f} %",
             **({"sources": "\n            ".join(map(self.share, self.sources))} if len(self.sources) > 1 else {}),
@@ -156,7 +168,12 @@ def inspect(options: InspectOptions, progress: bool = True) -> Inspection:
         to_pack -= sizes[-1].shape[1]
     total, masked = int(lengths @ np.arange(len(lengths))), max(1, counts["masked"])
     sources = sources_of(parts, np.concatenate(hashes))
+    shown: List[str] = []
+    altered = altered_share(shards)
+    if options.text:
+        altered, shown = try_text(vocabulary, options.text, options.samples)
     common: Dict[str, Any] = {name: getattr(first, name) for name in ALIKE}
+    common["tokenizer"] = vocabulary.rules  # of NVIDIA's files, which do not say it, too
     return Inspection(
         files=len(shards),
         bytes=sum(shard.file_size for shard in shards),
@@ -174,7 +191,8 @@ def inspect(options: InspectOptions, progress: bool = True) -> Inspection:
         duplicates=sum(source.duplicates for source in sources),
         sources=sources,
         checked=options.check,
-        examples=list(show_examples(shards, tokens, options.samples)),
+        altered_characters=altered,
+        examples=[*shown, *show_examples(shards, vocabulary, options.samples)],
         **common,
     )
 
@@ -183,12 +201,12 @@ def open_all(options: InspectOptions) -> Tuple[Vocabulary, List[ShardInfo]]:
     """The vocabulary and the shards, checked against it and each other."""
     paths = expand(options.files)
     shards = [open_nvidia(path, 65536) if is_nvidia(path) else open_shard(path) for path in paths]
-    vocabulary, _ = find_vocab(options.vocab, shards)
     for name, shard in itertools.product(ALIKE, shards):
         value, other = getattr(shard, name), getattr(shards[0], name)
         if value != other:
             differs = f"{shard.path}: its {name} is {value}, that of {shards[0].path} is {other}"
             raise InputError(f"{differs}. Inspect them one after another")
+    vocabulary, _ = find_vocab(options.vocab, shards)
     if not any(shard.num_samples for shard in shards):
         raise InputError(f"{', '.join(paths)}: holds no samples")
     return vocabulary, [dataclasses.replace(shard, vocab_size=len(vocabulary)) for shard in shards]
@@ -308,7 +326,33 @@ def padding_when_packed(sizes: np.ndarray, shard: ShardInfo) -> float:
     return 1 - int(lengths.sum(dtype=np.int64)) / (pack(lengths, mask_counts, *shape).rows * shard.sequence_length)
 
 
-def show_examples(shards: Sequence[ShardInfo], tokens: Sequence[str], count: int) -> Iterator[str]:
+def altered_share(shards: Sequence[ShardInfo]) -> Optional[float]:
+    """The share of the text's characters that normalisation took something from, as far as the shards say."""
+    said = []
+    for shard in shards:
+        with h5py.File(shard.path, "r") as file:
+            share = json.loads(file.attrs.get("made_by", "{}")).get("altered_characters")
+        said += [(share, shard.num_samples)] if share is not None else []
+    return sum(share * samples for share, samples in said) / sum(samples for _, samples in said) if said else None
+
+
+def try_text(vocabulary: Vocabulary, path: str, count: int) -> Tuple[float, List[str]]:
+    """The share of a text's characters that normalisation takes something from; and its first `count` lines, as tokens
+    and as the text that is made of these."""
+    lines = list(islice(filter(None, read_lines(path, lambda size: None)), LINES_OF_TEXT))
+    tokenizer = make_tokenizer(vocabulary)
+    tokenizer.encode_special_tokens = True
+    shown = []
+    for line in lines[:count]:
+        encoding = tokenizer.encode(line, add_special_tokens=False)
+        decoded = tokenizer.decode(encoding.ids, skip_special_tokens=False)
+        shown.append(f"{path}: {line}\n  tokens   {' '.join(encoding.tokens)}\n  decoded  {decoded}")
+    counts = Counter("".join(lines))
+    counted = sum(number for character, number in counts.items() if not character.isspace())
+    return sum(altered_characters(vocabulary, counts).values()) / max(1, counted), shown
+
+
+def show_examples(shards: Sequence[ShardInfo], vocabulary: Vocabulary, count: int) -> Iterator[str]:
     """Samples from all over the data set as text, headed by where they are."""
     ends = np.cumsum([shard.num_samples for shard in shards])
     for number in sorted({index * int(ends[-1]) // max(1, count) for index in range(count)}):
@@ -318,17 +362,17 @@ def show_examples(shards: Sequence[ShardInfo], tokens: Sequence[str], count: int
         samples = read_block(shard, index, index + 1)
         follows = ", the second segment " + ("does not follow" if samples.nsp_labels[0] else "follows")
         heading = f"sample {index}, {samples.lengths[0]} tokens{follows if shard.segments > 1 else ''}"
-        yield f"{shard.path}: {heading}\n  {readable(samples, 0, tokens)}"
+        yield f"{shard.path}: {heading}\n  {readable(samples, 0, vocabulary.tokens, vocabulary.prefix)}"
 
 
-def readable(samples: Samples, index: int, tokens: Sequence[str]) -> str:
+def readable(samples: Samples, index: int, tokens: Sequence[str], prefix: str = "##") -> str:
     """A sample as text, word pieces joined; a masked token as `[before→after]`, MASK for [MASK]."""
     shown = [tokens[token] for token in samples.input_ids[index, : samples.lengths[index]]]
     for slot in range(samples.mlm_counts[index]):
         place = samples.mlm_positions[index, slot]
         replacement = "MASK" if shown[place] == "[MASK]" else shown[place]
         shown[place] = f"[{tokens[samples.mlm_labels[index, slot]]}→{replacement}]"
-    return " ".join(shown).replace(" ##", "")
+    return " ".join(shown).replace(f" {prefix}", "")
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:

@@ -14,7 +14,7 @@ import contextlib
 import math
 import os
 import sys
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -39,10 +39,20 @@ from data.preparing.remote import base_name, is_url, remote_state
 from data.preparing.shares import Share, chunk_checksum, chunk_path, end_share, join_shares, remove_shares
 from data.preparing.splits import TextChunk
 from data.preparing.staging import Staging, check_output, open_staging
+from data.preparing.vocab_training import train_vocab
 from data.preparing.workers import InlineWorker, Workers
 from data.samples import layout
+from data.shards import FIRST_TOKENIZER
 from data.subprocesses import usable_cpus
-from data.tokenizer import Vocabulary, read_vocab, train_vocab, vocab_sha256, write_tokenizer_files, write_vocab
+from data.tokenizer import (
+    Vocabulary,
+    claims_of,
+    read_vocab,
+    text_in_words,
+    vocab_sha256,
+    with_rules,
+    write_tokenizer_files,
+)
 
 __all__ = ["PrepareOptions", "Summary", "main", "make_part", "make_vocab", "prepare"]
 
@@ -121,6 +131,10 @@ class Summary:
     empty_lines: int  # lines without a token: control characters only
     tokens: int  # of the text, once
     unknown_tokens: int
+    rules: str  # Vocabulary.rules
+    characters: int  # of a sample of the text, but white space
+    altered_characters: int  # of these, how many normalisation took more from than their case
+    altered: Dict[str, int]  # the most frequent of these, and how often they occur
     dropped_tokens: int  # in documents of one token that had no other document to be paired with
     train_samples: int
     held_out_samples: int
@@ -153,6 +167,7 @@ class Summary:
                 "tokens": f"{self.tokens - self.dropped_tokens:,} used, {dropped}, {unknown}",
                 "samples": f"{train}, {self.held_out_samples:,} held out in {self.held_out_shards}",
                 "NSP": not_next if self.nsp else "none: samples are of one segment",
+                **text_in_words(self.rules, self.altered_characters / max(1, self.characters), self.altered),
                 "padding": f"{100 - 100 * self.sample_tokens / self.slots:.1f} % of the token slots",
                 "vocabulary": f"{self.vocab_size:,} tokens",
                 "written to": self.output,
@@ -180,7 +195,7 @@ def prepare(options: PrepareOptions, progress: bool = True) -> Summary:
             return Summary(**dict(staging.report, output=options.output))
         trained = os.path.join(staging.data, "vocab.txt")  # by a stopped run
         if vocabulary is None and os.path.exists(trained):
-            vocabulary = read_vocab(trained)
+            vocabulary = read_vocab(trained, [claims_of(options)])
         vocabulary = vocabulary or train_on(files, options, progress)
         write_tokenizer_files(staging.data, vocabulary)
         if options.finish:
@@ -191,7 +206,7 @@ def prepare(options: PrepareOptions, progress: bool = True) -> Summary:
             groups = groups_of(chunks, staging)
         with open_pool(few, vocabulary, files, options, staging) as pool:
             records = make_groups(groups, staging, options, len(vocabulary), pool)
-        summary = summarize(options, len(vocabulary), records)
+        summary = summarize(options, vocabulary, records)
         check_samples_made(summary, files, options.held_out)
         staging.publish(asdict(summary), then=used)
     return summary
@@ -234,13 +249,14 @@ def make_part(options: PrepareOptions, progress: bool = True) -> str:
 
 
 def make_vocab(options: PrepareOptions, progress: bool = True) -> str:
-    """Trains the vocabulary of a text, writes it to vocab.txt in `options.output`, and gives the command's report."""
+    """Trains the vocabulary of a text, writes vocab.txt, tokenizer.json and tokenizer_config.json to `options.output`,
+    and gives the command's report."""
     files, _ = check_input(options)
     vocabulary = train_on(files, options, progress)
     os.makedirs(options.output, exist_ok=True)
+    write_tokenizer_files(options.output, vocabulary)
     path = os.path.join(options.output, "vocab.txt")
-    write_vocab(path, vocabulary)
-    return table({"vocabulary": f"{len(vocabulary):,} tokens", "written to": path})
+    return table({"vocabulary": f"{len(vocabulary):,} tokens", "text": vocabulary.in_words(), "written to": path})
 
 
 def check_input(options: PrepareOptions) -> Tuple[List[TextFile], Optional[Vocabulary]]:
@@ -250,7 +266,7 @@ def check_input(options: PrepareOptions) -> Tuple[List[TextFile], Optional[Vocab
     if not options.finish:  # which does not read the text
         check_formats(files, options.format)
     check_output(options.output, options.vocab)
-    return files, None if options.vocab is None else read_vocab(options.vocab)
+    return files, read_vocab(options.vocab, [claims_of(options)], strict=True) if options.vocab else None
 
 
 def paths_of(files: Sequence[TextFile]) -> List[str]:
@@ -276,7 +292,8 @@ def train_on(files: Sequence[TextFile], options: PrepareOptions, progress: bool)
         read = read_documents(files, "vocabulary", progress)
         return (text for number, text in read if number % stride == 0)
 
-    return train_vocab(texts, options.vocab_size)
+    rules = {name: value for name, (_, value) in claims_of(options).items()}
+    return train_vocab(texts, options.vocab_size, with_rules([], rules))
 
 
 def open_pool(
@@ -327,6 +344,7 @@ def identity(options: PrepareOptions, files: Sequence[TextFile], vocabulary: Opt
         "format": describe(files).replace("wikitext", "wikitext with blank lines around titles"),
         "files": [state(path) for path in paths_of(files)],
         "vocab": vocabulary and vocab_sha256(vocabulary.tokens),
+        "normalised": vocabulary.rules if vocabulary and vocabulary.rules != FIRST_TOKENIZER else None,
         "vocab_size": None if vocabulary else options.vocab_size,
         "masked_units": options.units,
         "version of numpy": np.__version__,
@@ -410,6 +428,10 @@ def shard_tasks(
     Each part is in random order, so that its k-th stretch is a random share of it.
     """
     record: Dict[str, Any] = {"parts": [read_part_counts(path) for path in parts], "shards": []}
+    counted, altered = (
+        sum(part.get(name, 0) for part in record["parts"]) for name in ("characters", "altered_characters")
+    )
+    share = round(altered / max(1, counted), 6)
     tasks = []
     for split, name in enumerate(SPLIT_NAMES):
         samples = {path: counts["samples"] for path, counts in zip(parts, record["parts"]) if counts["split"] == split}
@@ -420,7 +442,7 @@ def shard_tasks(
             if not os.path.exists(path):
                 pieces = [(part, shard * n // shards, (shard + 1) * n // shards) for part, n in samples.items()]
                 seed = [options.seed, split, before + shard]
-                tasks.append({"do": "make_shard", "path": path, "pieces": pieces, "seed": seed})
+                tasks.append({"do": "make_shard", "path": path, "pieces": pieces, "seed": seed, "altered": share})
         record["shards"].append(shards)
     return record, tasks
 
@@ -440,22 +462,25 @@ def run_all(tasks: Iterable[Dict[str, Any]], pool: Pool, limit: int) -> None:
         future.result()
 
 
-def summarize(options: PrepareOptions, vocab_size: int, groups: Sequence[Dict[str, Any]]) -> Summary:
+def summarize(options: PrepareOptions, vocabulary: Vocabulary, groups: Sequence[Dict[str, Any]]) -> Summary:
     counts = dict.fromkeys((field.name for field in fields(Summary)), 0)
     last: Dict[str, int] = {}
+    altered: Counter = Counter()
     for part in chain.from_iterable(group["parts"] for group in groups):
         split = SPLIT_NAMES[part["split"]]
         # A long document may continue in the next chunk of its split.
         counts[f"{split}_documents"] += part["documents"] - (part["first"] == last.get(split, -1))
         counts[f"{split}_samples"] += part["samples"]
-        for name in counts.keys() & part.keys():  # of lines and tokens
+        altered.update(part.get("altered", {}))
+        for name in counts.keys() & part.keys() - {"altered"}:  # of lines, tokens and characters
             counts[name] += part[name]
         if part["last"] is not None:
             last[split] = part["last"]
     for split, shards in zip(SPLIT_NAMES, zip(*[group["shards"] for group in groups])):
         counts[f"{split}_shards"] = sum(shards)
     slots = (counts["train_samples"] + counts["held_out_samples"]) * options.sequence_length
-    own: Dict[str, Any] = {"output": options.output, "nsp": options.nsp, "vocab_size": vocab_size, "slots": slots}
+    own: Dict[str, Any] = {"output": options.output, "nsp": options.nsp, "slots": slots}
+    own.update(vocab_size=len(vocabulary), rules=vocabulary.rules, altered=dict(altered.most_common(5)))
     return Summary(**{**counts, **own})
 
 

@@ -13,11 +13,15 @@ from data.files import replacing
 from data.hdf5_file import new_hdf5
 from data.samples import FIELDS, Samples, layout
 
-__all__ = ["ShardInfo", "expand", "open_shard", "read_samples", "write_shard"]
+__all__ = ["FIRST_TOKENIZER", "ShardInfo", "expand", "open_shard", "read_samples", "write_shard"]
 
 FORMAT = "bert-pretraining-samples"
 SCHEMA_VERSION = 1
 MAKE_AGAIN = "Make it again with `python -m data.prepare`"
+# Shards that do not say how text was normalised were made when there was one way.
+FIRST_TOKENIZER = json.dumps(
+    {"lowercase": True, "strip_accents": True, "chinese_characters": True, "normalization": "none"}
+)
 MASKING = ("masking", "mask_share", "special_ids", "continuations")  # with dynamic masking all of them are there
 
 
@@ -34,6 +38,7 @@ class ShardInfo:
     file_size: int  # bytes
     offsets: Sequence[int] = ()  # where in the file each data set begins, in the order of FIELDS; empty for NVIDIA's
     is_nvidia: bool = False  # an HDF5 file as NVIDIA's script writes it: data/foreign/nvidia.py reads it
+    tokenizer: str = ""  # how text was normalised: Vocabulary.rules; "" when the file does not say
     segments: int = 2  # of a sample: 1 or 2
     masking: str = "static"  # or "dynamic": nothing is masked yet, the loader masks anew in each epoch
     mask_share: float = 0.0  # of the tokens that are to be masked, or were; 0 when the file does not say
@@ -51,15 +56,17 @@ def write_shard(
     made_by: Mapping[str, Any],
     masking: Mapping[str, Any] = {},
     segments: int = 2,
+    tokenizer: str = FIRST_TOKENIZER,
 ) -> None:
     """Writes one shard; the file appears under its name whole or not at all.
 
     `masking`: the attributes that say how its samples are, or are to be, masked (MASKING and masked_units).
-    `segments`: of a sample, 1 or 2. Raises OSError that names the file when the disk is full.
+    `segments`: of a sample, 1 or 2. `tokenizer`: how text was normalised, `Vocabulary.rules`. Raises OSError
+    that names the file when the disk is full.
     """
     with replacing(path) as temporary, new_hdf5(temporary) as file:
         file.attrs.update(format=FORMAT, schema_version=SCHEMA_VERSION, vocab_size=vocab_size, vocab_sha256=vocab_hash)
-        file.attrs.update({"made_by": json.dumps(made_by), **masking})
+        file.attrs.update({"made_by": json.dumps(made_by), "tokenizer": tokenizer, **masking})
         if segments != 2:
             file.attrs["segments"] = segments
         for name in FIELDS:
@@ -88,6 +95,7 @@ def open_shard(path: str) -> ShardInfo:
         vocab_size, vocab_hash = int(file.attrs["vocab_size"]), str(file.attrs["vocab_sha256"])
         offsets = tuple(file[name].id.get_offset() or 0 for name in FIELDS)
         fields = {"segments": int(file.attrs.get("segments", 2)), **read_masking(path, file.attrs)}
+        fields["tokenizer"] = str(file.attrs.get("tokenizer", FIRST_TOKENIZER))
         size = os.path.getsize(path)
         return ShardInfo(path, count, length, masks, vocab_size, vocab_hash, size, offsets, **fields)
 

@@ -77,7 +77,7 @@ def complete_checkpoint(temporary: str, state: Dict, model: Dict, vocabulary: Vo
     """Makes a folder with all tensors a checkpoint; the rest is as `save_checkpoint` says."""
     folder = os.path.dirname(temporary)
     path, config = os.path.join(folder, name_of(state["step"])), os.path.join(temporary, "config.json")
-    write_json(config, model)
+    write_json(config, {**model, "pad_token_id": vocabulary.tokens.index("[PAD]")})
     write_json(os.path.join(temporary, "training_state.json"), state)
     write_tokenizer_files(temporary, vocabulary, model["max_position_embeddings"])
     for place, _, files in os.walk(temporary):
@@ -217,7 +217,7 @@ def check_model(there: Dict, model: Dict, path: str) -> None:
 
 def transformers_config(config: ModelConfig, architecture: Mapping[str, str], class_name: str) -> Dict:
     """What config.json says: sizes, how the model computes, and transformers' class for it."""
-    others = dict(architectures=[class_name], pad_token_id=0, tie_word_embeddings=True, torch_dtype="float32")
+    others = dict(architectures=[class_name], tie_word_embeddings=True, torch_dtype="float32")
     return {**dataclasses.asdict(config), **others, **architecture}
 
 

@@ -23,7 +23,7 @@ from data.prepare import prepare
 from data.preparing.options import PrepareOptions
 from data.shards import ShardInfo
 from data.subprocesses import usable_cpus
-from data.tokenizer import Vocabulary, find_vocab, vocab_sha256
+from data.tokenizer import Vocabulary, claims_of, find_vocab, vocab_sha256
 
 __all__ = ["DataSet", "make_shards_from_text", "next_batch", "open_data", "open_loader", "sharing_loader"]
 
@@ -45,7 +45,8 @@ class DataSet(NamedTuple):
     def identity(self) -> Dict:
         """What a resumed run must find again."""
         sizes = [[os.path.basename(shard.path), shard.num_samples] for shard in self.shards]
-        return {"shards": sizes, "vocab_sha256": vocab_sha256(self.vocabulary.tokens)}
+        vocabulary = self.vocabulary
+        return {"shards": sizes, "vocab_sha256": vocab_sha256(vocabulary.tokens), "tokenizer": vocabulary.rules}
 
 
 def make_shards_from_text(config: Config) -> None:
@@ -83,6 +84,10 @@ def make_shards_from_text(config: Config) -> None:
                 encoding=data.encoding,
                 vocab=data.vocab,
                 vocab_size=config.model.vocab_size,
+                lowercase=data.lowercase,
+                strip_accents=data.strip_accents,
+                chinese_characters=data.chinese_characters,
+                normalization=data.normalization,
                 sequence_length=data.sequence_length,
                 mask_tokens=data.mask_tokens,
                 nsp=config.task.nsp,
@@ -106,14 +111,14 @@ def open_data(config: Config, task: Task) -> DataSet:
     expected = (data.sequence_length, data.mask_tokens, config.model.vocab_size)
     skipped: Dict[str, str] = {}
     shards = open_shards(data.files, *expected, skipped=skipped if data.on_bad_shard == "skip" else None)
-    vocabulary, path = find_vocab(data.vocab, shards, "--data.vocab")
+    held_out = open_shards(data.held_out_files, *expected) if data.held_out_files else []
+    said = claims_of(data, lambda name, value: f"data.{name} {json.dumps(value)}")
+    vocabulary, path = find_vocab(data.vocab, [*shards, *held_out], "--data.vocab", said)
     if len(vocabulary) > config.model.vocab_size:
         sizes = f"has {len(vocabulary)} tokens, model.vocab_size is {config.model.vocab_size}"
         raise InputError(f"{path}: {sizes}. Set model.vocab_size to {len(vocabulary)}")
     task.check_shards(shards)
-    if data.held_out_files:
-        held_out = open_shards(data.held_out_files, *expected)
-        find_vocab(path, held_out, "--data.vocab")
+    if held_out:
         task.check_shards(held_out)
         both = {os.path.realpath(shard.path) for shard in shards} & {os.path.realpath(shard.path) for shard in held_out}
         if both:

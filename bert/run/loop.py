@@ -51,7 +51,7 @@ from data.files import write_json
 from data.loading.loader import GlobalBatch, Loader
 from data.loading.sharing import LocalRanks
 from data.rows import Part
-from data.tokenizer import read_vocab, vocab_sha256
+from data.tokenizer import claims_of_rules, read_vocab, vocab_sha256
 from ops.shards import local_part
 
 __all__ = ["Run", "train"]
@@ -349,16 +349,31 @@ def load_weights_into(engine: Engine, path: str, config: Config, data_set: DataS
             f"{path}: {fresh[0]} is missing, and {len(fresh) - 1} more. Remove that folder to continue from the "
             "checkpoint before it"
         )
-    vocabulary = os.path.join(path, "vocab.txt")
-    if os.path.exists(vocabulary) and read_vocab(vocabulary).tokens != data_set.vocabulary.tokens:
-        raise InputError(
-            f"{vocabulary}: differs from the vocabulary of the shards, which has the hash "
-            f"{vocab_sha256(data_set.vocabulary.tokens)[:12]}. Make shards with it: "
-            f"python -m data.prepare --vocab {vocabulary} ..."
-        )
+    check_same_tokenizer(path, data_set, complete)
     engine.load_weights(weights)
     if not complete and fresh:
         logger.info("newly initialised, for %s does not have them: %s", path, ", ".join(fresh))
+
+
+def check_same_tokenizer(path: str, data_set: DataSet, complete: bool) -> None:
+    """Raises InputError where the folder of a model says that its text was tokenized otherwise than the shards' text.
+
+    Where it is `complete`, a checkpoint of this run, only its tokens count: `read_state` has looked at the rest.
+    """
+    own = data_set.vocabulary
+    if not any(os.path.exists(os.path.join(path, name)) for name in ("vocab.txt", "tokenizer.json")):
+        return
+    advice = f"Make shards with it: python -m data.prepare --vocab {path} ..."
+    try:
+        there = read_vocab(path, [] if complete else [claims_of_rules(own.rules, "the data of the run")])
+    except InputError as error:
+        raise InputError(f"{error}. {advice}")
+    if there.tokens != own.tokens:
+        hashed = vocab_sha256(own.tokens)[:12]
+        differs = f"differs from the vocabulary of the shards, which has the hash {hashed}"
+        raise InputError(f"{os.path.join(path, 'vocab.txt')}: {differs}. {advice}")
+    if not complete and there.rules != own.rules:
+        raise InputError(f"{path}: text is {there.in_words()}, that of the shards is {own.in_words()}. {advice}")
 
 
 def describe_model(config: Config, engine: Engine) -> Dict:

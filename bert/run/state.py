@@ -10,6 +10,7 @@ import torch
 from data.errors import InputError
 from data.files import read_json
 from data.loading.loader import GlobalBatch
+from data.tokenizer import rules_in_words
 
 __all__ = ["RunState", "read_state"]
 
@@ -72,6 +73,13 @@ def read_state(checkpoint: Optional[str], data_set: Dict, may_lack_shards: bool)
     state.leave_out(saved.get("skipped", {}))
     before, now = [{tuple(shard) for shard in shards["shards"]} for shards in (saved["data_set"], data_set)]
     same_vocabulary = saved["data_set"]["vocab_sha256"] == data_set["vocab_sha256"]
+    tokenizers = [saved["data_set"].get("tokenizer", data_set["tokenizer"]), data_set["tokenizer"]]  # older: unknown
+    if tokenizers[0] != tokenizers[1]:
+        was, given = map(rules_in_words, tokenizers)
+        raise InputError(
+            f"{checkpoint}: was trained on text that is {was}; that of the shards is {given}. Name the same shards "
+            "with --data.files"
+        )
     if same_vocabulary and before == now:
         return state
     if same_vocabulary and may_lack_shards and (before < now or now < before):

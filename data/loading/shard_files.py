@@ -14,7 +14,7 @@ __all__ = ["open_shards", "read_checked"]
 
 # What the shards of a data set have in common: fields of ShardInfo.
 ALIKE = (
-    *("sequence_length", "mask_tokens", "vocab_size", "vocab_sha256", "segments"),
+    *("sequence_length", "mask_tokens", "vocab_size", "vocab_sha256", "tokenizer", "segments"),
     *("masking", "mask_share", "masked_units", "continuations"),
 )
 
@@ -61,7 +61,8 @@ def check_alike(shard: ShardInfo, first: ShardInfo) -> None:
     for name in ALIKE:
         value, other = str(getattr(shard, name)), str(getattr(first, name))
         if value != other:
-            values = f"its {name} is {value:.12} and that of {first.path} is {other:.12}"
+            longest = 12 if name == "vocab_sha256" else None
+            values = f"its {name} is {value[:longest]} and that of {first.path} is {other[:longest]}"
             raise InputError(f"{shard.path}: {values}. Train on shards of one data set")
 
 

@@ -8,6 +8,7 @@ way. What is made depends on the task and the settings only, not on which proces
 """
 
 import json
+from collections import Counter
 from itertools import accumulate, groupby
 from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
@@ -20,10 +21,12 @@ from data.preparing.options import PrepareOptions
 from data.preparing.splits import TRAIN
 from data.samples import Samples
 from data.shards import read_samples, write_shard
-from data.tokenizer import SPECIAL_TOKENS, TextEncoder, Vocabulary, vocab_sha256
+from data.tokenizer import SPECIAL_TOKENS, TextEncoder, Vocabulary, altered_characters, vocab_sha256
 
 __all__ = ["ChunkMaker", "read_part_counts"]
 
+COUNTED_CHARACTERS = 1 << 18  # of a chunk, to tell what normalisation takes from them
+NAMED_CHARACTERS = 5
 BATCH_CHARACTERS = 1 << 20  # encoded at a time: the words of a batch are Python objects, some 60 bytes each
 
 NumberedLines = Tuple[int, List[str]]  # a document's number and lines, also as a list from JSON
@@ -39,12 +42,13 @@ class ChunkMaker:
     def __init__(self, vocabulary: Dict[str, Any], options: Dict[str, Any], choose: str, made_by: Dict[str, Any]):
         self.options, self.made_by = PrepareOptions(**options), made_by
         tokens = vocabulary["tokens"]
-        self.encoder = TextEncoder(Vocabulary(**vocabulary))
+        self.vocabulary = Vocabulary(**vocabulary)
+        self.encoder = TextEncoder(self.vocabulary)
         self.vocab_size, self.vocab_hash = len(tokens), vocab_sha256(tokens)
         self.special_ids = list(map(tokens.index, SPECIAL_TOKENS))
         units, share, continuations = self.options.units, self.options.mask_share, None
         if units != "tokens":
-            continuations = np.array([token.startswith("##") for token in tokens])
+            continuations = np.array([token.startswith(self.vocabulary.prefix) for token in tokens])
         masking = Masking.of(load_choice(choose), share, self.vocab_size, self.special_ids, continuations)
         self.masking = masking if self.options.masking == "static" else None
         bits = "" if continuations is None else np.packbits(continuations).tobytes().hex()
@@ -79,8 +83,9 @@ class ChunkMaker:
         order = np.random.default_rng([seed, number, options.duplicates]).permutation(len(samples))
         write_shard(path, samples.take(order), self.vocab_size, self.vocab_hash, counts)
 
-    def make_shard(self, path: str, pieces: Sequence[Tuple[str, int, int]], seed: List[int]) -> None:
-        """Writes the shard `path` of (part, first sample, one past the last) `pieces`, shuffled together."""
+    def make_shard(self, path: str, pieces: Sequence[Tuple[str, int, int]], seed: List[int], altered: float) -> None:
+        """Writes the shard `path` of (part, first sample, one past the last) `pieces`, shuffled together. `altered` is
+        the share of their text's characters that normalisation took something from."""
         count = sum(stop - start for _, start, stop in pieces)
         places = np.random.default_rng(seed).permutation(count)
         # Each sample goes to its place as it is read: the shard is in memory once.
@@ -90,8 +95,9 @@ class ChunkMaker:
             for name, values in vars(samples).items():
                 getattr(shard, name)[places[filled : filled + stop - start]] = values
             filled += stop - start
-        segments = 2 if self.options.nsp else 1
-        write_shard(path, shard, self.vocab_size, self.vocab_hash, self.made_by, self.attributes, segments)
+        made_by = {**self.made_by, "altered_characters": altered}
+        rest = (self.attributes, 2 if self.options.nsp else 1, self.vocabulary.rules)
+        write_shard(path, shard, self.vocab_size, self.vocab_hash, made_by, *rest)
 
     def empty_samples(self, count: int) -> Samples:
         return Samples.empty(count, self.options.sequence_length, self.options.mask_tokens, self.vocab_size)
@@ -115,8 +121,19 @@ class ChunkMaker:
             "empty_lines": len(line_sizes) - len(unit_sizes),
             "tokens": len(tokens),
             "unknown_tokens": int((tokens == self.special_ids[1]).sum()),
+            **self.count_altered([line for _, lines in documents for line in lines]),
         }
         return Chunk(tokens, np.cumsum(unit_sizes) - unit_sizes, np.cumsum([0, *sizes[sizes > 0]])), counts
+
+    def count_altered(self, lines: Sequence[str]) -> Dict[str, Any]:
+        """What normalisation takes from every k-th line's characters."""
+        counts = Counter("".join(lines[:: 1 + sum(map(len, lines)) // COUNTED_CHARACTERS]))
+        altered = altered_characters(self.vocabulary, counts)
+        return {
+            "characters": sum(count for character, count in counts.items() if not character.isspace()),
+            "altered_characters": sum(altered.values()),
+            "altered": dict(Counter(altered).most_common(NAMED_CHARACTERS)),
+        }
 
 
 def batches(documents: Sequence[NumberedLines]) -> Iterator[List[NumberedLines]]:

@@ -11,6 +11,7 @@ from data.preparing.corpus import FORMATS, TEXT
 from data.preparing.formats import AUTO
 from data.preparing.shares import is_share
 from data.preparing.text_file import UTF_8, check_encoding
+from data.tokenizer import NORMALIZATIONS
 
 __all__ = ["PrepareOptions"]
 
@@ -41,9 +42,22 @@ class PrepareOptions:
     """of text files, such as shift_jis, euc_kr, cp1254, utf-16-le: any that Python has. A mark of UTF-16 or UTF-32 at a
     file's beginning is recognised"""
     vocab: Optional[str] = None
-    """the WordPiece vocabulary, one token a line; without it one is trained on the text"""
+    """the WordPiece vocabulary: a vocab.txt, a tokenizer.json, or a folder with them, as transformers has them, whose
+    tokenizer_config.json is heeded; without it one is trained on the text"""
     vocab_size: int = 30522
     """the most tokens of a vocabulary that is trained"""
+    lowercase: Optional[bool] = option(None, off="--cased")
+    """lower-case the text (default: as the vocabulary's own files say, else lower-case). In any language I becomes i
+    and İ an i with a dot above, which --strip-accents removes: Turkish ı and i are not told apart in capitals"""
+    strip_accents: Optional[bool] = option(None, off="--keep-accents")
+    """remove accents and all other combining marks, such as Hindi's vowel signs and the marks that tell パ from ハ
+    (default: as the vocabulary's own files say, else as with --lowercase)"""
+    chinese_characters: Optional[bool] = option(None, off="--no-chinese-characters")
+    """make each Chinese character a word of its own, also kanji (default: as the vocabulary's own files say, else
+    true)"""
+    normalization: Optional[str] = option(None, choices=NORMALIZATIONS)
+    """the Unicode normal form to bring the text into first: nfc, nfkc (which also makes half-width letters whole) or
+    none (default: as the vocabulary's own files say, else none)"""
     sequence_length: int = option(128, lambda length: 8 <= length <= 65535, "8 to 65535 tokens")
     """tokens of a sample, with [CLS] and [SEP]"""
     mask_tokens: int = 20

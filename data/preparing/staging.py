@@ -25,7 +25,8 @@ from data.files import read_json, write_json
 
 __all__ = ["Staging", "check_output", "differences", "open_staging"]
 
-DATA_SET_FILES = ("train-*.h5", "held_out-*.h5", "vocab.txt", "tokenizer.json", "tokenizer_config.json")
+VOCABULARY_FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json")
+DATA_SET_FILES = ("train-*.h5", "held_out-*.h5", *VOCABULARY_FILES)
 LOCK_SECONDS = 3  # how long a killed run's last processes may take to end
 
 
@@ -156,11 +157,20 @@ def check_output(output: str, vocab: Optional[str]) -> None:
         raise InputError(f"{output}: is a file, expected a folder to make; give another --output")
     for pattern in DATA_SET_FILES:
         for path in sorted(glob.glob(os.path.join(glob.escape(output), pattern))):
-            if not (vocab and os.path.exists(vocab) and os.path.samefile(path, vocab)):
+            if not (vocab and is_of_vocabulary(path, vocab)):
                 raise InputError(
                     f"{output}: holds a data set already ({os.path.basename(path)}); nothing is overwritten. Give "
                     "another --output, or remove that folder first"
                 )
+
+
+def is_of_vocabulary(path: str, vocab: str) -> bool:
+    """Whether a file is one of those in which `data.tokenizer.read_vocab` finds the vocabulary `vocab`."""
+    folder = vocab if os.path.isdir(vocab) else os.path.dirname(vocab) or "."
+    named = os.path.isdir(vocab) or os.path.basename(vocab) in VOCABULARY_FILES
+    if named and os.path.basename(path) in VOCABULARY_FILES:
+        return os.path.samefile(os.path.dirname(path) or ".", folder)
+    return os.path.exists(vocab) and os.path.samefile(path, vocab)
 
 
 @contextlib.contextmanager

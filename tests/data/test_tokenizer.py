@@ -1,24 +1,33 @@
+import json
 import os
+import random
 import subprocess
 import sys
+import time
+from collections import Counter
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from data import tokenizer
 from data.errors import InputError
+from data.preparing.options import PrepareOptions
+from data.preparing.vocab_training import train_vocab
 from data.shards import ShardInfo
 from data.tokenizer import (
     SPECIAL_TOKENS,
     TextEncoder,
     Vocabulary,
+    altered_characters,
+    claims_of,
     find_vocab,
     make_tokenizer,
     read_vocab,
-    train_vocab,
     vocab_sha256,
+    with_rules,
     write_tokenizer_files,
 )
 from tests import ROOT
@@ -138,7 +147,7 @@ def test_a_vocabulary_that_is_missing_or_not_utf8_is_refused_by_name(tmp_path):
 TRAIN = """
 import hashlib
 from pydoc_data.topics import topics
-from data.tokenizer import train_vocab
+from data.preparing.vocab_training import train_vocab
 lines = [line for name in sorted(topics) for line in topics[name].splitlines()]
 print(hashlib.sha256("\\n".join(train_vocab(lambda: [lines], 2000).tokens).encode()).hexdigest())
 """
@@ -199,3 +208,240 @@ def test_the_vocabulary_of_shards_is_beside_them_or_named_and_has_their_hash(tmp
     os.remove(path)
     with pytest.raises(InputError, match="vocab.txt: no such file. Give --vocab"):
         find_vocab(None, [own])
+
+
+LINES = """Crème BRÛLÉE, naïve coöperation, Ærøskøbing Ångström Œuvre ﬁne ﬂow ½ ™ ²
+İstanbul'da IŞIK ılık; Çağrı AĞAÇ öğüt ÜŞÜDÜ
+Tiếng Việt: Nguyễn Thị Hằng đã đến Đà Nẵng
+Tie\u0302\u0301ng Vie\u0323\u0302t: decomposed e\u0301 A\u030a q\u0303\u0323
+Straße GROẞ Füße Äpfel
+ΣΊΣΥΦΟΣ Σίσυφος ἀρχὴ τῶν πάντων ΰ
+Ёлка и Йод, їжак, Љубав ѓевре
+العَرَبِيَّة والأُردُو ؟ كتاب\u0640ــ \ufdfa \ufefb
+שָׁלוֹם עֲלֵיכֶם
+हिन्दी की किताबें क्षेत्र ज्ञ ड़ क\u093c
+ภาษาไทยไม่เว้นวรรค น้ำ กำลัง
+தமிழ் மொழி கொடு கெ\u0bbe
+中文字符和English混排 繁體 𠀀𪚥 豈 \uf900\u2f801
+パパ ババ ハハ かがきぎ ｶﾞｷﾞ ﾊﾟﾋﾟ ﾃｽﾄ は\u3099 ヴ ゟ ㌔ ㍻ ①
+한국어 테스트 \u1112\u1161\u11ab\u1100\u116e\u11a8 ㄱㅏ ﾡ
+👩‍👩‍👧‍👦 👍🏽 🇹🇷 ❤️ ☺︎ e\u20e3
+bell\x07 tab\there nul\x00 del\x7f \x85next \u200bzero \u200cnon\u200djoiner \ufeffbom \u00adshy \ufffd \ue000
+\u0301lone mark \u0301 and a\u0301\u0301\u0323b, no\u00a0break \u3000 \u2003 \u2028line \u1680ogham \u2060
+Wider ＡＢＣ１２３ ﾊﾝ ｅ́ Ⅷ ⅷ ℌ Ω K Å ƒ ſ ẛ̣
+ქართული ԱՐԵՒ Հայերեն ᏣᎳᎩ ꮳꮃꭹ ສະບາຍດີ မြန်မာ ខ្មែរ བོད་སྐད ᠮᠣᠩᠭᠣᠯ አማርኛ ߒߞߏ 𐐔𐐯𐑅 𝔘𝔫𝔦 𞤀𞤣𞤤𞤢𞤥
+don't e-mail user@example.com https://x.y/z?a=b#c 3,141.59 $5 €10 ¿qué? «oui» “no” … ‘a’ ── ‼"""
+SCRIPTS = LINES.split("\n")
+UNICODE = [*range(0xD800), *range(0xE000, 0x110000)]
+RULES = [
+    {},
+    {"lowercase": False},
+    {"strip_accents": False},
+    {"lowercase": False, "strip_accents": True},
+    {"lowercase": False, "chinese_characters": False},
+    {"strip_accents": False, "normalization": "nfc"},
+    {"normalization": "nfkc"},
+    {"lowercase": False, "normalization": "nfkc"},
+]
+
+
+def random_lines(seed, count=150):
+    """Lines of characters from all over Unicode, with many marks, spaces and what NFKC makes spaces of."""
+    draw = random.Random(seed)
+    often = " \u0301\u0327\u3099\u1161\u11a8\u0323\u00a0\u00b4\ufdfa\u037a\u200daeıİＡﾞ가ᄀ\x85\u2028'"
+    kinds = [
+        lambda: draw.choice(often),
+        lambda: chr(draw.choice(UNICODE)),
+        lambda: chr(draw.randrange(0x3400)),
+    ]
+    return ["".join(draw.choice(kinds)() for _ in range(draw.randrange(60))) for _ in range(count)]
+
+
+def own_ids(vocabulary, lines):
+    ids, counts = TextEncoder(vocabulary).encode(lines)
+    return [part.tolist() for part in np.split(ids, np.cumsum(counts)[:-1])]
+
+
+def their_ids(loaded, lines):
+    return [loaded(line, add_special_tokens=False)["input_ids"] for line in lines]
+
+
+@pytest.mark.parametrize("rules", RULES, ids=str)
+def test_text_of_all_scripts_gets_the_same_ids_here_and_from_the_files_in_transformers(tmp_path, rules):
+    transformers = pytest.importorskip("transformers")
+    lines = SCRIPTS + random_lines(time.time_ns())
+    vocabulary = train_vocab(lambda: [SCRIPTS * 2], 4000, with_rules([], rules))
+    write_tokenizer_files(str(tmp_path), vocabulary)
+    assert read_vocab(str(tmp_path)) == read_vocab(str(tmp_path / "vocab.txt")) == vocabulary
+    ids = own_ids(vocabulary, lines)
+    known = [vocabulary.tokens[number] for line in ids[: len(SCRIPTS)] for number in line if number != 1]
+    assert len(set(known)) > 150
+    for _ in range(2):
+        assert their_ids(transformers.AutoTokenizer.from_pretrained(str(tmp_path)), lines) == ids
+        (tmp_path / "config.json").write_text('{"model_type": "bert"}')  # as in a checkpoint
+    for kind in ("vocab.txt", "tokenizer_config.json"):
+        os.remove(str(tmp_path / kind))
+    assert read_vocab(str(tmp_path / "tokenizer.json")) == vocabulary
+
+
+def foreign_tokenizer(path, lines, added=(), **model):
+    """A tokenizer.json that no options of BERT's say."""
+    settings = {"unk_token": "[UNK]", "continuing_subword_prefix": "@@", "max_input_chars_per_word": 12, **model}
+    made = Tokenizer(models.WordPiece({}, **settings))
+    made.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace("x y", "ö"), normalizers.Strip()])
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = ["[MASK]", "[PAD]", "[UNK]", "[CLS]", "[SEP]"]  # the Spanish BETO's order: 0 is not [PAD]
+    prefix = settings["continuing_subword_prefix"]
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=600, special_tokens=special, show_progress=False, continuing_subword_prefix=prefix
+    )
+    made.train_from_iterator(lines, trainer)
+    made.add_tokens(list(added))
+    made.enable_truncation(4)
+    made.enable_padding(pad_id=1)
+    made.save(str(path))
+
+
+def test_a_tokenizer_json_of_wordpieces_is_taken_as_it_is(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    lines = [*SCRIPTS, "the x y and a very_long_word_of_many_letters, <a b> end", *random_lines(time.time_ns(), 50)]
+    foreign_tokenizer(tmp_path / "tokenizer.json", lines * 2, ["<a b>"])
+    vocabulary = read_vocab(str(tmp_path / "tokenizer.json"))
+    assert vocabulary.prefix == "@@" and vocabulary.tokens[-1] == "<a b>" and vocabulary.tokens.index("[PAD]") == 1
+    reference = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    ids = own_ids(vocabulary, lines)
+    assert ids == their_ids(reference, lines) and max(map(len, ids)) > 4
+    (tmp_path / "out").mkdir()
+    write_tokenizer_files(str(tmp_path / "out"), vocabulary)
+    written = read_vocab(str(tmp_path / "out" / "vocab.txt"))
+    assert (written.tokens, written.rules) == (vocabulary.tokens, vocabulary.rules)
+    (tmp_path / "out" / "config.json").write_text('{"model_type": "bert"}')
+    loaded = transformers.AutoTokenizer.from_pretrained(str(tmp_path / "out"))
+    assert their_ids(loaded, lines) == ids and loaded.pad_token_id == 1
+    assert loaded.convert_ids_to_tokens(loaded("a")["input_ids"])[:: len(loaded("a")["input_ids"]) - 1] == [
+        "[CLS]",
+        "[SEP]",
+    ]
+    with pytest.raises(InputError, match="tokenizer.json: is taken as it is.* but --cased says how text is normalised"):
+        read_vocab(str(tmp_path), [claims_of(PrepareOptions([], "", lowercase=False))])
+
+
+def edited(path, change):
+    contents = json.loads(path.read_text(encoding="utf-8"))
+    change(contents)
+    path.write_text(json.dumps(contents), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda it: it["model"].update(type="BPE"), "its model is BPE, expected WordPiece"),
+        (lambda it: it["model"].update(unk_token="<unk>"), "model.unk_token is '<unk>', expected '.UNK.'"),
+        (lambda it: it["model"].update(continuing_subword_prefix=""), "continuing_subword_prefix is empty, expected a"),
+        (lambda it: it["model"]["vocab"].pop("[CLS]") and it["added_tokens"].clear(), "the ids of its .* are not 0 to"),
+        (lambda it: it["model"]["vocab"].update({"[CLS]": 18, "σ": 2}) or it["added_tokens"].clear(), None),
+        (lambda it: it.update(normalizer={"type": "Odd"}), "cannot be read"),
+    ],
+)
+def test_a_tokenizer_json_that_cannot_be_used_is_refused_by_name(tmp_path, change, message):
+    write_tokenizer_files(str(tmp_path), VOCABULARY)
+    os.remove(str(tmp_path / "vocab.txt"))
+    edited(tmp_path / "tokenizer.json", change)
+    if message is None:
+        assert read_vocab(str(tmp_path)).tokens[2] == "σ"  # any order will do
+        return
+    with pytest.raises(InputError, match="tokenizer.json: .*" + message):
+        read_vocab(str(tmp_path))
+
+
+def test_how_text_is_normalised_comes_from_the_vocabularys_own_files_and_options_must_agree(tmp_path):
+    vocab_file(tmp_path, "\n".join(TOKENS))
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text('{"do_lower_case": false, "strip_accents": null, "tokenizer_class": "BertTokenizerFast"}')
+
+    def read(**options):
+        return read_vocab(str(tmp_path / "vocab.txt"), [claims_of(PrepareOptions([], "", **options))])
+
+    assert read() == read(lowercase=False, strip_accents=False) == Vocabulary(TOKENS, lowercase=False)
+    assert read(chinese_characters=False, normalization="nfc") == Vocabulary(TOKENS, False, None, False, "nfc")
+    for options, flag in (({"lowercase": True}, "--lowercase"), ({"strip_accents": True}, "--strip-accents")):
+        with pytest.raises(InputError, match=f"{flag} says .*, .*tokenizer_config.json .*says .*; expected the same"):
+            read(**options)
+    write_tokenizer_files(str(tmp_path), Vocabulary(TOKENS, strip_accents=False))
+    assert read() == read(lowercase=True) == Vocabulary(TOKENS, True, False)
+    config.write_text('{"do_lower_case": false}')
+    with pytest.raises(
+        InputError, match="tokenizer_config.json .do_lower_case. says cased, .*tokenizer.json says lower"
+    ):
+        read()
+    edited(tmp_path / "tokenizer.json", lambda it: it["model"]["vocab"].update({"the": 6, "cat": 5}))
+    config.write_text("{}")
+    with pytest.raises(InputError, match="vocab.txt: has other tokens than .*tokenizer.json beside it"):
+        read()
+    os.remove(str(tmp_path / "tokenizer.json"))
+    config.write_text('{"tokenizer_class": "BertJapaneseTokenizer", "do_lower_case": false}')
+    with pytest.raises(InputError, match="tokenizer_class is BertJapaneseTokenizer, expected BertTokenizer"):
+        read()
+    os.remove(str(tmp_path / "vocab.txt"))
+    with pytest.raises(InputError, match="has neither vocab.txt nor tokenizer.json"):
+        read_vocab(str(tmp_path))
+
+
+def test_a_vocabulary_whose_words_cannot_occur_is_refused_where_nobody_says_how_text_is_normalised(tmp_path):
+    def read(words, **options):
+        path = vocab_file(tmp_path, "\n".join([*SPECIAL_TOKENS, "[unused1]", *words]))
+        return read_vocab(path, [claims_of(PrepareOptions([], "", **options))], strict=True)
+
+    plain = [f"word{number}" for number in range(300)]
+    read([*plain, "Odd", "crème"])
+    cased, accents = (
+        plain + [f"##Word{number}" for number in range(30)],
+        plain + [f"çağ{number}" for number in range(30)],
+    )
+    unreachable = "vocab.txt: 30 of its 330 words cannot occur in text that is lower-case, accents stripped .Word0.*"
+    advice = "expected at most 1 % of them.*Add --cased, which suits them, or --lowercase"
+    with pytest.raises(InputError, match=unreachable + advice):
+        read(cased)
+    with pytest.raises(InputError, match="Add --keep-accents, which suits them"):
+        read(accents)
+    assert read(cased, lowercase=False) and read(accents, strip_accents=False) and read(accents, lowercase=True)
+    with pytest.raises(InputError, match="Add --cased"):
+        read(cased, strip_accents=False)
+
+
+@needs_shared_data
+def test_berts_own_vocabulary_suits_the_default():
+    assert len(read_vocab(os.path.join(SHARED, "bert-base-uncased-vocab.txt"), strict=True)) == 30522
+
+
+@pytest.mark.parametrize(
+    "rules, text, altered",
+    [
+        ({}, "Plain English, IN CAPITALS... 10 % of ½ \t\x85 中文 straße", ""),
+        ({}, "हिन्दी की", "ि\u094d"[1]),
+        ({}, "パパ ハハ", "パ"),
+        ({}, "Çağrı İĞ ı", "ÇğİĞ"),
+        ({}, "zero\u200cwidth\x07", "\u200c\x07"),
+        ({"strip_accents": False}, "Çağrı İ パパ हिन्दी", ""),
+        ({"lowercase": False}, "Çağrı İ パパ हिन्दी \u200c", "\u200c"),
+        ({"normalization": "nfkc"}, "ﾊﾟ ﬁ \ufdfa ㌘", "\uff9f㌘"),
+        ({"lowercase": False, "normalization": "nfkc"}, "ﾊﾟ ﬁ \ufdfa ㌔ e\u0301", ""),
+    ],
+)
+def test_characters_that_normalisation_takes_something_from_are_told(rules, text, altered):
+    found = altered_characters(with_rules(list(SPECIAL_TOKENS), rules), Counter(text))
+    assert found == {character: text.count(character) for character in altered}
+
+
+def test_a_vocabulary_is_trained_on_text_as_it_is_normalised():
+    lines = ["cafe\u0301 Cafe\u0301 ﾊﾟ"] * 3
+    cases = (("nfc", False, "é", "É"), ("nfkc", False, "パ", "e"), ("none", True, "e", "é"))
+    for form, strips, there, missing in cases:
+        tokens = train_vocab(
+            lambda: [lines], 100, with_rules([], {"normalization": form, "strip_accents": strips})
+        ).tokens
+        assert there in tokens and missing not in tokens
+    letters = [chr(number) for number in range(0x4E00, 0x4E00 + 1200)]
+    for strips, count in ((True, 1000), (False, 1200)):
+        vocabulary = train_vocab(lambda: [letters * 2], 8000, with_rules([], {"strip_accents": strips}))
+        assert len({*vocabulary.tokens} & {*letters}) == count
