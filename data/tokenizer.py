@@ -191,9 +191,8 @@ def agreed(said: Sequence[Claims]) -> Dict[str, Any]:
         first, other = found.setdefault(name, (who, value))
         if other != value:
             raise InputError(
-                f"{first} says {RULES[name][other]}, {who} says {RULES[name][value]}; expected the same of both. A "
-                "vocabulary fits text that is normalised as it was when it was made: leave out the option, or take "
-                "another vocabulary"
+                f"{first} says {RULES[name][other]}, {who} says {RULES[name][value]}; expected the same of both. "
+                "Text has to be normalised alike everywhere: leave out the option, or name another file"
             )
     return {name: value for name, (_, value) in found.items()}
 
@@ -353,7 +352,7 @@ def find_vocab(
     if not os.path.exists(path):
         raise InputError(f"{path}: no such file. Give {option}, the vocabulary that the samples were made with")
     said = [claims or {}]
-    for shard in {shard.tokenizer: shard for shard in shards if shard.tokenizer}.values():
+    for shard in {shard.tokenizer: shard for shard in reversed(shards) if shard.tokenizer}.values():
         said.append(claims_of_rules(shard.tokenizer, shard.path))
     vocabulary = read_vocab(path, said, strict)
     own_hash = vocab_sha256(vocabulary.tokens)

@@ -635,3 +635,21 @@ def test_hub_and_hdf5_are_told_apart_by_their_content(tmp_path):
     with pytest.raises(InputError, match="holds no .parquet or .arrow files"):
         hub.table_files(str(tmp_path))
     assert recognise(write_plain(tmp_path / "c", samples)) == "tfrecord"
+
+
+def test_samples_from_elsewhere_are_of_text_as_the_vocabulary_or_the_options_say(tmp_path):
+    samples = bert_samples(np.random.default_rng(0), 20, LENGTH, SLOTS)
+    path = write_hdf5(tmp_path / "a", samples)
+    words = [*WORDS[:5], *(f"Word{number}" for number in range(len(WORDS) - 5))]
+    vocab = str(tmp_path / "vocab.txt")
+    (tmp_path / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
+    with pytest.raises(InputError, match="Add --cased, which suits them, or --lowercase"):
+        run([path], vocab, tmp_path / "out")
+    result = run([path], vocab, tmp_path / "out", lowercase=False)
+    (shard,) = open_shards([str(tmp_path / "out" / "*.h5")])
+    assert "text        taken to be cased, accents kept" in str(result) and '"lowercase": false' in shard.tokenizer
+    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": true}')
+    with pytest.raises(InputError, match="--cased says cased, .*tokenizer_config.json .do_lower_case. says lower-case"):
+        run([path], vocab, tmp_path / "two", lowercase=False)
+    with pytest.raises(InputError, match="train-00000.h5 says cased, .*tokenizer_config.json .do_lower_case. says"):
+        run([shard.path], vocab, tmp_path / "two", target="nvidia")

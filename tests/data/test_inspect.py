@@ -312,3 +312,16 @@ def test_nvidias_own_file_is_as_berts_paper_says():
         and abs(result.masked_as_mask - 0.8) < 0.02
         and abs(result.masked_as_random - 0.1) < 0.02
     )
+
+
+def test_what_normalisation_takes_is_told_of_shards_and_of_a_text_whose_lines_make_the_round_trip(tmp_path):
+    samples, tokens = bert_samples(np.random.default_rng(0), 30), [*WORDS[:-4], "cagr", "##ı", "ciao", "!"]
+    path = write(tmp_path, samples, tokens=tokens)
+    assert look(path).altered_characters is None and "text        lower-case, accents stripped\n" in str(look(path))
+    write_shard(path, samples, len(tokens), vocab_sha256(tokens), {"altered_characters": 0.0123})
+    assert look(path).altered_characters == pytest.approx(0.0123) and "accents stripped; 1.23 %" in str(look(path))
+    (tmp_path / "text.txt").write_text("Çağrı CIAO!\n\nciao\n", encoding="utf-8")
+    result = look(path, text=str(tmp_path / "text.txt"), samples=1)
+    assert result.altered_characters == 2 / 14 and "warning     more than 1 %" in str(result)
+    text = tmp_path / "text.txt"
+    assert result.examples[0] == f"{text}: Çağrı CIAO!\n  tokens   cagr ##ı ciao !\n  decoded  cagrı ciao!"

@@ -7,7 +7,7 @@ import re
 import signal
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import h5py
 import numpy as np
@@ -15,6 +15,7 @@ import pytest
 
 from data import prepare as module
 from data.errors import InputError, PrepareStopped
+from data.inspect import InspectOptions, inspect
 from data.loading.shard_files import open_shards
 from data.masking import CHOICES, choose_words, mask_dynamic, masking_of
 from data.prepare import PrepareOptions, main, prepare
@@ -25,8 +26,9 @@ from data.preparing.corpus import Document
 from data.rows import unpacked_batch
 from data.samples import FIELDS, check_samples
 from data.shards import read_samples
-from data.tokenizer import SPECIAL_TOKENS, read_vocab, vocab_sha256
+from data.tokenizer import SPECIAL_TOKENS, Vocabulary, find_vocab, read_vocab, vocab_sha256, write_tokenizer_files
 from tests import ROOT, assert_help_teaches
+from tests.data.test_tokenizer import foreign_tokenizer
 
 SHARED = os.path.join(os.path.dirname(ROOT), "shared", "data")
 SIZES = dict(sequence_length=32, mask_tokens=5)
@@ -686,3 +688,78 @@ def test_real_text_with_the_real_vocabulary_keeps_every_token_at_phase_2_sizes(t
     assert (summary.documents, summary.dropped_tokens) == (60, 0) and summary.tokens > 250000
     assert len(glob.glob(str(tmp_path / "out" / "*.h5"))) == 1
     assert summary.sample_tokens / summary.slots > 0.8
+
+
+def turkish(tmp_path):
+    words = ["Çağrı", "ağaç", "öğüt", "İstanbul", "IŞIK", "ılık", "düş", "üzüm", "şişe", "göl", "ördek", "çiçek"]
+    draw = random.Random(0)
+    lines = [" ".join(draw.choices(words, k=9)) if number % 12 else "" for number in range(300)]
+    (tmp_path / "tr.txt").write_text("\n".join(lines), encoding="utf-8")
+    return str(tmp_path / "tr.txt")
+
+
+def test_prepare_says_how_text_is_normalised_and_warns_of_what_is_lost(tmp_path, capsys):
+    text = turkish(tmp_path)
+    command = ["--input", text, "--vocab-size", "150", "--sequence-length", "32", "--mask-tokens", "5", "--output"]
+    assert main([*command, str(tmp_path / "default")]) == 0
+    report = capsys.readouterr().out
+    share = re.search(r"text        lower-case, accents stripped; ([\d.]+) % of the characters lost more than", report)
+    assert 20 < float(share.group(1)) < 40 and " ğ" in report
+    assert (
+        "warning     more than 1 %: accents, vowel signs and other marks are removed. To keep them add --keep-"
+        in report
+    )
+    assert main([*command, str(tmp_path / "kept"), "--cased", "--normalization", "nfc"]) == 0
+    report = capsys.readouterr().out
+    assert "text        cased, accents kept, NFC; 0.00 % of" in report and "warning" not in report
+    with h5py.File(str(tmp_path / "default" / "train-00000.h5"), "r") as file:
+        assert json.loads(file.attrs["made_by"])["altered_characters"] == pytest.approx(
+            float(share.group(1)) / 100, abs=1e-4
+        )
+    (shard,) = open_shards([str(tmp_path / "kept" / "*.h5")])
+    vocabulary = read_vocab(str(tmp_path / "kept"))
+    assert shard.tokenizer == vocabulary.rules and "Çağrı" in vocabulary.tokens and not vocabulary.lowercase
+    # Without options it goes by the vocabulary's own files; options that say another thing are refused.
+    for vocab in ("kept", "kept/vocab.txt", "kept/tokenizer.json"):
+        out = tmp_path / vocab.replace("/", "-").replace("kept", "again")
+        assert main([*command, str(out), "--vocab", str(tmp_path / vocab)]) == 0
+        assert "cased, accents kept, NFC; 0.00" in capsys.readouterr().out
+    assert file_hashes(tmp_path / "again")["train-00000.h5"] == file_hashes(tmp_path / "kept")["train-00000.h5"]
+    assert main([*command, str(tmp_path / "no"), "--vocab", str(tmp_path / "kept"), "--lowercase"]) == 2
+    assert "error: --lowercase says lower-case, " in capsys.readouterr().err
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        os.remove(str(tmp_path / "kept" / name))
+    assert main([*command, str(tmp_path / "no"), "--vocab", str(tmp_path / "kept")]) == 2
+    assert "Add --cased, which suits them" in capsys.readouterr().err and not (tmp_path / "no").exists()
+    with pytest.raises(SystemExit):
+        main([*command, str(tmp_path / "no"), "--cased", "--lowercase"])
+    assert "not allowed with argument" in capsys.readouterr().err
+
+
+def test_a_vocabulary_trained_first_keeps_its_rules_for_what_is_made_beside_it(tmp_path, capsys):
+    command = ["--input", turkish(tmp_path), "--output", str(tmp_path / "out"), "--sequence-length", "32"]
+    assert main([*command, "--vocab-only", "--vocab-size", "150", "--keep-accents"]) == 0
+    assert "lower-case, accents kept" in capsys.readouterr().out
+    assert main([*command, "--mask-tokens", "5", "--vocab", str(tmp_path / "out" / "vocab.txt")]) == 0
+    assert "lower-case, accents kept; 0.00" in capsys.readouterr().out
+    assert main([*command, "--mask-tokens", "5", "--vocab", str(tmp_path / "out")]) == 2
+    assert "holds a data set already" in capsys.readouterr().err
+
+
+def test_text_is_made_samples_by_a_tokenizer_json_as_it_is(tmp_path):
+    turkish(tmp_path)
+    foreign_tokenizer(tmp_path / "tokenizer.json", (tmp_path / "tr.txt").read_text(encoding="utf-8").split("\n"))
+    options = PrepareOptions([str(tmp_path / "tr.txt")], str(tmp_path / "out"), vocab=str(tmp_path), **SIZES)
+    prepare(replace(options, whole_word_masking=True), progress=False)
+    result = inspect(InspectOptions([str(tmp_path / "out" / "*.h5")], check=True), progress=False)
+    vocabulary = read_vocab(str(tmp_path))
+    assert result.tokenizer == vocabulary.rules and "@@" not in result.examples[0].split("\n")[1]
+    with h5py.File(str(tmp_path / "out" / "train-00000.h5"), "r") as file:
+        bits = np.unpackbits(np.frombuffer(bytes.fromhex(file.attrs["continuations"]), np.uint8))[: len(vocabulary)]
+    assert bits.tolist() == [token.startswith("@@") for token in vocabulary.tokens] and bits.any()
+    shards = open_shards([str(tmp_path / "out" / "*.h5")])
+    write_tokenizer_files(str(tmp_path / "out"), Vocabulary(vocabulary.tokens))
+    with pytest.raises(
+        InputError, match="is not the tokenizer that .*train-00000.h5 was made with: text is lower-case"
+    ):
+        find_vocab(None, shards)
