@@ -58,6 +58,7 @@ def arguments(tmp_path, shards, **changes):
             "compile": "off",
             "output": str(tmp_path / "run"),
         },
+        "ipu": {"layers_per_ipu": [0, 2]},
     }
     path = tmp_path / "tiny.json"
     path.write_text(json.dumps(values))
