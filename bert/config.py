@@ -263,8 +263,9 @@ class IpuConfig:
 class Config:
     """BERT pre-training: config -> shards -> global batches -> optimizer -> checkpoint that transformers loads."""
 
-    device: Literal["auto", "ipu", "cuda", "cpu"] = "auto"
-    """Where to train; auto: on IPUs if PopTorch finds some, else on a CUDA device if there is one, else on the CPU."""
+    device: Literal["auto", "ipu", "cuda", "mps", "cpu"] = "auto"
+    """Where to train; auto: on IPUs if PopTorch finds some, else on a CUDA device if there is one, else on an Apple GPU
+    (mps) if it computes as the CPU does, else on the CPU."""
     resume: Literal["never", "auto"] = "never"
     """auto: continue the run in the output folder, if there is one, exactly where its newest checkpoint is."""
     plan: bool = False

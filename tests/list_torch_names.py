@@ -17,6 +17,7 @@ MODULES = (
     "torch.autograd.graph",
     "torch.backends",
     "torch.backends.mkldnn",
+    "torch.backends.mps",
     "torch.cuda",
     "torch.linalg",
     "torch.nn",

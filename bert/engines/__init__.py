@@ -23,7 +23,7 @@ from bert.engines.choosing import (
 from bert.engines.engine import Engine
 from bert.engines.ipu import IpuEngine
 from bert.engines.micro_batch import fit_micro_batch
-from bert.engines.torch_devices import Cpu, Cuda, TorchDevice, choose_precision
+from bert.engines.torch_devices import Cpu, Cuda, Mps, TorchDevice, choose_precision
 from bert.engines.torch_engine import TorchEngine
 from bert.geometry import row_shape
 from bert.model.model import Model, initialize
@@ -75,22 +75,23 @@ def suitable_rows(config: Config, device: TorchDevice, precision: str) -> int:
 
 
 def expected_of_torch(config: Config) -> Tuple[str, int, int, bool]:
-    """Of a run on CUDA or CPU, for a plan: the precision, the rows of a micro-batch, how many bytes of logits are there
-    at a time, at most, and whether weights are packed. A CUDA device that is not here is taken to have bfloat16 and
-    memory enough."""
+    """Of a run on CUDA, mps or CPU, for a plan: the precision, the rows of a micro-batch, how many bytes of logits are
+    there at a time, at most, and whether weights are packed. A CUDA device that is not here is taken to have bfloat16
+    and memory enough."""
     name = config.device if config.device in TORCH_DEVICES else find_device(config)[0]
     device = TORCH_DEVICES[name]()
     precision: str = config.training.precision
     if precision == "auto":
         is_here = device.memory is None or torch.cuda.is_available()
         precision = choose_precision(device, precision) if is_here else "bfloat16"
-    is_cpu = device.memory is None
-    return precision, suitable_rows(config, device, precision), 2**25 if is_cpu else 2**31, is_cpu
+    logit_bytes = {"cpu": 2**25, "mps": 2**29}.get(name, 2**31)
+    return precision, suitable_rows(config, device, precision), logit_bytes, name == "cpu"
 
 
-TORCH_DEVICES: Dict[str, Callable[[], TorchDevice]] = {"cpu": Cpu, "cuda": Cuda}
+TORCH_DEVICES: Dict[str, Callable[[], TorchDevice]] = {"cpu": Cpu, "cuda": Cuda, "mps": Mps}
 ENGINES: Dict[str, Callable[[Config, Task, Model], Engine]] = {
     "cpu": lambda config, task, model: make_torch_engine(config, task, model, Cpu()),
     "cuda": lambda config, task, model: make_torch_engine(config, task, model, Cuda()),
+    "mps": lambda config, task, model: make_torch_engine(config, task, model, Mps()),
     "ipu": IpuEngine,
 }

@@ -25,14 +25,14 @@ IPU_KINDS = {2: "Mk2 ", 21: "float8 Mk2 "}  # as poptorch.ipuHardwareVersion() n
 
 
 def choose_device(wanted: str, ipus: int = 1, needs_hardware: bool = True) -> Tuple[str, str]:
-    """`auto`, `ipu`, `cuda` or `cpu` -> (the device, one line that says why).
+    """`auto`, `ipu`, `cuda`, `mps` or `cpu` -> (the device, one line that says why).
 
     A run on IPUs takes `ipus` of them; without `needs_hardware` (it compiles only, or runs on Graphcore's simulator)
     PopTorch is enough. Raises InputError with the way out where a device is asked for that is not there.
     """
     import torch
 
-    if wanted not in ("auto", "ipu", "cuda", "cpu"):  # a fork's, which is taken at its word
+    if wanted not in ("auto", "ipu", "cuda", "mps", "cpu"):  # a fork's, which is taken at its word
         return wanted, wanted
     why = "no PopTorch"
     # For auto, a package named popart alone is left alone: it is hardly Graphcore's.
@@ -55,6 +55,17 @@ def choose_device(wanted: str, ipus: int = 1, needs_hardware: bool = True) -> Tu
         take_card()
         reason = "" if wanted == "cuda" else f": {why}"
         return "cuda", f"cuda ({torch.cuda.get_device_name()}{reason})"
+    # On a Mac several processes would share one GPU.
+    if wanted == "mps" or (wanted == "auto" and torch.backends.mps.is_available() and process_of("cpu")[1] == 1):
+        from bert.engines.mps import why_not_mps  # here: it needs a model
+
+        why_no_mps = why_not_mps()
+        if not why_no_mps:
+            return "mps", "mps (Apple GPU)" if wanted == "mps" else f"mps (Apple GPU: no CUDA device, {why})"
+        if wanted == "mps":
+            remedy = f"Use --device auto, or another version of torch than {torch.__version__}"
+            raise InputError(f'device is "mps", but {why_no_mps}. {remedy}')
+        why = f"{why_no_mps}, {why}"
     reason = "" if wanted == "cpu" else f": no CUDA device, {why}"
     own = cores_of_process() if process_of("cpu")[1] > 1 else None
     words = describe(*own) if own else f"{torch.get_num_threads()} threads"

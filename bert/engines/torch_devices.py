@@ -11,7 +11,7 @@ from torch import nn
 from data.errors import InputError
 from ops.native import multiplies_bfloat16
 
-__all__ = ["Cpu", "Cuda", "Memory", "TorchDevice", "choose_precision", "wants_compile"]
+__all__ = ["Cpu", "Cuda", "Memory", "Mps", "TorchDevice", "choose_precision", "wants_compile"]
 
 
 class Memory(Protocol):
@@ -181,6 +181,39 @@ class Cuda:
         except ImportError:
             return None
         return triton.__name__
+
+
+class Mps:
+    """Apple's GPUs, in float32; bert/engines/mps.py tries them first."""
+
+    name, asynchronous = "mps", True
+    memory: Optional[Memory] = None  # it is the host's
+    hidden_bytes = 16 * 2**20
+    compiler_name, auto_compile, compiles_kernels = "compiler for mps", False, False
+
+    def start(self, keeps_memory: bool) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        torch.mps.synchronize()
+
+    def fork_random(self) -> ContextManager:
+        return torch.random.fork_rng(devices=[0], device_type=self.name)
+
+    def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.name)
+
+    def to_host(self, tensor: torch.Tensor) -> Tuple[torch.Tensor, Any]:
+        return tensor.cpu(), self  # which waits for it
+
+    def has_bfloat16(self) -> bool:
+        return False
+
+    def why_no_float8(self) -> str:
+        return "Apple's GPUs do not multiply it"
+
+    def find_compiler(self) -> Optional[str]:
+        return None
 
 
 def choose_precision(device: TorchDevice, setting: str) -> str:

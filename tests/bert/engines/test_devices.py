@@ -7,10 +7,11 @@ import types
 import pytest
 import torch
 
-from bert.config import Config
-from bert.engines import make_engine
+from bert.config import Config, ModelConfig
+from bert.engines import make_engine, mps
 from bert.engines.choosing import choose_device, local_parts, part_of
-from bert.engines.torch_devices import Cuda, choose_precision
+from bert.engines.mps import tiny_batch, train_tiny
+from bert.engines.torch_devices import Cpu, Cuda, Mps, choose_precision
 from data.errors import InputError
 from data.rows import WHOLE, Part
 
@@ -190,7 +191,91 @@ def test_auto_takes_cuda_where_there_is_no_ipu_and_says_why(install, monkeypatch
 
 
 def test_the_device_of_a_fork_is_taken_at_its_word():
-    assert choose_device("mps") == ("mps", "mps")
+    assert choose_device("xpu") == ("xpu", "xpu")
+
+
+def pretend_mps(monkeypatch, patch=lambda monkeypatch: None):
+    """An Apple GPU that computes as the CPU does after `patch`."""
+
+    def train(device):
+        with monkeypatch.context() as other:
+            if device == "mps":
+                patch(other)
+            return train_tiny("cpu")
+
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(mps, "train_tiny", train)
+
+
+def test_auto_takes_an_apple_gpu_after_cuda(install, monkeypatch):
+    install()
+    pretend_mps(monkeypatch)
+    assert choose_device("auto") == ("mps", "mps (Apple GPU: no CUDA device, no PopTorch)")
+    assert choose_device("mps") == ("mps", "mps (Apple GPU)")
+    assert choose_device("cpu")[0] == "cpu"
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert choose_device("auto")[0] == "cpu"
+    pretend_cuda(monkeypatch)
+    monkeypatch.setattr("bert.engines.choosing.take_card", lambda: None)
+    assert choose_device("auto")[0] == "cuda"
+
+
+def forget_the_mask(monkeypatch):
+    monkeypatch.setattr("ops.attention.same_sample_mask", lambda ids: torch.ones(len(ids), 1, 1, 1, dtype=torch.bool))
+
+
+def lack_an_operation(monkeypatch):
+    def gelu(*arguments):
+        raise NotImplementedError("aten::gelu is not implemented for mps\nfile a bug")
+
+    monkeypatch.setattr("ops.linear.linear_gelu_plain", gelu)
+    monkeypatch.setattr("ops.linear._is_native", lambda *tensors, parameters: False)
+
+
+def update_too_far(monkeypatch):
+    monkeypatch.setattr("ops.lamb._choose", lambda *_: "plain")
+    monkeypatch.setattr("ops.lamb._updated", lambda w, *_: torch.ones_like(w))
+
+
+@pytest.mark.parametrize(
+    "patch, why",
+    [
+        (forget_the_mask, "mps computes wrongly: the loss is not"),
+        (update_too_far, "mps computes wrongly: the updated bert"),
+        (lack_an_operation, "mps fails: aten::gelu is not implemented for mps"),
+    ],
+)
+def test_an_apple_gpu_that_computes_wrongly_is_left_alone_and_the_line_says_why(install, monkeypatch, patch, why):
+    install()
+    pretend_mps(monkeypatch, patch)
+    device, line = choose_device("auto")
+    assert device == "cpu" and why in line
+    with pytest.raises(InputError, match=f'device is "mps", but {why}.*--device auto'):
+        choose_device("mps")
+
+
+def test_without_an_apple_gpu_asking_for_one_is_an_error():
+    with pytest.raises(InputError, match='device is "mps", but PyTorch finds no Apple GPU. Use --device auto'):
+        choose_device("mps")
+
+
+def test_steps_on_an_apple_gpu_are_those_on_the_cpu(monkeypatch):
+    """With the CPU in its place."""
+    monkeypatch.setattr(torch.mps, "synchronize", lambda: None)
+    monkeypatch.setattr(Mps, "name", "cpu")
+    monkeypatch.setattr(Mps, "fork_random", Cpu.fork_random)
+    monkeypatch.setattr("ops.native.native", lambda dtype: None)
+    sizes = dict(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    config = Config(model=ModelConfig(max_position_embeddings=16, **sizes))
+    config.training.micro_batch_size, config.training.precision = 3, "float32"
+    found = []
+    for device in ("cpu", "mps"):
+        engine = make_engine(config, device)
+        metrics = engine.step(tiny_batch(), 0.01, 1)
+        engine.wait_for(1)
+        found.append({**engine.weights(), **metrics, **engine.evaluate(tiny_batch())})
+    assert all(torch.equal(found[1][name], x) for name, x in found[0].items())
 
 
 def test_cuda_without_a_device_or_with_the_torch_of_ipus_is_a_clear_error(install, monkeypatch):
@@ -205,7 +290,7 @@ def test_cuda_without_a_device_or_with_the_torch_of_ipus_is_a_clear_error(instal
 
 
 def test_a_device_without_an_engine_is_an_error_that_names_those_there_are():
-    with pytest.raises(InputError, match='device is "tpu", expected one of cpu, cuda, ipu'):
+    with pytest.raises(InputError, match='device is "tpu", expected one of cpu, cuda, mps, ipu'):
         make_engine(Config(), "tpu")
 
 
