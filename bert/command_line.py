@@ -1,7 +1,8 @@
 """The command line: a config file, and dotted overrides. `python -m bert.command_line --schema` prints a file's schema.
 
-jsonargparse parses options, converts values and explains them in --help. What it does not do well is done here: options
-override the file wherever --config stands, and errors name the source, the key, its value and what is expected.
+jsonargparse parses options, converts values and prints the whole config. What it does not do well is done here: options
+override the file wherever --config stands, errors name the source, the key, its value and what is expected, and --help
+has a line for each option.
 """
 
 import argparse
@@ -10,13 +11,15 @@ import json
 import math
 import operator
 import os
+import textwrap
 from dataclasses import fields, is_dataclass
-from typing import Any, Dict, Iterable, Literal, Optional, Sequence, Tuple, Union, get_args, get_origin
+from typing import Any, Dict, Iterable, List, Literal, Optional, Sequence, Tuple, Union, get_args, get_origin
 
-from docstring_parser import parse_from_object  # jsonargparse takes its help from it too
-from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+from docstring_parser import parse_from_object
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace, set_dumper
 
 from bert.config import Config
+from bert.start_from import defaults_of_start
 from bert.validation import validate
 from data.errors import InputError
 
@@ -24,7 +27,8 @@ __all__ = ["CONFIG_FOLDER", "find_config", "make_schema", "parse_command_line"]
 
 CONFIG_FOLDER = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs")
 FOLDERS = (CONFIG_FOLDER, os.path.join(CONFIG_FOLDER, "ipu"))
-FLAGS = ("plan", "compile_only", "ipu_model")
+IPU_FLAGS = ("compile_only", "ipu_model")
+FLAGS = ("plan", *IPU_FLAGS)
 FILE_KEYS = {
     "$schema": "The JSON schema that editors complete and check this file with.",
     "base": "The config that this file changes, which has no base itself: its path from here, or a name in configs/.",
@@ -33,6 +37,21 @@ SECTIONS: Dict[str, Any] = {field.name: field.type for field in fields(Config) i
 TYPES: Dict[str, Any] = {field.name: field.type for field in fields(Config) if field.name not in SECTIONS}
 for section, kind in SECTIONS.items():
     TYPES.update({f"{section}.{field.name}": field.type for field in fields(kind)})
+
+WHERE_LISTED = "`--help` lists the options, `--help-ipu` those for IPUs"
+WIDTH = 110  # of what --help wraps
+INDENT = " " * 6
+COMMANDS = """\
+A small BERT of the English text that Python brings, in a minute:
+  python run_pretraining.py --config quickstart.json
+A BERT of your text, with a vocabulary of its own (one sentence or paragraph a line, a blank line between documents):
+  python run_pretraining.py --config cpu_small.json --data.text 'corpus/*.txt'
+A BERT of transformers, or a checkpoint, adapted to your text:
+  python run_pretraining.py --training.start_from FOLDER --data.text 'corpus/*.txt' --training.max_steps 1000
+
+--config is a JSON file of these settings, or the name of one in configs/; options override it. --print_config prints
+all settings as such a file. --help-SECTION, such as --help-optimizer, says more; settings for IPUs are in --help-ipu.
+"""
 
 # The JSON schema's words for types and for the comparisons of restricted types, each with the words of messages.
 JSON_TYPES = {
@@ -53,50 +72,117 @@ BOUNDS = {
 def parse_command_line(arguments: Sequence[str]) -> Config:
     """`--config NAME_OR_PATH` and dotted overrides -> a valid Config. A bare name is looked for here, then in configs/.
 
-    Raises InputError that names the file or the command line, the key, its value and what is expected.
+    --help, --help-SECTION and --print_config print and raise SystemExit. Raises InputError that names the file or the
+    command line, the key, its value and what is expected.
     """
-    parser = make_parser()
-    name = config_option(arguments)
+    show_help(arguments)
+    parser, (name, options) = make_parser(), take_config(arguments)
     source = find_config(name) if name else "command line"
-    if name:
-        parser.set_defaults(read_config(parser, source))
-    try:
-        parsed = parser.parse_args(arguments).as_dict()
-    except ArgumentError as error:
-        raise InputError(f"command line: {explain(parser, arguments, error)}")
+    in_file = read_config(parser, source) if name else {}
+    others = [option for option in options if not option.startswith("--print_config")]
+    said = vars(parse(parser, others, defaults=False).as_flat())
+    output = {**in_file, **said}.get("training.output") or default_output(name)
+    if {**in_file, **said}.get("training.start_from"):
+        defaults = defaults_of_start(in_file, said, output, source)
+        parser.set_defaults({key: value for key, value in defaults.items() if key in TYPES})
+    parser.set_defaults(in_file)
+    parsed = parse(parser, options).as_dict()
     del parsed["config"]
     values: Dict[str, Any] = json.loads(json.dumps(parsed))  # plain numbers in place of restricted types
-    data = values["data"]
-    data.update({key: [data[key]] for key in ("files", "held_out_files", "text") if isinstance(data[key], str)})
     config = Config(**{key: SECTIONS[key](**value) if key in SECTIONS else value for key, value in values.items()})
-    if not config.training.output:
-        config.training.output = os.path.join("runs", os.path.splitext(os.path.basename(name or "run"))[0])
+    config.training.output = output
+    complete_data(config)
     validate(config, source)
     return config
 
 
+def complete_data(config: Config) -> None:
+    """Makes lists of single paths; shards made from text go into the run's folder, where nothing else is said."""
+    data, folder = config.data, os.path.join(config.training.output, "data")
+    for key in ("files", "held_out_files", "text"):
+        value = getattr(data, key)
+        setattr(data, key, [value] if isinstance(value, str) else value)
+    if data.text and not data.files:
+        data.files = [os.path.join(folder, "train-*.h5")]
+    if data.text and data.held_out and not data.held_out_files:
+        data.held_out_files = [os.path.join(os.path.dirname(data.files[0]), "held_out-*.h5")]
+
+
+def default_output(name: Optional[str]) -> str:
+    return os.path.join("runs", os.path.splitext(os.path.basename(name or "run"))[0])
+
+
 def make_parser() -> ArgumentParser:
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser("run_pretraining.py", exit_on_error=False, parser_mode="json", allow_abbrev=False)
-    parser.description = "Pre-trains BERT on IPUs, CUDA GPUs or the CPU, from one config."
-    example = "--config pod16_phase1.json --data.files 'shards/train-*.h5' --training.max_steps 20"
-    parser.epilog = f"Example: python run_pretraining.py {example}"
-    recipes = f"The recipe: a JSON file, or the name of one in configs/, which has: {config_names()}"
-    parser.add_argument("--config", type=str, help=recipes)
+    parser = ArgumentParser(exit_on_error=False, parser_mode="json", allow_abbrev=False, add_help=False)
+    set_dumper("json", lambda values: json.dumps(values, indent=2) + "\n")  # what --print_config prints
+    parser.add_argument("--config", action=ActionConfigFile)  # which adds --print_config
     parser.add_class_arguments(Config, skip=set(FLAGS))
-    documentation = documentation_of(Config)
     for flag in FLAGS:
         spellings = dict.fromkeys((f"--{flag.replace('_', '-')}", f"--{flag}"))
-        parser.add_argument(*spellings, type=bool, nargs="?", const=True, default=False, help=documentation[flag])
+        parser.add_argument(*spellings, type=bool, nargs="?", const=True, default=False)
     return parser
 
 
-def config_option(arguments: Sequence[str]) -> Optional[str]:
-    names = [following for option, following in zip(arguments, arguments[1:]) if option == "--config"]
-    names += [argument[len("--config=") :] for argument in arguments if argument.startswith("--config=")]
+def parse(parser: ArgumentParser, options: Sequence[str], defaults: bool = True) -> Namespace:
+    try:
+        return parser.parse_args(options, defaults=defaults)
+    except ArgumentError as error:
+        raise InputError(f"command line: {explain(parser, options, error)}")
+
+
+def take_config(arguments: Sequence[str]) -> Tuple[Optional[str], List[str]]:
+    """What --config names, and the arguments without it: the file is under them wherever it stands."""
+    names, others, rest = [], [], iter(arguments)
+    for argument in rest:
+        option, separator, value = argument.partition("=")
+        if option == "--config":
+            names.append(value if separator else next(rest, "nothing"))
+        else:
+            others.append(argument)
     if len(names) > 1:
         raise InputError(f"command line: --config is given twice: {', '.join(names)}. Name one; options override it")
-    return names[0] if names else None
+    return (names[0] if names else None), others
+
+
+def show_help(arguments: Sequence[str]) -> None:
+    """For --help prints each setting in a line, for --help-SECTION all that is said of those of a section, and
+    exits."""
+    for argument in arguments:
+        if argument in ("-h", "--help"):
+            print("\n".join([COMMANDS, *help_lines("")]))
+        elif argument[len("--help-") :] in SECTIONS and argument.startswith("--help-"):
+            print("\n".join(full_help_lines(argument[len("--help-") :])))
+        else:
+            continue
+        raise SystemExit(0)
+
+
+def help_lines(section: str) -> List[str]:
+    """The settings of a section, or of the whole with its sections but ipu: each default, and the first sentence."""
+    kind = SECTIONS.get(section, Config)
+    texts = {key: text for key, text in documentation_of(kind).items() if key not in IPU_FLAGS}
+    begin = f"  --{section}." if section else "  --"
+    rows = {f"{begin}{key} {written(getattr(kind(), key))}": text for key, text in texts.items()}
+    width = max(map(len, rows)) + 2
+    lines = [f"{row:{width}}{text.partition('. ')[0].rstrip('.')}" for row, text in rows.items()]
+    if section:
+        return ["", *textwrap.wrap(f"{section}: {one_line(kind.__doc__)}", WIDTH), *lines]
+    return [*lines, *(line for name in SECTIONS if name != "ipu" for line in help_lines(name))]
+
+
+def full_help_lines(section: str) -> List[str]:
+    kind, lines = SECTIONS[section], []
+    if section == "ipu":
+        lines = [f"  --{flag}\n      {documentation_of(Config)[flag]}" for flag in IPU_FLAGS]
+    for key, text in documentation_of(kind).items():
+        kinds, default = read_type(kind.__annotations__[key])[1], written(getattr(kind(), key))
+        words = f"{text} ({kinds}{default and '; by default '}{default})"
+        lines += [f"  --{section}.{key}", *textwrap.wrap(words, WIDTH, initial_indent=INDENT, subsequent_indent=INDENT)]
+    return [*textwrap.wrap(f"{section}: {one_line(kind.__doc__)}", WIDTH), *lines]
+
+
+def written(value: Any) -> str:
+    return "" if value is None or value == "" else value if isinstance(value, str) else json.dumps(value)
 
 
 def config_names() -> str:
@@ -166,10 +252,10 @@ def explain(parser: ArgumentParser, arguments: Sequence[str], error: ArgumentErr
         option, separator, value = argument.partition("=")
         key, value = option[2:], value if separator else following
         if "Unrecognized arguments" in str(error) and argument in str(error).split() and option.startswith("--"):
-            return f"unknown option {option}; {did_you_mean(key, TYPES)}`--help` lists every option"
+            return f"unknown option {option}; {did_you_mean(key, TYPES)}{WHERE_LISTED}"
         if key in TYPES and key not in FLAGS and not accepts(parser, {key: value}):
             return f"{key} is {value}, expected {read_type(TYPES[key])[1]}"
-    hint = "Quote a pattern, so that the shell leaves it as it is; `--help` lists every option"
+    hint = "Quote a pattern, so that the shell leaves it as it is; {WHERE_LISTED}"
     return f"{one_line(str(error))}. {hint}"
 
 

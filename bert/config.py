@@ -33,7 +33,7 @@ else:
 
 @dataclass
 class ModelConfig:
-    """The BERT encoder, in the terms of a transformers config.json."""
+    """The BERT encoder, in the terms of a transformers config.json; by default that of training.start_from."""
 
     vocab_size: PositiveInt = 30522
     """Tokens of the vocabulary."""
@@ -46,7 +46,7 @@ class ModelConfig:
     intermediate_size: PositiveInt = 3072
     """Size of the feed-forward layer."""
     max_position_embeddings: PositiveInt = 512
-    """The longest sequence that the position embedding has room for."""
+    """The longest sequence, for which the position embedding has room."""
     type_vocab_size: SegmentCount = 2
     """Segments that a sample may have, at most."""
     hidden_dropout_prob: Probability = 0.1
@@ -54,9 +54,9 @@ class ModelConfig:
     attention_probs_dropout_prob: Probability = 0.1
     """Dropout of attention weights."""
     layer_norm_eps: PositiveNumber = 1e-12
-    """Added to the variance in every LayerNorm; the recipe uses 1e-3."""
+    """Added to the variance in every LayerNorm; the recipe has 1e-3."""
     initializer_range: PositiveNumber = 0.02
-    """Standard deviation of the initial weights, a normal cut off at two of them."""
+    """Standard deviation of initial weights, a normal cut off at two of it."""
 
 
 @dataclass
@@ -64,13 +64,13 @@ class DataConfig:
     """The data set: shards, or text to make them from."""
 
     files: Union[str, List[str]] = field(default_factory=list)
-    """Training shards: a path or glob, or a list of them. `python -m data.prepare` makes them from text."""
+    """Training shards: a path or glob, or a list of them. `python -m data.prepare` makes them from text, or the run
+    itself from `data.text`: then by default in the folder data of the run's."""
     held_out_files: Union[str, List[str]] = field(default_factory=list)
-    """Shards that the model is evaluated on, at the end of the run and as `training.evaluate_every` says; none: no
-    evaluation."""
+    """Shards that the model is evaluated on at the end; none: no evaluation. And as `training.evaluate_every` says."""
     vocab: Optional[str] = None
-    """The vocabulary that the shards were made with (a vocab.txt, a tokenizer.json, or a folder with them); by default
-    the one beside the first shard."""
+    """The shards' vocabulary: a vocab.txt, a tokenizer.json, or a folder of them; by default it is beside the first.
+    For shards to be made from `data.text`: of training.start_from; without either, one is trained."""
     sequence_length: PositiveInt = 128
     """Tokens of a sample, at most."""
     mask_tokens: PositiveInt = 20
@@ -82,15 +82,16 @@ class DataConfig:
     samples_per_row: PositiveInt = SAMPLES_PER_ROW
     """Samples of a packed row, at most."""
     on_bad_shard: Literal["stop", "skip"] = "stop"
-    """What to do with a shard that is missing, cut off or holds a bad sample: stop, or leave it out and report it."""
+    """A shard is missing, cut off or holds a bad sample: stop, or skip it and say so."""
     workers: PositiveInt = 2
     """Threads of the loader's process; no more than the machine has cores."""
     text: Union[str, List[str]] = field(default_factory=list)
-    """If `files` are not there yet, make them from this text: paths, folders, URLs or globs of them, or `python`, the
-    prose that Python brings. They go into the folder of `files`, which must be named train-*.h5."""
+    """Text to make the shards from, if they are not there: paths, folders, globs, URLs. `python` is the prose that
+    Python brings. The shards go into the folder of `data.files`, which must be named train-*.h5."""
     text_format: Literal["auto", "lines", "wikitext", "wikiextractor", "jsonl", "csv", "tsv", "parquet"] = "auto"
-    """How `text` separates documents: blank lines, `= Title =` lines, WikiExtractor's <doc>, a line of JSON each, or a
-    row each. auto: by each file's name or first lines."""
+    """What separates documents of `text`, by default what each file's name or first lines say. lines: blank lines;
+    wikitext: `= Title =` lines; wikiextractor: <doc>; jsonl: each is a line of JSON; csv, tsv, parquet: each is a
+    row."""
     text_field: str = "text"
     """The field or column of jsonl, csv, tsv and parquet that holds the text."""
     encoding: str = "utf-8"
@@ -108,7 +109,7 @@ class DataConfig:
     duplicates: PositiveInt = 1
     """How often each document of `text` is cut and masked, each time anew."""
     held_out: Probability = 0.0
-    """Share of the documents of `text` that goes into held_out-*.h5 instead."""
+    """Share of the documents of `text` that goes into held_out-*.h5 instead. That is beside `data.files`."""
 
 
 @dataclass
@@ -123,21 +124,25 @@ class TaskConfig:
 
 @dataclass
 class OptimizerConfig:
-    """The optimizer, and the schedule of its learning rate: a linear warm-up to the peak, then `schedule`."""
+    """The optimizer, and the schedule of its learning rate, a linear warm-up to the peak and then `schedule`. With
+    training.start_from and another optimizer than lamb, the defaults are adamw, 5e-5, a warmup_ratio of 0.1, and a
+    max_grad_norm of 1."""
 
     name: str = "lamb"
-    """lamb: the recipe's, without bias correction; adamw; muon: Muon for the encoder's matrices, AdamW for the rest.
-    IPUs have lamb and adamw. A fork may add its own (bert/optimizers.py)."""
+    """lamb, adamw or muon. lamb is the recipe's, for large batches, without bias correction; muon is Muon for the
+    encoder's matrices and AdamW for the rest. IPUs have lamb and adamw. A fork may add its own (bert/optimizers.py)."""
     learning_rate: PositiveNumber = 0.006
-    """The peak."""
+    """The peak. The recipe's is for LAMB and batches of 65,536."""
     schedule: str = "linear"
-    """After the warm-up. linear: down to 0 after the last step; cosine: the same along half a cosine; wsd: the peak,
-    then linear over the last `decay_ratio` of all steps; constant: the peak. A fork may add its own
-    (bert/schedules.py)."""
+    """After the warm-up: linear, cosine, wsd or constant. linear: down to 0 after the last step; cosine: the same along
+    half a cosine; wsd: the peak, then linear over the last `decay_ratio` of all steps; constant: the peak. Of T steps,
+    step s has s / W of the peak in a warm-up of W steps, then (T + 1 - s) / (T + 1 - W): no step has 0. transformers'
+    get_linear_schedule_with_warmup has (s - 1) / W, so that its first step changes nothing and step W + 1 has the peak,
+    then (T + 1 - s) / (T - W). A fork may add its own (bert/schedules.py)."""
     warmup_ratio: ClosedUnitInterval = 0.28
     """Share of all steps until the peak, rounded up to whole steps."""
     decay_ratio: ClosedUnitInterval = 0.1
-    """Share of all steps, the last ones, in which the schedule wsd goes down."""
+    """Share of all steps, the last ones, in which wsd goes down."""
     betas: List[Probability] = field(default_factory=lambda: [0.9, 0.999])
     """Decay of the first and of the second moment."""
     eps: PositiveNumber = 1e-8
@@ -145,10 +150,9 @@ class OptimizerConfig:
     weight_decay: NonNegativeNumber = 0.01
     """Decay of matrices and embeddings; biases and LayerNorms have none."""
     max_grad_norm: NonNegativeNumber = 0.0
-    """Gradients whose norm, over all parameters, is above it are scaled down to it before the update; 0: never. Not on
-    IPUs."""
+    """Gradients of a larger norm are scaled down to it; 0: none are. The norm is over all parameters. Not on IPUs."""
     trust_ratio_slices: PositiveInt = 1
-    """LAMB's trust ratios of the word embedding, which is the MLM decoder too: one for each of so many equal parts of
+    """LAMB's trust ratios of the word embedding, which is the MLM decoder too. One for each of so many equal parts of
     the vocabulary. More than 1 is what PopART makes of a serialized decoder when nothing adds up its parts' norms; on
     IPUs it is 1 or ipu.embedding_serialization_factor (docs/ipu.md)."""
 
@@ -158,36 +162,40 @@ class TrainingConfig:
     """The run."""
 
     global_batch_size: PositiveInt = 65536
-    """Samples of one optimizer step."""
+    """Samples of one optimizer step. With training.start_from and another optimizer than lamb the default is 32."""
     max_steps: PositiveInt = 10500
     """Optimizer steps of the whole schedule. A run may go on under `resume` with another number, which changes its
     learning rates from there on."""
     stop_at_step: Optional[PositiveInt] = None
-    """Stop after this step, with a checkpoint; the schedule stays as it is. For a time slot shorter than the run."""
+    """Stop after this step, with a checkpoint. The schedule stays as it is. For a time slot shorter than the run."""
     micro_batch_size: Optional[PositiveInt] = None
-    """Rows of a forward pass on CPU and CUDA; by default what suits the device. The gradient does not depend on it."""
+    """Rows of a forward pass on CPU and CUDA; by default what suits it. The gradient does not depend on it."""
     seed: Seed = 42
     """Seed of the initial weights, the order of samples, and dropout."""
     start_from: Optional[str] = None
-    """Folder with the weights to start from: a checkpoint of a run, or any BERT of transformers in safetensors."""
+    """Folder of a BERT to start from: a checkpoint, or one of transformers. Its config.json gives the defaults of the
+    section model. What is said there must agree with it, but for dropouts and initializer_range, which are no part of
+    the weights. The optimizer's defaults are then those of adaptation, unless optimizer.name is said to be lamb; so are
+    the vocabulary's, of shards made from data.text. Weights are read from safetensors alone."""
     branch_from: Optional[str] = None
-    """Begin a run of its own with all of another's checkpoint: weights, optimizer's state, step, place in the data.
-    RUN@STEP, RUN being that run's folder, or the checkpoint's folder. Learning rate, schedule, max_steps and so on may
-    differ; model sizes, task, optimizer.name and data set may not."""
+    """RUN@STEP to begin with all of: weights, optimizer's state, step, place in the data. RUN is that run's folder; or
+    the checkpoint's folder. Learning rate, schedule, max_steps and so on may differ; model sizes, task, optimizer.name
+    and data set may not."""
     output: str = ""
     """The run's folder; by default runs/ and the config's name."""
     precision: Literal["auto", "float32", "bfloat16", "float8"] = "auto"
-    """Type of matrix products; auto: bfloat16 on CUDA cards and CPUs that multiply it natively (AVX512-BF16, AMX),
-    float16 on IPUs, else float32. float8: bfloat16, with the encoder's linear layers in float8, scaled tensor by
-    tensor: fast on CUDA cards of compute capability 8.9 or newer, slow on the CPU. Weights stay in float32; on IPUs in
-    float16 they are float16 too, and rounded stochastically."""
+    """Type of matrix products: auto, float32, bfloat16 or float8. auto: bfloat16 on CUDA cards and CPUs that multiply
+    it natively (AVX512-BF16, AMX), float16 on IPUs, else float32. float8: bfloat16, with the encoder's linear layers in
+    float8, scaled tensor by tensor: fast on CUDA cards of compute capability 8.9 or newer, slow on the CPU. Weights
+    stay in float32; on IPUs in float16 they are float16 too, and rounded stochastically."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of each encoder layer; auto: on CUDA where Triton is found, not on the CPU, which gains nothing."""
+    """torch.compile of each encoder layer: auto, on or off. auto: on CUDA where Triton is found, not on the CPU, which
+    gains nothing."""
     log_every: PositiveInt = 5
     """Steps between two lines of metrics."""
     evaluate_every: Optional[PositiveInt] = None
-    """Steps between two evaluations on data.held_out_files; by default there is one, at the end. The best checkpoint
-    so far is kept, beside the newest, and named in checkpoints/best.json. Not on IPUs."""
+    """Steps between two evaluations on data.held_out_files; by default there is one, at the end. The best checkpoint so
+    far is kept, beside the newest, and named in checkpoints/best.json. Not on IPUs."""
     save_every: PositiveInt = 100
     """Steps between two checkpoints."""
     keep_checkpoints: PositiveInt = 3
@@ -199,14 +207,14 @@ class ParallelConfig:
     """Several processes, on CUDA and CPU, started by torchrun."""
 
     shard: Literal["none", "optimizer", "full"] = "none"
-    """What each process holds a part of only. none: nothing; optimizer: the optimizer's state and the float32 weights
-    that it updates; full: the weights that the model computes with too, which are gathered layer by layer."""
+    """What each process has a part of only: none, optimizer or full. optimizer: the optimizer's state and the float32
+    weights that it updates; full: the weights that the model computes with too, which are gathered layer by layer."""
     pipeline: PositiveInt = 1
-    """Processes that hold one copy of the model, a run of its layers each; micro-batches go from one to the next."""
+    """Processes that hold one copy of the model, some layers each. Micro-batches go from one to the next."""
     stages_per_process: PositiveInt = 1
     """Runs of layers of each process of a pipeline. With more, each waits less and sends more."""
     timeout: PositiveNumber = 300.0
-    """Seconds that a process waits for the others before the run ends with an error: longer than a checkpoint takes to
+    """Seconds that a process waits for others before the run ends with an error. Longer than a checkpoint takes to
     write."""
 
 
@@ -264,18 +272,17 @@ class Config:
     """BERT pre-training: config -> shards -> global batches -> optimizer -> checkpoint that transformers loads."""
 
     device: Literal["auto", "ipu", "cuda", "mps", "cpu"] = "auto"
-    """Where to train; auto: on IPUs if PopTorch finds some, else on a CUDA device if there is one, else on an Apple GPU
-    (mps) if it computes as the CPU does, else on the CPU."""
+    """Where to train; auto: on IPUs if there are some, else on CUDA, else on an Apple GPU (mps) that computes right,
+    else on the CPU."""
     resume: Literal["never", "auto"] = "never"
-    """auto: continue the run in the output folder, if there is one, exactly where its newest checkpoint is."""
+    """auto: continue the run in training.output, if there is one. Exactly from where its newest checkpoint is."""
     plan: bool = False
-    """`--plan`: instead of training, print what would run where, how full each IPU gets and how long the run takes, and
-    draw it. For ipu (and auto, where the ipu section gives the global batch) it needs no device; for cuda and cpu it
-    measures."""
+    """Instead of training, print what would run where, and how long it takes. How full each IPU gets is drawn, too. For
+    ipu (and auto, where the ipu section gives the global batch) it needs no device; for cuda and cpu it measures."""
     compile_only: bool = False
-    """`--compile-only`: compile for IPUs into ipu.executable_cache_dir and stop; needs PopTorch, but no IPU."""
+    """Compile for IPUs into ipu.executable_cache_dir and stop; needs PopTorch, but no IPU."""
     ipu_model: bool = False
-    """`--ipu-model`: run on Graphcore's simulator in place of IPUs, for small models."""
+    """Run on Graphcore's simulator in place of IPUs, for small models."""
     model: ModelConfig = field(default_factory=ModelConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     data: DataConfig = field(default_factory=DataConfig)

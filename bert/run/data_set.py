@@ -74,6 +74,7 @@ def make_shards_from_text(config: Config) -> None:
             f"data.files is {json.dumps(data.files)}, expected one pattern FOLDER/train-*.h5, which says where the "
             "shards made from data.text go"
         )
+    start = config.training.start_from
     try:
         summary = prepare(
             PrepareOptions(
@@ -82,7 +83,7 @@ def make_shards_from_text(config: Config) -> None:
                 format=data.text_format,
                 text_field=data.text_field,
                 encoding=data.encoding,
-                vocab=data.vocab,
+                vocab=data.vocab or start,
                 vocab_size=config.model.vocab_size,
                 lowercase=data.lowercase,
                 strip_accents=data.strip_accents,
