@@ -302,7 +302,7 @@ def write_files(reader: Reader, blocks: Iterator[Block], staging: Staging, optio
         path = os.path.join(staging.data, f"train-{result.shards:05}.h5")
         if options.target == NATIVE:
             samples = Samples.concatenate(parts)
-            more = {"segments": reader.segments, "tokenizer": reader.vocabulary.rules}
+            more: Dict[str, Any] = {"segments": reader.segments, "tokenizer": reader.vocabulary.rules}
             vocab_hash = vocab_sha256(reader.vocabulary.tokens)
             write_shard(path, samples, len(reader.vocabulary), vocab_hash, made_by, **more)
         else:
