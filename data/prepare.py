@@ -80,6 +80,13 @@ EXAMPLES = """examples:
   python -m data.prepare --input 'corpus/*.txt' --vocab vocab.txt --sequence-length 512 --mask-tokens 76 \\
       --held-out 0.05 --output shards512/
 
+  # another language than English: accents, vowel signs and capitals as they are, composed characters (--lowercase
+  # --keep-accents for a model that does not tell capitals)
+  python -m data.prepare --input 'korpus/*.txt' --cased --normalization nfc --vocab-size 32000 --output shards-tr/
+
+  # the vocabulary of a BERT that is to be adapted, with its tokenizer_config.json or tokenizer.json beside it
+  python -m data.prepare --input 'corpus/*.txt' --vocab bert-base-cased/ --output shards/
+
   # WikiExtractor's output, five times over and masked anew by the loader in each epoch; if it is killed, the same
   # command goes on from there
   python -m data.prepare --input 'extracted/*/wiki_*.zst' --format wikiextractor --vocab vocab.txt --duplicates 5 \\

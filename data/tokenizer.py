@@ -325,13 +325,15 @@ def check_reachable(path: str, vocabulary: Vocabulary) -> None:
 
     unreachable, most = lost(), MOST_UNREACHABLE * len(words)
     if len(unreachable) > most:
-        advice = "--keep-accents" if len(lost(strip_accents=False)) <= most else "--cased"
+        key = "strip_accents" if len(lost(strip_accents=False)) <= most else "lowercase"
+        advice = FLAGS[key][False]
         examples = ", ".join(unreachable[:: max(1, len(unreachable) // 5)][:5])
         unsaid = f"where neither options nor a {CONFIG_JSON} beside the vocabulary say how text is normalised"
         raise InputError(
             f"{path}: {len(unreachable):,} of its {len(words):,} words cannot occur in text that is "
             f"{vocabulary.in_words()} ({examples}); expected at most {100 * MOST_UNREACHABLE:g} % of them, {unsaid}. "
-            f"Add {advice}, which suits them, or --lowercase to do it all the same"
+            f"Add {advice}, which suits them, or --lowercase to do it all the same (in a config, data.{key} false, or "
+            "data.lowercase true)"
         )
 
 
