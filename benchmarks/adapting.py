@@ -71,7 +71,7 @@ def rows_of(inputs, rows):
     """Some samples, padded to the longest of them."""
     part = {name: tensor[rows] for name, tensor in inputs.items()}
     longest = int(part["attention_mask"].sum(1).max())
-    return {name: tensor[:, :longest] for name, tensor in part.items()}
+    return {name: tensor[:, :longest].contiguous() for name, tensor in part.items()}
 
 
 def train_there(options, shards, seed):

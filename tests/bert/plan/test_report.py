@@ -66,7 +66,7 @@ def test_the_plan_names_the_optimizer(monkeypatch):
 
 def test_what_was_measured_is_scaled_to_a_step_and_a_run(monkeypatch):
     monkeypatch.setattr("bert.plan.measured.measure", lambda config, rows: Measured("here", 100, 0.5, 0.25))
-    config = config_of("cpu_small")  # 256 samples a step, 10,000 steps
+    config = config_of("cpu_small", "--training.global_batch_size 256 --optimizer.name lamb")  # 10,000 steps
     lines = " ".join(measured_report(config, DataFacts(25600, 0.9, 1.0), ""))
     assert "3 micro-batches" in lines and f"3 x 0.500 s + 0.250 s = 1.75 s, {256 / 1.75:.3g} sequences/s" in lines
     assert "about 4 h 52 min, 100.00 epochs" in lines and "LAMB's update" in lines
@@ -183,7 +183,7 @@ def test_on_a_cpu_a_micro_batch_is_measured(tmp_path, monkeypatch, capsys, packi
     printed = printed_plan(capsys, "cpu_small", f"{SMALL} --training.compile off --data.packing {packing} {files}")
     printed = " ".join(printed.split())
     assert "cpu" in printed and "measured: a micro-batch of" in printed and "sequences/s" in printed
-    assert "the whole run, 10,000 steps, 2,560,000 samples: about" in printed and "512.00 epochs" in printed
+    assert "the whole run, 10,000 steps, 320,000 samples: about" in printed and "64.00 epochs" in printed
     assert ("one a row" in printed) == (packing == "off")
     assert os.listdir(str(tmp_path)) == ["train-00000.h5"]
 
@@ -211,6 +211,10 @@ def test_with_the_cores_of_one_node_a_process_of_its_own_measures():
 def test_processes_share_the_micro_batches(monkeypatch):
     monkeypatch.setattr("bert.plan.measured.measure", lambda config, rows: Measured("here", 16, 0.5, 0.25))
     monkeypatch.setenv("WORLD_SIZE", "8")
-    lines = " ".join(measured_report(config_of("cpu_small", "--parallel.pipeline 2"), DataFacts(), ""))
+    lines = " ".join(
+        measured_report(
+            config_of("cpu_small", "--parallel.pipeline 2 --training.global_batch_size 256"), DataFacts(), ""
+        )
+    )
     # 256 rows in 4 copies are 4 micro-batches each, and filling takes as long as one more
     assert f"on 8 processes, if sending takes no time: {5 * 0.5 / 2 + 0.25 / 2:.3g} s a step" in lines
