@@ -19,8 +19,13 @@ test: .venv/dev
 benchmark: .venv/dev
 	.venv/bin/python benchmarks/pretraining.py --config pod16_phase1.json --lengths wikipedia --rounds 1 --against transformers
 
+# Where torch comes from, if not from pip's index. Linux without a GPU needs no gigabytes of CUDA:
+#     make quickstart TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+
 .venv/run: requirements.txt
 	$(PYTHON) -m venv .venv
+	$(if $(TORCH_INDEX),grep ^torch requirements.txt | .venv/bin/pip install --index-url $(TORCH_INDEX) -r /dev/stdin)
 	.venv/bin/pip install -r requirements.txt
 	touch $@
 

@@ -12,6 +12,7 @@ and SVG text stays text.
 """
 
 import glob
+import importlib.util
 import json
 import math
 import os
@@ -135,6 +136,8 @@ def draw_group(axes, name, runs, loss, colour):
 
 
 def draw(groups, losses, output, against):
+    if importlib.util.find_spec("matplotlib") is None:
+        sys.exit("error: pictures need matplotlib, which is not installed: pip install matplotlib")
     import matplotlib
     from matplotlib.figure import Figure
 

@@ -4,9 +4,13 @@ python benchmarks/plot.py phase1.json phase2.json --output sequences.png
 """
 
 import argparse
+import importlib.util
 import json
 import os
+import sys
 
+if importlib.util.find_spec("matplotlib") is None:
+    sys.exit("error: pictures need matplotlib, which is not installed: pip install matplotlib")
 import matplotlib
 
 matplotlib.use("Agg")

@@ -4,6 +4,7 @@ Shape letters: N samples, L sequence length, M mask slots.
 """
 
 import dataclasses
+import importlib.util
 import itertools
 import json
 import os
@@ -380,6 +381,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     options = parse_options(InspectOptions, arguments, "data.inspect", EXAMPLES)
 
     def show() -> None:
+        if options.plot and importlib.util.find_spec("matplotlib") is None:
+            raise InputError("--plot needs matplotlib, which is not installed: pip install matplotlib")
         result = inspect(options)
         print(json.dumps(dataclasses.asdict(result), ensure_ascii=False) if options.json else result)
         if options.plot:

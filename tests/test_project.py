@@ -218,19 +218,41 @@ def test_an_installed_project_has_all_packages_and_kernels():
         assert os.path.exists(os.path.join(ROOT, os.path.dirname(path), "__init__.py")), path
 
 
-def test_the_pinned_requirements_are_the_projects_dependencies():
-    pinned = {}
-    for line in read("requirements.txt").splitlines():
-        if not line.startswith("#"):
-            requirement = Requirement(line)
-            pinned[requirement.name] = requirement
-    dependencies = {Requirement(line).name: Requirement(line) for line in PROJECT["project"]["dependencies"]}
+@pytest.mark.parametrize("machine", [("linux", "x86_64"), ("darwin", "arm64"), ("darwin", "x86_64")])
+def test_the_pinned_requirements_are_the_projects_dependencies(machine):
+    project = PROJECT["project"]
+    extras = project["optional-dependencies"]
+    lines = [*project["dependencies"], *extras["plots"], *extras["tensorboard"]]
+    here = dict(zip(("sys_platform", "platform_machine"), machine), python_version="3.12")
+
+    def on_this_machine(lines):
+        requirements = [Requirement(line) for line in lines if not line.startswith("#")]
+        needed = [one for one in requirements if one.marker is None or one.marker.evaluate(here)]
+        assert len({one.name for one in needed}) == len(needed)
+        return {one.name: one for one in needed}
+
+    dependencies, pinned = on_this_machine(lines), on_this_machine(read("requirements.txt").splitlines())
     assert dependencies.keys() == pinned.keys()
     for name, dependency in dependencies.items():
         assert dependency.extras == pinned[name].extras
-        assert str(dependency.marker) == 'python_version >= "3.10"'  # older ones are for requirements-ipu.txt
-        (lowest,) = pinned[name].specifier
+        (lowest,) = (part for part in pinned[name].specifier if part.operator in ("==", ">="))
         assert lowest.version in dependency.specifier, name
+    here["python_version"] = "3.8"  # requirements-ipu.txt
+    assert on_this_machine(project["dependencies"]) == {}
+
+
+def test_what_draws_says_what_to_install_where_matplotlib_is_not(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['matplotlib'] = None")
+    environment = dict(os.environ, PYTHONPATH=str(tmp_path))
+
+    def run(*words):
+        command = [sys.executable, *words]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+    inspected = run("-m", "data.inspect", "none.h5", "--plot", "lengths.png")
+    drawn = run("benchmarks/plot.py", "none.json", "--output", "none.png")
+    for done in (inspected, drawn):
+        assert done.returncode and done.stderr.count("\n") == 1 and "pip install matplotlib" in done.stderr
 
 
 def test_the_version_is_the_same_everywhere():

@@ -1,5 +1,6 @@
 """The plan as it is printed: which device it is for, and its lines."""
 
+import importlib.util
 import os
 import textwrap
 from typing import List, Sequence, Tuple
@@ -33,13 +34,16 @@ def print_plan(config: Config) -> None:
         if not int(os.environ.get("RANK", 0)):  # one of torchrun's processes is enough
             print_processes(config, facts, why_not)
         return
-    from bert.plan.picture import draw_plan  # here: matplotlib takes a while to import
-
     plan, name = make_ipu_plan(config), run_name(config)
     path, ipus = f"plan-{name}.svg", len(plan.memory) * config.ipu.replication_factor
     print_lines([*ipu_report(config, plan, facts), ""])
-    draw_plan(plan, f"{name} on {ipus} IPUs", optimizer_name(config), path)
-    print_lines([f"Picture of the pipeline and the memory: {path}"])
+    if importlib.util.find_spec("matplotlib") is None:
+        print_lines(["matplotlib is not installed: no picture is drawn. For one: pip install matplotlib"])
+    else:
+        from bert.plan.picture import draw_plan  # here: matplotlib takes a while to import
+
+        draw_plan(plan, f"{name} on {ipus} IPUs", optimizer_name(config), path)
+        print_lines([f"Picture of the pipeline and the memory: {path}"])
     if config.device == "auto":
         print_lines(
             ["This is the plan for IPUs. To measure this machine: --plan --device cpu, or --plan --device cuda"]

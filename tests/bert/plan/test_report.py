@@ -131,6 +131,13 @@ def printed_plan(capsys, name, options=""):
     return capsys.readouterr().out
 
 
+def test_without_matplotlib_the_plan_has_no_picture(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "no picture is drawn. For one: pip install matplotlib" in printed_plan(capsys, "pod16_phase2")
+    assert os.listdir(str(tmp_path)) == []
+
+
 def test_the_command_prints_the_plan_and_writes_the_picture_and_nothing_else(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     lines = printed_plan(capsys, "pod16_phase2").splitlines()
