@@ -19,6 +19,7 @@ from docstring_parser import parse_from_object
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace, set_dumper
 
 from bert.config import Config
+from bert.start_from import defaults_of_start
 from bert.validation import validate
 from data.errors import InputError
 
@@ -37,6 +38,7 @@ TYPES: Dict[str, Any] = {field.name: field.type for field in fields(Config) if f
 for section, kind in SECTIONS.items():
     TYPES.update({f"{section}.{field.name}": field.type for field in fields(kind)})
 
+WHERE_LISTED = "`--help` lists the options, `--help-ipu` those for IPUs"
 WIDTH = 110  # of what --help wraps
 INDENT = " " * 6
 COMMANDS = """\
@@ -79,7 +81,11 @@ def parse_command_line(arguments: Sequence[str]) -> Config:
     in_file = read_config(parser, source) if name else {}
     others = [option for option in options if not option.startswith("--print_config")]
     said = vars(parse(parser, others, defaults=False).as_flat())
-    output = {**in_file, **said}.get("training.output") or default_output(name)
+    both = {**in_file, **said}
+    output = both.get("training.output") or default_output(name)
+    if both.get("training.start_from") and not both.get("training.branch_from"):
+        defaults = defaults_of_start(in_file, said, output, source)
+        parser.set_defaults({key: value for key, value in defaults.items() if key in TYPES})
     parser.set_defaults(in_file)
     parsed = parse(parser, options).as_dict()
     del parsed["config"]
@@ -247,10 +253,10 @@ def explain(parser: ArgumentParser, arguments: Sequence[str], error: ArgumentErr
         option, separator, value = argument.partition("=")
         key, value = option[2:], value if separator else following
         if "Unrecognized arguments" in str(error) and argument in str(error).split() and option.startswith("--"):
-            return f"unknown option {option}; {did_you_mean(key, TYPES)}`--help` lists the options, `--help-ipu` those for IPUs"
+            return f"unknown option {option}; {did_you_mean(key, TYPES)}{WHERE_LISTED}"
         if key in TYPES and key not in FLAGS and not accepts(parser, {key: value}):
             return f"{key} is {value}, expected {read_type(TYPES[key])[1]}"
-    hint = "Quote a pattern, so that the shell leaves it as it is; `--help` lists the options, `--help-ipu` those for IPUs"
+    hint = "Quote a pattern, so that the shell leaves it as it is; {WHERE_LISTED}"
     return f"{one_line(str(error))}. {hint}"
 
 

@@ -47,18 +47,16 @@ def evaluate(options: EvaluateOptions) -> Dict[str, Any]:
     from bert.config import Config, DataConfig, ModelConfig, TaskConfig  # torch takes seconds to import
     from bert.engines import find_device, make_engine
     from bert.run import evaluation
-    from bert.run.checkpoint import check_is_folder, load_weights, transformers_config
-    from data.files import read_json
+    from bert.run.checkpoint import load_weights, transformers_config
+    from bert.start_from import read_model
     from data.loading.shard_files import open_shards
     from data.rows import WHOLE
     from data.tokenizer import find_vocab
 
     check_options(options)
     path = options.checkpoint
-    check_is_folder(path)
-    there = read_json(os.path.join(path, "config.json"))
-    sizes = {field.name: there[field.name] for field in dataclasses.fields(ModelConfig) if field.name in there}
-    model = ModelConfig(**sizes)
+    there = read_model(path)
+    model = ModelConfig(**{field.name: there[field.name] for field in dataclasses.fields(ModelConfig)})
     shards = open_shards(options.files, vocab_size=model.vocab_size)
     vocabulary = next((name for name in VOCABULARIES if os.path.exists(os.path.join(path, name))), VOCABULARIES[0])
     find_vocab(os.path.join(path, vocabulary), shards, "another checkpoint")

@@ -19,27 +19,17 @@ from safetensors.torch import save_file
 
 from bert.config import ModelConfig
 from bert.run.shards import Shards, WholeFile, opened
+from bert.start_from import ARCHITECTURE, DECISIVE_KEYS, check_is_folder, read_model
 from data.errors import InputError
 from data.files import flush_to_disk, read_json, write_json
 from data.tokenizer import Vocabulary, write_tokenizer_files
 from ops.shards import is_dtensor
 
-__all__ = ["SIZE_KEYS", "begin_checkpoint", "check_is_folder", "complete_checkpoint", "list_checkpoints"]
-__all__ += ["load_optimizer_state", "load_weights", "mark_best", "name_of", "open_tensors", "open_weights"]
-__all__ += ["read_safetensors", "save_checkpoint", "transformers_config"]
+__all__ = ["begin_checkpoint", "check_model", "complete_checkpoint", "list_checkpoints", "load_optimizer_state"]
+__all__ += ["load_weights", "mark_best", "name_of", "open_tensors", "open_weights", "read_safetensors"]
+__all__ += ["save_checkpoint", "transformers_config"]
 
 Tensors = Mapping[str, torch.Tensor]
-# What a config.json must say alike for its weights to mean the same here.
-ARCHITECTURE_KEYS = ("model_type", "hidden_act", "position_embedding_type")
-SIZE_KEYS = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "max_position_embeddings",
-    "type_vocab_size",
-)
 
 
 def save_checkpoint(
@@ -158,9 +148,7 @@ def load_weights(
     that names the file, the key, found and expected.
     """
     if model is not None:
-        config = os.path.join(path, "config.json")
-        check_is_folder(path)
-        check_model(read_json(config), model, config)
+        check_model(path, model)
     source = open_weights(path, expected.values())
     names = {canonical_name(name, expected): name for name in source.shapes}
     encoder = [name for name in expected if name.startswith("bert.") and not name.startswith("bert.pooler.")]
@@ -175,11 +163,6 @@ def load_weights(
     likes = {names[name]: like for name, like in expected.items() if name in names}
     tensors = source.read(likes, torch.float32)
     return {name: tensors[names[name]] for name in expected if name in names}
-
-
-def check_is_folder(path: str) -> None:
-    if not os.path.isdir(path):
-        raise InputError(f"{path}: no such folder; expected a checkpoint or a BERT folder of transformers")
 
 
 def open_weights(path: str, likes: Collection[torch.Tensor] = ()) -> Union[WholeFile, Shards]:
@@ -201,18 +184,19 @@ def canonical_name(name: str, expected: Tensors) -> str:
     return "bert." + name if name not in expected and "bert." + name in expected else name
 
 
-def check_model(there: Dict, model: Dict, path: str) -> None:
-    """Raises InputError where a config.json describes another model; keys that it lacks have our values."""
-    for key in ARCHITECTURE_KEYS:
-        if there.get(key, model[key]) != model[key]:
-            raise InputError(f"{path}: {key} is {there[key]!r}, expected {model[key]!r}")
-    wrong = [key for key in SIZE_KEYS if there.get(key, model[key]) != model[key]]
+def check_model(path: str, model: Dict) -> None:
+    """Raises InputError where the config.json in a folder describes another model than `model`
+    (`transformers_config`)."""
+    there, file = read_model(path), os.path.join(path, "config.json")
+    for key, default in ARCHITECTURE.items():
+        if there[key] != model.get(key, default):
+            expected = f"{model.get(key, default)!r}: it is a model of another kind"
+            raise InputError(f"{file}: {key} is {there[key]!r}, expected {expected}")
+    wrong = [key for key in DECISIVE_KEYS if there[key] != model[key]]
     if wrong:
-        sizes = "; ".join(f"{key} is {there[key]}, expected {model[key]}" for key in wrong)
+        values = "; ".join(f"{key} is {there[key]}, expected {model[key]}" for key in wrong)
         options = " ".join(f"--model.{key} {there[key]}" for key in wrong)
-        raise InputError(
-            f"{path}: the model there has other sizes than the config: {sizes}. To train it, add {options}"
-        )
+        raise InputError(f"{file}: the model there is not the config's: {values}. To train it, add {options}")
 
 
 def transformers_config(config: ModelConfig, architecture: Mapping[str, str], class_name: str) -> Dict:

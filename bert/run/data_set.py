@@ -73,6 +73,7 @@ def make_shards_from_text(config: Config) -> None:
             f"data.files is {json.dumps(data.files)}, expected one pattern FOLDER/train-*.h5, which says where the "
             "shards made from data.text go"
         )
+    start = config.training.start_from
     try:
         summary = prepare(
             PrepareOptions(
@@ -81,7 +82,7 @@ def make_shards_from_text(config: Config) -> None:
                 format=data.text_format,
                 text_field=data.text_field,
                 encoding=data.encoding,
-                vocab=data.vocab,
+                vocab=data.vocab or (os.path.join(start, "vocab.txt") if start else None),
                 vocab_size=config.model.vocab_size,
                 sequence_length=data.sequence_length,
                 mask_tokens=data.mask_tokens,

@@ -7,17 +7,18 @@ from dataclasses import replace
 from typing import Dict, Optional
 
 from bert.config import Config
-from bert.run.checkpoint import SIZE_KEYS, list_checkpoints, name_of
+from bert.run.checkpoint import list_checkpoints, name_of
 from bert.run.run_folder import decisive_settings, settings_of
 from bert.run.state import RunState, read_state
 from bert.schedules import learning_rate_at
+from bert.start_from import DECISIVE_KEYS
 from data.errors import InputError
 from data.files import read_json
 
 __all__ = ["check_max_steps", "find_branch", "read_branch"]
 
 logger = logging.getLogger(__name__)
-KEPT_BY_BRANCHES = tuple(f"model.{key}" for key in SIZE_KEYS) + ("task.name", "task.nsp", "optimizer.name")
+KEPT_BY_BRANCHES = tuple(f"model.{key}" for key in DECISIVE_KEYS) + ("task.name", "task.nsp", "optimizer.name")
 
 
 def check_max_steps(config: Config, step: int) -> None:

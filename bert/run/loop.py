@@ -25,6 +25,7 @@ from bert.errors import Diverged, ProcessLost, said_once_a_machine
 from bert.model.model import Model
 from bert.optimizers import check_name
 from bert.run.checkpoint import (
+    check_model,
     list_checkpoints,
     load_optimizer_state,
     load_weights,
@@ -45,6 +46,7 @@ from bert.run.sharded_checkpoint import SavesInBackground, write_model
 from bert.run.state import RunState, read_state
 from bert.schedules import learning_rate_at
 from bert.signals import hold, interruptible, protected
+from bert.start_from import adapting_line
 from bert.tasks import Task, make_model, make_task
 from data.errors import InputError, LoaderDied
 from data.files import write_json
@@ -88,7 +90,7 @@ class Run:
             raise Diverged(f"step {engine.steps_done}: weights are not finite")
         state = self.state.to_json(self.data_set.identity(), engine.skipped_updates(), list(engine.task.metrics))
         state["config"] = dataclasses.asdict(config)
-        model, vocabulary = describe_model(config, engine), self.data_set.vocabulary
+        model, vocabulary = describe_model(config, engine.model, engine.task), self.data_set.vocabulary
         keep = config.training.keep_checkpoints
         values = (checkpoints_of(config), state, weights, optimizer_state, model, vocabulary, keep)
         with protected():
@@ -154,7 +156,7 @@ def train(config: Config, make_model: Callable[[Config, Task], Model] = make_mod
             check_same_settings(config, device)
             check_processes(config, device)
         with failing_together():
-            source = find_source(config, device, closing)
+            source = find_source(config, device, make_model, closing)
         with failing_together(), sharing_loader(config, device) as local:
             begun = begin(source, device, device_line, local, make_model, closing)
         if isinstance(begun, int):
@@ -188,7 +190,9 @@ class Source(NamedTuple):
     finished: bool
 
 
-def find_source(config: Config, device: str, closing: contextlib.ExitStack) -> Source:
+def find_source(
+    config: Config, device: str, make_model: Callable[[Config, Task], Model], closing: contextlib.ExitStack
+) -> Source:
     """Opens the data set, which is made from text where it is not there yet, and looks for the checkpoint."""
     rank, _ = process_of(device)
     task = make_task(config)  # before shards are made: its name may be wrong
@@ -203,6 +207,10 @@ def find_source(config: Config, device: str, closing: contextlib.ExitStack) -> S
         config = dataclasses.replace(config, resume="auto")
     checkpoint = find_checkpoint(config, rank)
     finished = is_finished(config)
+    if config.training.start_from and not (checkpoint or config.training.branch_from):  # before shards are made
+        with torch.device("meta"):
+            model = make_model(config, task)
+        check_model(config.training.start_from, describe_model(config, model, task))
     first_alone(lambda: make_shards_from_text(config))
     branch = None if checkpoint else find_branch(config)
     data_set = open_data(config, task)
@@ -342,7 +350,7 @@ def load_weights_into(engine: Engine, path: str, config: Config, data_set: DataS
     """Raises InputError for weights of another model or vocabulary, and, where they are to be `complete`, for missing
     ones."""
     expected = engine.weights() if engine.sharded else dict(engine.model.named_parameters())
-    weights = load_weights(path, expected, describe_model(config, engine))
+    weights = load_weights(path, expected, describe_model(config, engine.model, engine.task))
     fresh = [name for name in expected if name not in weights]
     if complete and fresh:
         raise InputError(
@@ -361,9 +369,9 @@ def load_weights_into(engine: Engine, path: str, config: Config, data_set: DataS
         logger.info("newly initialised, for %s does not have them: %s", path, ", ".join(fresh))
 
 
-def describe_model(config: Config, engine: Engine) -> Dict:
+def describe_model(config: Config, model: Model, task: Task) -> Dict:
     """The model's config.json."""
-    return transformers_config(config.model, engine.model.architecture, engine.task.architecture)
+    return transformers_config(config.model, model.architecture, task.architecture)
 
 
 def log_what_runs(
@@ -391,6 +399,8 @@ def log_what_runs(
         logger.info("ipu.synthetic_data: IPUs make up their input, so no losses are reported and nothing is saved")
     if checkpoint or training.start_from:
         logger.info("%s %s", "continues from" if checkpoint else "starts from", checkpoint or training.start_from)
+    if training.start_from and not checkpoint:
+        logger.info("%s", adapting_line(config))
 
 
 def advice_for_divergence(config: Config) -> str:

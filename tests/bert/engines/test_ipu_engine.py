@@ -38,6 +38,7 @@ EXACT = {
 }
 GEOMETRY = {
     "device": "ipu",
+    "ipu__layers_per_ipu": "[0, 2]",
     "ipu__micro_batch_size": 2,
     "ipu__gradient_accumulation_steps": 6,
     "ipu__replication_factor": 2,
@@ -132,6 +133,7 @@ def test_phase_2_on_ipus_starts_from_phase_1s_weights(tmp_path, shards, poptorch
                     data__sequence_length=2 * LENGTH,
                     data__mask_tokens=2 * MASKS,
                     training__start_from=start,
+                    optimizer__name="lamb",
                     optimizer__learning_rate=0.003,
                     ipu__embedding_serialization_factor=2,
                     training__output=tmp_path / device.get("device", "cpu"),
