@@ -81,8 +81,9 @@ def parse_command_line(arguments: Sequence[str]) -> Config:
     in_file = read_config(parser, source) if name else {}
     others = [option for option in options if not option.startswith("--print_config")]
     said = vars(parse(parser, others, defaults=False).as_flat())
-    output = {**in_file, **said}.get("training.output") or default_output(name)
-    if {**in_file, **said}.get("training.start_from"):
+    both = {**in_file, **said}
+    output = both.get("training.output") or default_output(name)
+    if both.get("training.start_from") and not both.get("training.branch_from"):
         defaults = defaults_of_start(in_file, said, output, source)
         parser.set_defaults({key: value for key, value in defaults.items() if key in TYPES})
     parser.set_defaults(in_file)

@@ -194,7 +194,7 @@ class TrainingConfig:
     log_every: PositiveInt = 5
     """Steps between two lines of metrics."""
     evaluate_every: Optional[PositiveInt] = None
-    """Steps between two evaluations on data.held_out_files; by default there is one, at the end. The best checkpoint so
+    """Steps between evaluations on data.held_out_files; by default one, at the end. The best checkpoint so
     far is kept, beside the newest, and named in checkpoints/best.json. Not on IPUs."""
     save_every: PositiveInt = 100
     """Steps between two checkpoints."""

@@ -18,7 +18,7 @@ Iğdır'dan gelen otobüs öğleden sonra garaja girdi. Kâğıt, kalem ve defte
 JAPANESE = """パパは毎朝、駅まで自転車で通っています。東京の春は桜が美しく、多くの人が公園を訪れます。
 がんばって勉強すれば、きっと合格できるでしょう。ガラスの靴は、ぴったりと足に合った。"""
 # What a run of seconds needs.
-SHORT = {"--training.max_steps": "12", "--training.log_every": "6"}
+SHORT = {"--training.max_steps": "4", "--training.log_every": "2", "--training.global_batch_size": "8"}
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_a_language_from_nothing(empty_folder):
     from transformers import AutoModelForMaskedLM, AutoTokenizer
 
     write_corpus(empty_folder / "corpus")
-    last = "runs/cpu_small/checkpoints/step_00000012"
+    last = "runs/cpu_small/checkpoints/step_00000004"
     for words in commands_of("docs/own-text.md"):
         if "run_pretraining.py" in words:
             run_command_line(words, {**SHORT, "--device": "cpu"})
@@ -68,8 +68,7 @@ def test_an_existing_model_is_adapted(empty_folder):
     shutil.copytree(find_minilm(), "my-bert")
     write_corpus(empty_folder / "corpus")
     adapt, export = commands_of("docs/adapt.md")
-    short = {**SHORT, "--training.max_steps": "4", "--training.evaluate_every": "2", "--device": "cpu"}
-    run_command_line(adapt, {**short, "--training.global_batch_size": "8"})
+    run_command_line(adapt, {**SHORT, "--training.evaluate_every": "2", "--device": "cpu"})
     with open("runs/adapted/held_out.jsonl") as lines:
         losses = [json.loads(line)["loss"] for line in lines]
     assert losses[-1] < losses[0]
@@ -93,9 +92,8 @@ def test_adapting_is_compared_with_the_loop_of_transformers(empty_folder):
 def test_a_fork_compares_two_variants_over_three_seeds(empty_folder, capsys):
     commands = commands_of("docs/forking.md", "Two variants, three seeds, one picture")
     assert len(commands) == 7
-    small = {**SHORT, "--training.max_steps": "2", "--training.log_every": "1", "--training.global_batch_size": "8"}
     for words in commands[:-1]:
-        run_command_line(words, {**small, "--device": "cpu", "--data.duplicates": "1"})
+        run_command_line(words, {**SHORT, "--device": "cpu", "--data.duplicates": "1"})
     run_command_line(commands[-1], {})
     table = capsys.readouterr().out.split("\n")
     assert [sum(line.startswith(name) and "±" in line for line in table) for name in ("bert", "geglu")] == [1, 1]

@@ -207,7 +207,7 @@ def find_source(
         config = dataclasses.replace(config, resume="auto")
     checkpoint = find_checkpoint(config, rank)
     finished = is_finished(config)
-    if config.training.start_from and not checkpoint:  # before shards are made
+    if config.training.start_from and not (checkpoint or config.training.branch_from):  # before shards are made
         with torch.device("meta"):
             model = make_model(config, task)
         check_model(config.training.start_from, describe_model(config, model, task))
