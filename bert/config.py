@@ -69,7 +69,7 @@ class DataConfig:
     held_out_files: Union[str, List[str]] = field(default_factory=list)
     """Shards that the model is evaluated on at the end; none: no evaluation. And as `training.evaluate_every` says."""
     vocab: Optional[str] = None
-    """The shards' vocabulary: a vocab.txt, a tokenizer.json, or a folder of them; by default it is beside the first.
+    """The shards' vocabulary: vocab.txt, tokenizer.json, or their folder; by default beside them.
     For shards to be made from `data.text`: of training.start_from; without either, one is trained."""
     sequence_length: PositiveInt = 128
     """Tokens of a sample, at most."""
@@ -97,15 +97,14 @@ class DataConfig:
     encoding: str = "utf-8"
     """The encoding of `text`, such as shift_jis; any that Python has."""
     lowercase: Optional[bool] = None
-    """Whether `text` is lower-cased; null: as the vocabulary's own files say, else yes."""
+    """Lower-case `text`; null: as the vocabulary's own files say, else true. Not as in Turkish: I becomes i."""
     strip_accents: Optional[bool] = None
-    """Whether accents and all other combining marks of `text` are removed, such as Hindi's vowel signs; null: as the
-    vocabulary's own files say, else as `lowercase`."""
+    """Remove accents and marks of `text`; null: as the vocabulary says, else as `lowercase`. Hindi's
+    vowel signs are such combining marks, and what tells パ from ハ."""
     chinese_characters: Optional[bool] = None
-    """Whether each Chinese character of `text` is a word of its own; null: as the vocabulary's own files say, else
-    yes."""
+    """Make each Chinese character of `text` a word; null: as the vocabulary says, else true."""
     normalization: Optional[Literal["nfc", "nfkc", "none"]] = None
-    """The Unicode normal form that `text` is brought into; null: as the vocabulary's own files say, else none."""
+    """Unicode normal form to bring `text` into; null: as the vocabulary says, else none."""
     duplicates: PositiveInt = 1
     """How often each document of `text` is cut and masked, each time anew."""
     held_out: Probability = 0.0

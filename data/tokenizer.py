@@ -23,11 +23,12 @@ from data.files import read_json, replacing
 from data.samples import token_dtype
 from data.shards import ShardInfo
 
-__all__ = ["NORMALIZATIONS", "SPECIAL_TOKENS", "Claims", "TextEncoder", "Vocabulary", "altered_characters"]
+__all__ = ["FLAGS", "NORMALIZATIONS", "SPECIAL_TOKENS", "Claims", "TextEncoder", "Vocabulary", "altered_characters"]
 __all__ += [
     "claims_of",
     "claims_of_rules",
     "find_vocab",
+    "flag_of",
     "make_tokenizer",
     "read_vocab",
     "rules_in_words",
@@ -325,15 +326,13 @@ def check_reachable(path: str, vocabulary: Vocabulary) -> None:
 
     unreachable, most = lost(), MOST_UNREACHABLE * len(words)
     if len(unreachable) > most:
-        key = "strip_accents" if len(lost(strip_accents=False)) <= most else "lowercase"
-        advice = FLAGS[key][False]
+        advice = "--keep-accents" if len(lost(strip_accents=False)) <= most else "--cased"
         examples = ", ".join(unreachable[:: max(1, len(unreachable) // 5)][:5])
         unsaid = f"where neither options nor a {CONFIG_JSON} beside the vocabulary say how text is normalised"
         raise InputError(
             f"{path}: {len(unreachable):,} of its {len(words):,} words cannot occur in text that is "
             f"{vocabulary.in_words()} ({examples}); expected at most {100 * MOST_UNREACHABLE:g} % of them, {unsaid}. "
-            f"Add {advice}, which suits them, or --lowercase to do it all the same (in a config, data.{key} false, or "
-            "data.lowercase true)"
+            f"Add {advice}, which suits them, or --lowercase to do it all the same"
         )
 
 

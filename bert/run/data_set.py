@@ -5,6 +5,7 @@ import glob
 import json
 import logging
 import os
+import re
 from typing import Dict, Iterator, List, NamedTuple
 
 import numpy as np
@@ -23,7 +24,7 @@ from data.prepare import prepare
 from data.preparing.options import PrepareOptions
 from data.shards import ShardInfo
 from data.subprocesses import usable_cpus
-from data.tokenizer import Vocabulary, claims_of, find_vocab, vocab_sha256
+from data.tokenizer import FLAGS, Vocabulary, claims_of, find_vocab, flag_of, vocab_sha256
 
 __all__ = ["DataSet", "make_shards_from_text", "next_batch", "open_data", "open_loader", "sharing_loader"]
 
@@ -98,11 +99,17 @@ def make_shards_from_text(config: Config) -> None:
             )
         )
     except InputError as error:
-        message = str(error)
-        for option, key in (("format", "text_format"), ("text-field", "text_field"), ("encoding", "encoding")):
-            message = message.replace(f"--{option} ", f"--data.{key} ")
-        raise InputError(f"data.text: {message}")
-    logger.info("%s", summary)
+        raise InputError(f"data.text: {with_settings(str(error))}")
+    logger.info("%s", with_settings(str(summary)))
+
+
+def with_settings(message: str) -> str:
+    """What `data.prepare` says, with the settings of a config in place of its options."""
+    names = {"--format": "text_format", "--text-field": "text_field", "--encoding": "encoding"}
+    names.update({flag_of(name, value): f"{name} {str(value).lower()}" for name in FLAGS for value in (False, True)})
+    for flag, setting in names.items():
+        message = re.sub(rf"{flag}(?![\w-])", f"--data.{setting}", message)
+    return message
 
 
 def open_data(config: Config, task: Task) -> DataSet:

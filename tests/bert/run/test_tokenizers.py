@@ -7,7 +7,7 @@ import shutil
 import h5py
 import pytest
 
-from data.tokenizer import Vocabulary, read_vocab, vocab_sha256, write_tokenizer_files
+from data.tokenizer import SPECIAL_TOKENS, Vocabulary, read_vocab, vocab_sha256, write_tokenizer_files
 from run_pretraining import main
 from tests.bert.run.runs import arguments, checkpoints, make_shards
 
@@ -88,6 +88,15 @@ def test_a_checkpoint_says_the_id_of_padding(tmp_path):
     assert main(arguments(tmp_path, shards, training__stop_at_step=1)) == 0
     with open(os.path.join(checkpoints(tmp_path)[-1], "config.json")) as file:
         assert json.load(file)["pad_token_id"] == 50
+
+
+def test_a_cased_vocabulary_for_text_is_refused_with_the_setting_to_add(tmp_path, capsys):
+    (tmp_path / "vocab.txt").write_text("\n".join([*SPECIAL_TOKENS, "Geldi", "Then", "sat"]))
+    (tmp_path / "text.txt").write_text("Then Geldi sat\n")
+    changes = {"data__files": tmp_path / "made" / "train-*.h5", "data__text": tmp_path / "text.txt"}
+    assert main(arguments(tmp_path, tmp_path, data__vocab=tmp_path / "vocab.txt", **changes)) == 2
+    advice = "Add --data.lowercase false, which suits them, or --data.lowercase true to do it all the same"
+    assert advice in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("lowercase", ["true", "false"])
