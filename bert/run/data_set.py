@@ -101,6 +101,8 @@ def make_shards_from_text(config: Config) -> None:
         message = str(error)
         for option, key in (("format", "text_format"), ("text-field", "text_field"), ("encoding", "encoding")):
             message = message.replace(f"--{option} ", f"--data.{key} ")
+        for name, (flag, value) in claims_of(data).items():
+            message = message.replace(f"{flag} says", f"data.{name} {json.dumps(value)} says")
         raise InputError(f"data.text: {message}")
     logger.info("%s", summary)
 
