@@ -216,6 +216,8 @@ class Reader:
                     "masked samples. Prepare the text with --masking static"
                 )
         said = claims_of(options)
+        for flag, _ in said.values() if not options.vocab else ():
+            raise InputError(f"{flag} needs --vocab: without it nothing says how text was normalised")
         self.vocabulary = find_vocab(options.vocab, shards, claims=said, strict=True)[0] if options.vocab else NONE
         self.vocab_size = shards[0].vocab_size if shards else len(self.vocabulary)
         shards += [open_nvidia(path, self.vocab_size) for path in self.of_format("nvidia")]

@@ -157,6 +157,7 @@ class Summary:
 
     def __str__(self) -> str:
         samples = self.train_samples + self.held_out_samples
+        altered = self.altered_characters / self.characters if self.characters else None
         why = "documents of one token without another document to pair them with"
         dropped = f"{self.dropped_tokens:,} dropped ({why if self.dropped_tokens else 'none cut off'})"
         unknown = f"{100 * self.unknown_tokens / max(1, self.tokens):.2f} % [UNK]"
@@ -174,7 +175,7 @@ class Summary:
                 "tokens": f"{self.tokens - self.dropped_tokens:,} used, {dropped}, {unknown}",
                 "samples": f"{train}, {self.held_out_samples:,} held out in {self.held_out_shards}",
                 "NSP": not_next if self.nsp else "none: samples are of one segment",
-                **text_in_words(self.rules, self.altered_characters / max(1, self.characters), self.altered),
+                **text_in_words(self.rules, altered, self.altered),
                 "padding": f"{100 - 100 * self.sample_tokens / self.slots:.1f} % of the token slots",
                 "vocabulary": f"{self.vocab_size:,} tokens",
                 "written to": self.output,
@@ -438,7 +439,7 @@ def shard_tasks(
     counted, altered = (
         sum(part.get(name, 0) for part in record["parts"]) for name in ("characters", "altered_characters")
     )
-    share = round(altered / max(1, counted), 6)
+    share = round(altered / counted, 6) if counted else None  # parts of an earlier release do not tell
     tasks = []
     for split, name in enumerate(SPLIT_NAMES):
         samples = {path: counts["samples"] for path, counts in zip(parts, record["parts"]) if counts["split"] == split}

@@ -54,7 +54,7 @@ FLAGS = {
 }
 VOCAB_TXT, TOKENIZER_JSON, CONFIG_JSON = "vocab.txt", "tokenizer.json", "tokenizer_config.json"
 # Classes of transformers that tokenize as BERT's does.
-CLASSES = ("Bert", "DistilBert", "Electra", "MobileBert", "ConvBert", "LayoutLM", "Lxmert", "PreTrained")
+CLASSES = ("Bert", "DistilBert", "Electra", "MobileBert", "ConvBert", "LayoutLM", "Lxmert")
 MOST_ALTERED = 0.01  # of a text's characters
 MOST_UNREACHABLE = 0.01  # of a vocabulary's words; bert-base-chinese's kana with voicing marks are fewer
 
@@ -419,10 +419,11 @@ def write_tokenizer_files(folder: str, vocabulary: Vocabulary, longest: int = 51
         if not as_it_is.get("post_processor"):  # the model has learned texts with [CLS] and [SEP]
             as_it_is["post_processor"] = json.loads(tokenizer)["post_processor"]
         tokenizer = json.dumps(as_it_is, indent=2, ensure_ascii=False)
+    # Tokens come last: a kill on the way must not leave some without their rules.
     contents = {
-        VOCAB_TXT: "".join(f"{token}\n" for token in vocabulary.tokens),
-        TOKENIZER_JSON: tokenizer + "\n",
         CONFIG_JSON: json.dumps(config, indent=2) + "\n",
+        TOKENIZER_JSON: tokenizer + "\n",
+        VOCAB_TXT: "".join(f"{token}\n" for token in vocabulary.tokens),
     }
     for name, text in contents.items():
         write_text(os.path.join(folder, name), text)

@@ -10,7 +10,7 @@ way. What is made depends on the task and the settings only, not on which proces
 import json
 from collections import Counter
 from itertools import accumulate, groupby
-from typing import Any, Dict, Iterator, List, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import h5py
 import numpy as np
@@ -83,9 +83,11 @@ class ChunkMaker:
         order = np.random.default_rng([seed, number, options.duplicates]).permutation(len(samples))
         write_shard(path, samples.take(order), self.vocab_size, self.vocab_hash, counts)
 
-    def make_shard(self, path: str, pieces: Sequence[Tuple[str, int, int]], seed: List[int], altered: float) -> None:
+    def make_shard(
+        self, path: str, pieces: Sequence[Tuple[str, int, int]], seed: List[int], altered: Optional[float]
+    ) -> None:
         """Writes the shard `path` of (part, first sample, one past the last) `pieces`, shuffled together. `altered` is
-        the share of their text's characters that normalisation took something from."""
+        the share of their text's characters that normalisation took something from; None: not known."""
         count = sum(stop - start for _, start, stop in pieces)
         places = np.random.default_rng(seed).permutation(count)
         # Each sample goes to its place as it is read: the shard is in memory once.

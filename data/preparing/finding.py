@@ -59,7 +59,9 @@ def files_in(folder: str, seen: Set[str]) -> List[str]:
     for path in walk(folder, set()):
         if os.path.realpath(path) in seen:
             continue
-        kind = "hidden" if os.path.basename(path).startswith(".") else ending(path)
+        name = os.path.basename(path)
+        # A vocabulary beside the text, or in the shards of an earlier run.
+        kind = "hidden" if name.startswith(".") else name if name == "vocab.txt" else ending(path)
         if kind in TEXT_ENDINGS:
             seen.add(os.path.realpath(path))
             found.append(path)

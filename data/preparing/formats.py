@@ -20,6 +20,7 @@ AUTO = "auto"
 FORMAT_OF_ENDING = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
 TABLES = ("csv", "tsv", "parquet")
 FIRST_LINES = 100  # that are looked at
+JSON_START = re.compile(r'(\[ *)?\{ *"|\["')  # of an array, or of an object over several lines
 HTML_TAG = re.compile(
     r"<(!doctype html|/?(html|head|body|div|p|span|a|br|ul|ol|li|table|tr|td|th|h[1-6]|img|link|meta|script|style)\b)",
     re.IGNORECASE,
@@ -38,7 +39,8 @@ def with_formats(files: Sequence[str], text_format: str, encoding: str, field: s
 
 
 def check_formats(files: Sequence[TextFile], given: str) -> None:
-    """Refuses a file in another format than its own, by its name and its first lines; logs a warning for HTML.
+    """Refuses a file in another format than its own, by its name and its first lines; logs a warning for HTML and for
+    JSON of another layout than an object a line.
 
     Raises InputError that names the file and the format to give; with `given` AUTO there is none to give.
     """
@@ -55,7 +57,7 @@ def check_formats(files: Sequence[TextFile], given: str) -> None:
         else:
             lines = first_lines(file.path, file.encoding)
             check_first_lines(file, lines, given)
-        warn_of_html(file.path, lines)
+        warn_of_marks(file, lines)
 
 
 def first_lines(path: str, encoding: str) -> List[str]:
@@ -95,8 +97,11 @@ def is_json_object(line: str) -> bool:
         return False
 
 
-def warn_of_html(path: str, lines: Sequence[str]) -> None:
-    texts = list(filter(None, lines))
+def warn_of_marks(file: TextFile, lines: Sequence[str]) -> None:
+    path, texts = file.path, list(filter(None, lines))
+    if file.format == "lines" and JSON_START.match("".join(texts[:3])):
+        advice = "Write one object a line first, for instance with jq -c '.[]', and name it .jsonl"
+        logger.warning("%s: looks like JSON, whose keys and marks would be learned as words. %s", path, advice)
     tagged = sum(HTML_TAG.search(line) is not None for line in texts)
     if 2 * tagged > len(texts):
         logger.warning(

@@ -20,15 +20,16 @@ OnBytes = Callable[[int], object]
 
 
 def csv_texts(path: str, field: str, on_bytes: OnBytes, encoding: str) -> Iterator[str]:
-    """The column `field` of each row. The file's first line names the columns; they are separated by the comma,
-    semicolon or tab, whichever that line has most of. Fields in double quotes may hold separators and line ends.
+    """The column `field` of each row. The file's first line that is not blank names the columns; they are separated by
+    the comma, semicolon or tab, whichever that line has most of. Fields in double quotes may hold separators and line
+    ends.
 
     Raises InputError that names the file and the columns or the line, for a column that is missing, a row of another
     size than the first, and quotes that are not closed or not doubled in a field.
     """
     pieces = read_text(path, on_bytes, False, encoding)
     first = next(pieces, "")
-    separator = max(SEPARATORS, key=first.split("\n", 1)[0].count)
+    separator = max(SEPARATORS, key=next(filter(str.strip, first.splitlines()), "").count)
     csv.field_size_limit(FIELD_CHARACTERS)
     return rows_texts(path, field, with_first(first, pieces), delimiter=separator, strict=True)
 

@@ -5,6 +5,7 @@ import difflib
 import encodings.aliases
 import gzip
 import itertools
+import re
 import zlib
 from typing import BinaryIO, Callable, Iterator, Optional
 
@@ -35,6 +36,7 @@ GUESSES = (
     *("shift_jis", "cp932", "euc_jp", "iso2022_jp", "euc_kr", "cp949", "big5", "gb18030", "utf_16_le", "utf_16_be"),
 )
 GUESS_BYTES = 1 << 16
+ISO_2022_JP = re.compile(rb"\x1b\$[@B]")  # seven bits, and so valid UTF-8
 
 
 def check_encoding(name: str) -> None:
@@ -98,11 +100,13 @@ def encoding_of(path: str, start: bytes, given: str) -> str:
     for signature, what in NO_TEXT.items():
         if start.startswith(signature):
             raise InputError(f"{path}: {what}")
-    if given != UTF_8:
+    if codecs.lookup(given).name != UTF_8:
         return given
+    if ISO_2022_JP.search(start):
+        raise InputError(f"{path}: looks like ISO-2022-JP, which switches to Japanese. Give --encoding iso2022_jp")
     marked = next((encoding for mark, encoding in MARKS.items() if start.startswith(mark)), None)
     zeros = [start[first:1000:2].count(0) for first in (0, 1)]
-    if not marked and 4 * sum(zeros) > len(start[:1000]):
+    if not marked and 50 * sum(zeros) > len(start[:1000]):  # of scripts such as Hindi's the spaces and line ends
         likely = "utf-16-be" if zeros[0] > zeros[1] else "utf-16-le"
         raise InputError(f"{path}: holds many zero bytes. If it is text, it is likely UTF-16: give --encoding {likely}")
     return marked or given

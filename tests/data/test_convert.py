@@ -149,6 +149,8 @@ def test_samples_of_one_segment_stay_so_on_the_way_through_nvidias_files(tmp_pat
     samples.first_lengths[:], samples.nsp_labels[:] = samples.lengths, 0
     write_shard(str(tmp_path / "own.h5"), samples, len(WORDS), vocab_sha256(WORDS), {}, segments=1)
     run([tmp_path / "own.h5"], None, tmp_path / "nvidia", target="nvidia")
+    with pytest.raises(InputError, match="--cased needs --vocab"):
+        run([tmp_path / "own.h5"], None, tmp_path / "cased", target="nvidia", lowercase=False)
     path = str(tmp_path / "nvidia" / "train-00000.h5")
     run([path], vocab, tmp_path / "back")
     (shard,) = open_shards([str(tmp_path / "back" / "*.h5")])

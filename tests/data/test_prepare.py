@@ -763,3 +763,13 @@ def test_text_is_made_samples_by_a_tokenizer_json_as_it_is(tmp_path):
         InputError, match="is not the tokenizer that .*train-00000.h5 was made with: text is lower-case"
     ):
         find_vocab(None, shards)
+
+
+def test_parts_that_do_not_tell_what_normalisation_took_are_not_said_to_have_lost_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(ChunkMaker, "count_altered", lambda self, lines: {})  # as an earlier release made them
+    (tmp_path / "text").write_text("Çağrı ağaç\nbir satır\n\nbaşka bir metin\n" * 20, encoding="utf-8")
+    sizes = dict(vocab_size=100, sequence_length=16, mask_tokens=2, workers=1)
+    summary = prepare(PrepareOptions([str(tmp_path / "text")], str(tmp_path / "out"), **sizes), progress=False)
+    assert "text        lower-case, accents stripped\n" in str(summary)
+    with h5py.File(tmp_path / "out" / "train-00000.h5", "r") as file:
+        assert json.loads(file.attrs["made_by"])["altered_characters"] is None

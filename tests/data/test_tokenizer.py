@@ -445,3 +445,29 @@ def test_a_vocabulary_is_trained_on_text_as_it_is_normalised():
     for strips, count in ((True, 1000), (False, 1200)):
         vocabulary = train_vocab(lambda: [letters * 2], 8000, with_rules([], {"strip_accents": strips}))
         assert len({*vocabulary.tokens} & {*letters}) == count
+
+
+def test_tokenizer_files_that_a_kill_cut_off_never_leave_tokens_without_their_rules(tmp_path, monkeypatch):
+    vocabulary, write_text, written = (
+        with_rules([*SPECIAL_TOKENS, "a"], {"normalization": "nfc"}),
+        tokenizer.write_text,
+        [],
+    )
+
+    def killed(path, text):
+        written.append(path)
+        if len(written) > kept:
+            raise KeyboardInterrupt
+        write_text(path, text)
+
+    monkeypatch.setattr(tokenizer, "write_text", killed)
+    for kept in range(3):
+        written.clear()
+        folder = tmp_path / str(kept)
+        folder.mkdir()
+        with pytest.raises(KeyboardInterrupt):
+            write_tokenizer_files(str(folder), vocabulary)
+        try:
+            assert read_vocab(str(folder)) == vocabulary
+        except InputError as error:
+            assert "has neither vocab.txt nor tokenizer.json" in str(error)

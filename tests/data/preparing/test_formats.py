@@ -40,6 +40,7 @@ BY_NAME = {
     "a.csv": csv_of(DOCUMENTS),
     "semicolons.csv": "\ufeff" + csv_of(DOCUMENTS, ";", "\r\n"),
     "tabs.csv.gz": csv_of(DOCUMENTS, "\t"),
+    "blank.csv": "\n\n" + csv_of(DOCUMENTS, ";"),
     "a.jsonl": "\n".join(json.dumps({"id": 1, "text": "\n\n".join(text)}) for text in DOCUMENTS),
     "a.NDJSON": "\n".join(json.dumps({"text": "\n".join(text)}) for text in DOCUMENTS),
     "json.txt": "\n\n".join(json.dumps({"text": "\n".join(text)}) for text in DOCUMENTS),
@@ -49,7 +50,7 @@ BY_NAME = {
     "wiki.tokens": "".join(f"\n = {text[0]} = \n \n" + "\n".join(text[1:] + [""]) for text in DOCUMENTS),
     "plain.txt": "\n\n".join("\n".join(text) for text in DOCUMENTS),
 }
-FORMATS = ("csv", "csv", "csv", "jsonl", "jsonl", "jsonl", "wikiextractor", "wikitext", "lines")
+FORMATS = ("csv", "csv", "csv", "csv", "jsonl", "jsonl", "jsonl", "wikiextractor", "wikitext", "lines")
 
 
 @pytest.mark.parametrize("name, expected", list(zip(BY_NAME, FORMATS)))
@@ -111,6 +112,8 @@ def test_csv_gives_any_text_back_whatever_the_reads(tmp_path, texts, block):
         ("a.txt", "PK\x03\x04", "is a zip archive, as .xlsx"),
         ("a.txt", "a text".encode("utf-16-le"), "zero bytes.*give --encoding utf-16-le"),
         ("a.txt", "a text".encode("utf-16-be"), "zero bytes.*give --encoding utf-16-be"),
+        ("a.txt", "यह एक वाक्य है।\n".encode("utf-16-le"), "zero bytes.*give --encoding utf-16-le"),
+        ("a.txt", "日本語の文章です。".encode("iso2022_jp"), "ISO-2022-JP.*Give --encoding iso2022_jp"),
     ],
 )
 def test_what_cannot_be_read_is_named_with_the_way_out(tmp_path, name, content, message):
@@ -141,6 +144,7 @@ def test_folders_give_their_text_files_once_and_what_is_left_out_is_said(tmp_pat
         "b/e.txt.gz",
         ".hidden/x.txt",
         ".DS_Store",
+        "vocab.txt",
         "p.pdf",
         "b/q.PDF",
         "b/r.png",
@@ -152,7 +156,7 @@ def test_folders_give_their_text_files_once_and_what_is_left_out_is_said(tmp_pat
     (tmp_path / "b" / "z.txt").symlink_to(tmp_path / "a.txt")
     expected = sorted(str(tmp_path / name) for name in names[:4])
     assert find_files([str(tmp_path)]) == expected
-    assert "left out by their names: 2 .pdf, 1 .png, 1 hidden" in caplog.text
+    assert "left out by their names: 2 .pdf, 1 .png, 1 hidden, 1 vocab.txt" in caplog.text
     assert find_files([str(tmp_path / "b") + "/", str(tmp_path / "a.txt")]) == expected
     with pytest.raises(InputError, match=r"only: no text file is in this folder \(found 1 .pdf\)"):
         (tmp_path / "only").mkdir()
@@ -186,7 +190,7 @@ def test_any_encoding_is_read_in_blocks_of_any_size(tmp_path, monkeypatch, encod
     text = TEXTS["shift_jis"] + "\nascii 上\r\n"  # 上 is 0A 4E in UTF-16: its first byte is none of a line end
     path = write(tmp_path / "a.txt", text.encode(encoding))
     lines = list(map(str.strip, text.strip("\n").split("\n")))
-    marked = "utf-8" if encoding in ("utf-8-sig", "utf-16", "utf-32") else encoding
+    marked = "UTF8" if encoding in ("utf-8-sig", "utf-16", "utf-32") else encoding
     assert list(text_file.read_lines(path, lambda count: None, False, marked)) == lines
 
 
@@ -201,6 +205,14 @@ def test_bytes_that_are_not_in_the_encoding_are_named_in_utf_16_too(tmp_path, mo
     for name in ("shiftjs", "rot13"):
         with pytest.raises(InputError, match=f"--encoding is '{name}', expected an encoding that Python has, such as"):
             PrepareOptions([path], "", encoding=name).check()
+
+
+@pytest.mark.parametrize("indent, warns", [(0, True), (2, True), (None, True), ("text", False)])
+def test_json_that_is_not_an_object_a_line_warns(tmp_path, caplog, indent, warns):
+    value = [{"text": "Some words."}, {"text": "Others."}]
+    content = json.dumps(value, indent=indent) if warns else "[1] Some words.\n{ x } are braces.\n"
+    read([write(tmp_path / "a.json", content)])
+    assert ("a.json: looks like JSON" in caplog.text) == warns
 
 
 def test_html_and_a_text_of_one_document_warn(tmp_path, caplog):
