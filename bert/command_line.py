@@ -256,7 +256,7 @@ def explain(parser: ArgumentParser, arguments: Sequence[str], error: ArgumentErr
             return f"unknown option {option}; {did_you_mean(key, TYPES)}{WHERE_LISTED}"
         if key in TYPES and key not in FLAGS and not accepts(parser, {key: value}):
             return f"{key} is {value}, expected {read_type(TYPES[key])[1]}"
-    hint = "Quote a pattern, so that the shell leaves it as it is; {WHERE_LISTED}"
+    hint = f"Quote a pattern, so that the shell leaves it as it is; {WHERE_LISTED}"
     return f"{one_line(str(error))}. {hint}"
 
 

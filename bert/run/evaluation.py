@@ -8,12 +8,13 @@ from tqdm import tqdm
 from bert.config import Config
 from bert.engines import Engine
 from bert.run.console import bar_width
+from bert.run.curve import read_metrics
 from bert.run.state import RunState
 from data.loading.loader import batches_in_order
 from data.loading.shard_files import open_shards
 from data.rows import Part
 
-__all__ = ["evaluate", "is_due", "note_evaluation"]
+__all__ = ["evaluate", "is_due", "note_evaluation", "recall_evaluations"]
 
 
 def evaluate(config: Config, engine: Engine, part: Part) -> Dict[str, Any]:
@@ -48,3 +49,10 @@ def note_evaluation(state: RunState, held_out: Dict[str, Any]) -> bool:
     is_best = held_out["loss"] < state.best.get("loss", math.inf)
     state.evaluated, state.best = held_out["step"], held_out if is_best else state.best
     return is_best
+
+
+def recall_evaluations(state: RunState, path: str) -> None:
+    """Notes those in a held_out.jsonl that were made after the checkpoint of their step was saved, which lacks them."""
+    for line in read_metrics(path):
+        if state.evaluated < line["step"] <= state.step:
+            note_evaluation(state, line)

@@ -79,17 +79,19 @@ def read_branch(path: str, config: Config, data_set: Dict, may_lack_shards: bool
     there."""
     state = read_state(path, data_set, may_lack_shards)
     there = read_json(os.path.join(path, "training_state.json"))["config"]
-    differences = []
+    kept, differences = {}, []
     for key, value in decisive_settings(config).items():
         section, name = key.split(".")
         before = there.get(section, {}).get(name, value)
         if before != value and key in KEPT_BY_BRANCHES:
-            raise InputError(
-                f"{path}: {key} is {json.dumps(before)} there, expected {json.dumps(value)}. A branch keeps it: "
-                f"--{key} {before}. For the weights alone: --training.start_from {path}"
-            )
-        if before != value and name not in ("start_from", "branch_from"):
+            kept[f"{key} is {json.dumps(before)} there, expected {json.dumps(value)}"] = f"--{key} {before}"
+        elif before != value and name not in ("start_from", "branch_from"):
             differences.append(f"{key} {json.dumps(value)} (was {json.dumps(before)})")
+    if kept:
+        raise InputError(
+            f"{path}: {'; '.join(kept)}. A branch keeps that: add {' '.join(kept.values())}. For the weights alone: "
+            f"--training.start_from {path}"
+        )
     if config.training.max_steps <= state.step:
         least = f"expected more than {state.step}, the step that it branches from"
         raise InputError(f"training.max_steps is {config.training.max_steps}, {least}")

@@ -62,6 +62,7 @@ def check_same_data(config: Config, data_set: DataSet, checkpoint: Optional[str]
         facts["the vocabulary's hash"] = identity["vocab_sha256"]
         facts["the tokenizer's rules"] = identity["tokenizer"]
         facts["the checkpoint"] = checkpoint and os.path.basename(checkpoint)
+        facts["the last step evaluated"] = state.evaluated
         facts["the shards left out"] = sorted(map(os.path.basename, state.skipped))
         check(facts, "All need the same files: training.output and data.files on a file system that machines share")
 

@@ -36,7 +36,7 @@ from bert.run.checkpoint import (
 from bert.run.console import bar_width, show_errors_only
 from bert.run.curve import draw_curve, read_metrics
 from bert.run.data_set import DataSet, make_shards_from_text, next_batch, open_data, open_loader, sharing_loader
-from bert.run.evaluation import evaluate, is_due, note_evaluation
+from bert.run.evaluation import evaluate, is_due, note_evaluation, recall_evaluations
 from bert.run.extending import check_max_steps, find_branch, read_branch
 from bert.run.handshake import check_same_data, check_same_settings, check_same_weights, note_batch
 from bert.run.metrics_log import MetricsLog
@@ -216,6 +216,8 @@ def find_source(
     data_set = open_data(config, task)
     from_data_set = data_set.identity(), config.data.on_bad_shard == "skip"
     state = read_branch(branch, config, *from_data_set) if branch else read_state(checkpoint, *from_data_set)
+    if checkpoint:
+        recall_evaluations(state, os.path.join(config.training.output, "held_out.jsonl"))
     if rank == 0:
         check_max_steps(config, state.step)
     state.leave_out(data_set.skipped)

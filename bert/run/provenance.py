@@ -27,14 +27,14 @@ __all__ = ["describe_session"]
 def describe_session(config: Config, step: int, device_line: str, processes: int, data_set: Dict) -> Dict[str, Any]:
     """What run.json has of each time that the run is started or goes on, here after `step`; `data_set` is its
     identity."""
-    commit = git("rev-parse", "HEAD")
+    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain")
     versions = {"project": version(), "python": platform.python_version()}
     return {
         "began": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "after_step": step,
         "command": " ".join(map(shlex.quote, ["python", *sys.argv])),
         "commit": commit,
-        "dirty": None if commit is None else bool(git("status", "--porcelain")),
+        "dirty": None if changes is None else bool(changes),
         "source_sha256": hash_of_source(),
         "versions": {**versions, "torch": torch.__version__, "numpy": np.__version__},
         "device": device_line,

@@ -510,7 +510,7 @@ def test_accumulation_is_derived_from_the_global_batch_on_cpu_and_cuda():
         (["--training.max_steps", "three"], ["command line", "training.max_steps", "three", "an integer above 0"]),
         (["--training.max_steps=0"], ["command line", "training.max_steps is 0", "an integer above 0"]),
         (["--device", "tpu"], ["command line", "device is tpu", "auto, ipu, cuda, mps, cpu"]),
-        (["--data.files", "a.h5", "b.h5"], ["command line", "b.h5", "Quote a pattern"]),
+        (["--data.files", "a.h5", "b.h5"], ["command line", "b.h5", "Quote a pattern", "; `--help` lists"]),
         (["--plan=perhaps"], ["command line", "plan", "perhaps"]),
         (["--config", "a.json", "--config=b.json"], ["command line", "--config is given twice: a.json, b.json"]),
     ],

@@ -51,15 +51,28 @@ def test_a_resumed_run_has_the_evaluations_of_the_uninterrupted_one_each_once(tm
     assert main(arguments(tmp_path, shards, **options)) == 0
     other = {**options, "training__output": tmp_path / "other"}
     # Saved before step 3 is evaluated, as by a kill in between; a line of a later step is there, too.
-    assert main(arguments(tmp_path, shards, **{**other, "training__evaluate_every": 1}, training__stop_at_step=3)) == 0
+    assert main(arguments(tmp_path, shards, **other, training__stop_at_step=3)) == 0
     state = tmp_path / "other" / "checkpoints" / "step_00000003" / "training_state.json"
     values = json.loads(state.read_text())
     state.write_text(json.dumps({**values, "evaluated": 0, "best": {}}))
-    with open(tmp_path / "other" / "held_out.jsonl", "a") as file:
-        file.write('{"step": 5, "loss": 1}\n{"step"')
+    (tmp_path / "other" / "held_out.jsonl").write_text('{"step": 5, "loss": 1}\n{"step"')
     assert main(arguments(tmp_path, shards, **other, resume="auto")) == 0
     assert evaluations(tmp_path, "other") == evaluations(tmp_path)
     assert [line["step"] for line in evaluations(tmp_path)] == [3, 6, 7]
+
+
+def test_a_run_that_is_extended_keeps_the_evaluation_of_its_last_step_and_what_was_best(tmp_path, shards, monkeypatch):
+    losses = iter([2.0, 3.0])
+    evaluate = loop.evaluate
+    monkeypatch.setattr(loop, "evaluate", lambda *values: {**evaluate(*values), "loss": next(losses)})
+    options = held_out(shards, training__keep_checkpoints=1)
+    del options["training__evaluate_every"]
+    assert main(arguments(tmp_path, shards, **options)) == 0
+    assert main(arguments(tmp_path, shards, **{**options, "training__max_steps": 8}, resume="auto")) == 0
+    assert [line["step"] for line in evaluations(tmp_path)] == [6, 8]
+    assert steps(tmp_path) == [6, 8]
+    best = json.loads((tmp_path / "run" / "checkpoints" / "best.json").read_text())
+    assert best["checkpoint"] == "step_00000006"
 
 
 @pytest.mark.parametrize("save_every", [100, 2])

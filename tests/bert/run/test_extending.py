@@ -97,8 +97,12 @@ def test_a_branch_without_a_change_is_the_run_bit_for_bit_and_one_with_a_change_
         ({"training__branch_from": "gone@3"}, "there is none in gone/checkpoints"),
         ({"optimizer__name": "adamw"}, 'optimizer.name is "lamb" there, expected "adamw"'),
         ({"model__num_hidden_layers": 1}, "model.num_hidden_layers is 2 there, expected 1"),
+        (
+            {"model__num_hidden_layers": 1, "optimizer__name": "muon"},
+            "add --model.num_hidden_layers 2 --optimizer.name lamb",
+        ),
         ({"training__max_steps": 2}, "expected more than 2"),
-        ({"training__start_from": "x"}, "training.start_from is"),
+        ({"training__start_from": "{run}/checkpoints/step_00000004"}, "training.start_from is"),
         ({"training__output": "{run}"}, "holds a run already"),
     ],
 )
