@@ -100,4 +100,5 @@ def words(form: str, values: Mapping[str, str], separator: str = ", ") -> str:
 def adapting_line(config: Config) -> str:
     """Which settings of a run that starts from a folder are the defaults of one, in words."""
     same = [f"{key} {value}" for key, value in ADAPTING.items() if attrgetter(key)(config) == value]
-    return f"defaults of a run that starts from a folder: {', '.join(same) or 'none'}"
+    optimizer = f"optimizer {config.optimizer.name} at {config.optimizer.learning_rate:g}"
+    return f"{optimizer}; defaults of a run that starts from a folder: {', '.join(same) or 'none'}"

@@ -168,6 +168,7 @@ class Summary:
             f"(the text has {self.documents:,}). End each document by a blank line (--format lines), give it a file of "
             "its own, or give --nsp false"
         )
+        rare = "over 1 %: the vocabulary lacks letters of this text. Train one on it, or a larger one (--vocab-size)"
         return table(
             {
                 "documents": f"{self.documents:,}, of which {self.held_out_documents:,} held out",
@@ -179,6 +180,7 @@ class Summary:
                 "padding": f"{100 - 100 * self.sample_tokens / self.slots:.1f} % of the token slots",
                 "vocabulary": f"{self.vocab_size:,} tokens",
                 "written to": self.output,
+                **({"[UNK]": f"warning: {rare}"} if 100 * self.unknown_tokens > self.tokens else {}),
                 **({"warning": warning} if self.nsp and 4 * self.not_next_samples < samples else {}),
             }
         )

@@ -322,11 +322,12 @@ def check_reachable(path: str, vocabulary: Vocabulary) -> None:
 
     def lost(**changes: Any) -> List[str]:
         normalize = make_tokenizer(replace(vocabulary, **changes)).normalizer.normalize_str
-        return [word for word in words if normalize(word).replace(" ", "") != word]
+        return [word for word in words if normalize(word).strip() != word]
 
     unreachable, most = lost(), MOST_UNREACHABLE * len(words)
     if len(unreachable) > most:
-        advice = "--keep-accents" if len(lost(strip_accents=False)) <= most else "--cased"
+        ways = (("--no-chinese-characters", "chinese_characters"), ("--keep-accents", "strip_accents"))
+        advice = next((flag for flag, name in ways if len(lost(**{name: False})) <= most), "--cased")
         examples = ", ".join(unreachable[:: max(1, len(unreachable) // 5)][:5])
         unsaid = f"where neither options nor a {CONFIG_JSON} beside the vocabulary say how text is normalised"
         raise InputError(

@@ -8,9 +8,10 @@ import os
 import re
 from typing import Dict, Iterator, List, NamedTuple
 
+import h5py
 import numpy as np
 
-from bert.config import Config
+from bert.config import Config, DataConfig
 from bert.engines import has_static_shapes, local_parts
 from bert.engines.parallel.processes import current
 from bert.geometry import packing_of
@@ -21,7 +22,9 @@ from data.loading.loader import GlobalBatch, Loader, LoaderSettings, batches_in_
 from data.loading.shard_files import open_shards
 from data.loading.sharing import LocalRanks, can_share, connect, listen
 from data.prepare import prepare
+from data.preparing.finding import find_files
 from data.preparing.options import PrepareOptions
+from data.preparing.remote import base_name
 from data.shards import ShardInfo
 from data.subprocesses import usable_cpus
 from data.tokenizer import FLAGS, Vocabulary, claims_of, find_vocab, flag_of, vocab_sha256
@@ -56,6 +59,7 @@ def make_shards_from_text(config: Config) -> None:
     count = sum(len(glob.glob(pattern)) for pattern in data.files)
     if count:
         if data.text:
+            check_made_of(data)
             logger.info("data.text is not read: data.files has %d shards already", count)
         return
     folder = os.path.dirname(data.files[0]) if data.files else ""
@@ -101,6 +105,23 @@ def make_shards_from_text(config: Config) -> None:
     except InputError as error:
         raise InputError(f"data.text: {with_settings(str(error))}")
     logger.info("%s", with_settings(str(summary)))
+
+
+def check_made_of(data: DataConfig) -> None:
+    """Raises InputError where the shards that are there say that they were made of other files than data.text names."""
+    path = next(path for pattern in data.files for path in sorted(glob.glob(pattern)))
+    try:
+        with h5py.File(path, "r") as file:
+            made_by = json.loads(file.attrs["made_by"])
+        made_of = made_by["input"], made_by["input_files"]
+        named = [base_name(name) for name in find_files(data.text)]
+    except (OSError, KeyError, ValueError):  # no shard of ours, or its text is there no more
+        return
+    if made_of != (named[: len(made_of[0])], len(named)):
+        raise InputError(
+            f"{path}: was made of {', '.join(made_of[0][:3])}, and data.text names {', '.join(named[:3])}. Name "
+            "another folder for the shards of this text, with --data.files 'FOLDER/train-*.h5', or leave data.text out"
+        )
 
 
 def with_settings(message: str) -> str:

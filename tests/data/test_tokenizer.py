@@ -404,6 +404,8 @@ def test_a_vocabulary_whose_words_cannot_occur_is_refused_where_nobody_says_how_
         read(cased)
     with pytest.raises(InputError, match="Add --keep-accents, which suits them"):
         read(accents)
+    with pytest.raises(InputError, match="Add --no-chinese-characters"):
+        read([*plain, *(f"東{chr(0x4E00 + number)}" for number in range(30))])
     assert read(cased, lowercase=False) and read(accents, strip_accents=False) and read(accents, lowercase=True)
     with pytest.raises(InputError, match="Add --cased"):
         read(cased, strip_accents=False)

@@ -165,3 +165,20 @@ def test_a_shard_that_vanishes_stops_the_run_with_its_name_and_a_checkpoint(tmp_
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 2 and "train-00001.h5" in errors and "Traceback" not in errors
     assert checkpoints(tmp_path)
+
+
+def test_shards_of_another_text_are_not_taken_for_those_of_this_one(tmp_path, capsys):
+    texts = {"a": "One sentence here.\nAnother one there.\n\nA third.\nAnd a fourth one.\n"}
+    texts["b"] = texts["a"].upper()
+    for name, text in texts.items():
+        (tmp_path / f"{name}.txt").write_text(text * 30)
+
+    def run(name):
+        words = ["--data.text", str(tmp_path / f"{name}.txt"), "--data.files", str(tmp_path / "shards/train-*.h5")]
+        words += ["--data.held_out", "0", "--data.held_out_files", "[]", "--data.duplicates", "1"]
+        words += ["--training.output", str(tmp_path / f"run-{name}"), "--training.max_steps", "1"]
+        return main(["--config", "quickstart.json", "--device", "cpu", *words])
+
+    assert run("a") == 0
+    assert run("b") == 2
+    assert "was made of a.txt, and data.text names b.txt" in capsys.readouterr().err
