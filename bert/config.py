@@ -271,7 +271,7 @@ class Config:
     """BERT pre-training: config -> shards -> global batches -> optimizer -> checkpoint that transformers loads."""
 
     device: Literal["auto", "ipu", "cuda", "mps", "cpu"] = "auto"
-    """Where to train; auto: on IPUs if there are some, else on CUDA, else on an Apple GPU (mps), else on the CPU. auto
+    """Where to train; auto: on IPUs if there are some, else on CUDA, an Apple GPU (mps), or the CPU. auto
     takes mps only if a tiny model's step there is that on the CPU."""
     resume: Literal["never", "auto"] = "never"
     """auto: continue the run in training.output, if there is one. Exactly from where its newest checkpoint is."""
