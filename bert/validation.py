@@ -9,12 +9,17 @@ from bert.schedules import SCHEDULES
 from data.errors import InputError
 from ops.ipu import MATMULS
 
-__all__ = ["asks_for_ipu", "validate", "validate_for_ipu"]
+__all__ = ["asks_for_cuda", "asks_for_ipu", "validate", "validate_for_ipu"]
 
 
 def asks_for_ipu(config: Config) -> bool:
     """Whether the config is for IPUs, whatever devices are there."""
     return config.device == "ipu" or config.compile_only or config.ipu_model
+
+
+def asks_for_cuda(config: Config) -> bool:
+    """Whether the config is for a CUDA card, whatever devices are there."""
+    return config.device == "cuda"
 
 
 def validate(config: Config, source: str = "config") -> None:

@@ -18,6 +18,7 @@ from bert.model.stages import pipeline_stages
 from bert.plan.tables import table
 from bert.tasks import make_model, make_task
 from bert.text import count_of, percent
+from bert.validation import asks_for_cuda
 from data.errors import InputError
 
 __all__ = ["Held", "Memory", "Workload", "bubble", "bytes_sent", "head_bytes", "held_by", "layer_bytes"]
@@ -216,13 +217,13 @@ def processes_of(config: Config) -> Tuple[int, str]:
 
 
 def parallel_lines(config: Config, rows: int) -> List[str]:
-    """What each process of a run with so many rows a step holds, sends and waits for, in lines for people; nothing for
-    a process alone. The device need not be here.
+    """What each process of a run with so many rows a step holds, sends and waits for, in lines for people; of a
+    process alone, only what it holds on a card. The device need not be here.
 
     Raises InputError where the processes do not fit the config.
     """
     parallel, (size, where_from) = config.parallel, processes_of(config)
-    if size == 1:
+    if size == 1 and not asks_for_cuda(config):
         return []
     copies = size // parallel.pipeline
     precision, micro_batch, logit_bytes, packs = expected_of_torch(config)
@@ -233,6 +234,8 @@ def parallel_lines(config: Config, rows: int) -> List[str]:
     work = Workload(precision, copies, micro_batches, tokens, masked, logit_bytes, packs)
     pipeline = f"a pipeline of {parallel.pipeline} processes" if parallel.pipeline > 1 else "one process"
     all_rows = f"{rows:,} rows, {count_of(micro_batches, 'micro-batch', 'micro-batches')} of {micro_batch}"
+    if size == 1:
+        return [f"One process: {all_rows}, in {precision}", *memory_table(memory_of_ranks(config, work))]
     return [
         f"{count_of(size, 'process', 'processes')}: {count_of(copies, 'copy', 'copies')} of the model, each {pipeline}",
         *([f"  {where_from}"] if where_from else []),

@@ -163,7 +163,9 @@ def test_packed_configs_differ_in_their_rows_which_hold_the_recipes_samples(larg
     assert len(fitting.row) == pytest.approx(plain.training.global_batch_size, rel=0.03)
 
 
-@pytest.mark.parametrize("name", ["gpu_phase1", "gpu_phase2.json", "cpu_small.json", "quickstart.json"])
+@pytest.mark.parametrize(
+    "name", ["gpu_phase1", "gpu_phase2.json", "gpu24_base", "gpu24_small", "cpu_small.json", "quickstart.json"]
+)
 def test_other_configs_are_valid_and_found_by_bare_name(name):
     assert parse_command_line(["--config", name]).training.max_steps > 0
 

@@ -173,6 +173,17 @@ def duration_of(order, stages):
     return max(free.values())
 
 
+@pytest.mark.parametrize("name, parameters", [("gpu24_base", 109.5), ("gpu24_small", 28.8)])
+def test_the_plan_of_one_card_says_by_formula_what_it_holds(name, parameters, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["--config", name, "--plan"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "One process: 256 rows, 1 micro-batch of 256, in bfloat16"
+    numbers = lines[3].split(" M ")
+    assert numbers[0].split()[-1] == str(parameters) and float(numbers[1].split()[-1]) < 20  # of 24 GB
+    assert lines[5].startswith('Not measured: device is "cuda"')
+
+
 def test_the_plan_of_several_processes_needs_no_device(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
