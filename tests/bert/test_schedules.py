@@ -3,6 +3,8 @@
 import math
 
 import pytest
+import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -87,3 +89,18 @@ def test_a_schedule_of_ones_own_is_one_entry(monkeypatch):
 def test_a_schedule_that_is_not_there_is_an_error_that_names_those_that_are():
     with pytest.raises(InputError, match='optimizer.schedule is "mine", expected one of linear, cosine, wsd, constant'):
         validate(Config(optimizer=OptimizerConfig(schedule="mine")))
+
+
+def test_the_linear_schedule_differs_from_transformers_as_its_help_says():
+    steps, warmup = 50, 10
+    optimizer = OptimizerConfig(learning_rate=1.0, warmup_ratio=warmup / steps)
+    torch_optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = transformers.get_linear_schedule_with_warmup(torch_optimizer, warmup, steps)
+    for s in range(1, steps + 1):
+        rising = s / warmup, (s - 1) / warmup
+        falling = (steps + 1 - s) / (steps + 1 - warmup), (steps + 1 - s) / (steps - warmup)
+        ours, theirs = rising if s <= warmup else falling
+        assert learning_rate_at(s, optimizer, steps) == pytest.approx(ours)
+        assert schedule.get_last_lr()[0] == pytest.approx(theirs)
+        torch_optimizer.step()
+        schedule.step()
