@@ -43,12 +43,14 @@ def runs(tmp_path_factory):
     words = arguments(folder, shards, **SMALL, **files)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    assert main([*words, "--training.output", str(folder / "one")]) == 0
-    status, out, errors = run_processes(2, folder / "notes", [*words, "--training.output", folder / "two"])
-    assert not any(status), (out, errors)
-    assert out.count("2 processes") == 1 and out.count(f"step {STEPS}/{STEPS}") == 1
-    yield folder, words
-    torch.set_num_threads(threads)
+    try:
+        assert main([*words, "--training.output", str(folder / "one")]) == 0
+        status, out, errors = run_processes(2, folder / "notes", [*words, "--training.output", folder / "two"])
+        assert not any(status), (out, errors)
+        assert out.count("2 processes") == 1 and out.count(f"step {STEPS}/{STEPS}  loss") == 1, out
+        yield folder, words
+    finally:
+        torch.set_num_threads(threads)
 
 
 def held_out(folder, run):
