@@ -1,7 +1,7 @@
 # The words that everybody tries. Each sets up .venv first.
 PYTHON ?= python3
 
-.PHONY: quickstart lint test benchmark
+.PHONY: quickstart lint test test-all benchmark
 
 # Pre-trains a small BERT on real text.
 quickstart: .venv/run
@@ -14,6 +14,10 @@ lint: .venv/dev
 
 test: .venv/dev
 	.venv/bin/python -m pytest tests
+
+# Those that take longest, too.
+test-all: .venv/dev
+	.venv/bin/python -m pytest -m '' tests
 
 # Sequences/s of the recipe's step on this machine, beside transformers; benchmarks/README.md has the others.
 benchmark: .venv/dev

@@ -78,6 +78,7 @@ def test_an_existing_model_is_adapted(empty_folder):
     run_command_line([*export[:3], "runs/adapted/checkpoints/step_00000004", *export[4:]], {})
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_adapting_is_compared_with_the_loop_of_transformers(empty_folder):
     write_corpus(empty_folder / "corpus")

@@ -107,6 +107,7 @@ def test_random_samples_have_the_lengths_that_are_asked_for(distribution, longes
     assert samples.lengths.mean() == pytest.approx(mean, rel=0.02)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_the_ops_benchmark_measures_every_operation_in_both_shapes(tmp_path):
     picture = tmp_path / "ops.png"

@@ -113,7 +113,7 @@ def run_bad_item(path, kind, seconds=3):
     "kind, status, line",
     [
         ("poisons", "failed", "device-side assert"),
-        ("hangs", "failed", "hangs"),
+        pytest.param("hangs", "failed", "hangs", marks=pytest.mark.exhaustive),
         ("hangs in a call", "started", None),
     ],
 )

@@ -40,7 +40,7 @@ def found(folder, processes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", WAYS)
+@pytest.mark.parametrize("processes", [pytest.param(3, marks=pytest.mark.exhaustive), 4])
 def test_every_way_to_share_the_work_gives_the_weights_and_metrics_of_one_process(tmp_path, processes):
     for of_rank in found(tmp_path, processes):
         for way, result in of_rank.items():
@@ -53,6 +53,7 @@ def test_every_way_to_share_the_work_gives_the_weights_and_metrics_of_one_proces
             assert way == "shard none" or (result["skipped"] == 1 and result["unchanged"]), (way, result)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_run_goes_on_from_any_way_to_share_the_work_in_any_other(tmp_path):
     shards = make_shards(tmp_path / "shards")

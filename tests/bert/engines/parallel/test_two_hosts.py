@@ -84,6 +84,7 @@ class Started:
         self.process.wait(60)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_where_the_link_is_cut_one_host_goes_on_and_both_do_when_it_is_back(hosts, tmp_path):
     words, link, closing = hosts
