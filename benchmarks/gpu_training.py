@@ -255,7 +255,7 @@ def finder(bench: Bench, figures: Figures) -> str:
         config = bench.config("gpu_phase1.json", "--training.compile", "off")
         engine = make_engine(config, bench.device)
         figures.update(share_of_memory=share, micro_batch_size=engine.micro_batch_size)
-        batch = full_rows(2 * engine.micro_batch_size, row_shape(config, static=False))
+        batch = full_rows(2 * engine.micro_batch_size, row_shape(config, static=False), engine.task.targets)
         torch.cuda.reset_peak_memory_stats()
         for _ in range(2):
             take_step(engine, batch, 0.0)

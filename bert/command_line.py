@@ -22,11 +22,12 @@ from bert.config import Config
 from bert.start_from import defaults_of_start
 from bert.validation import validate
 from data.errors import InputError
+from data.examples.glue import glue_files
 
 __all__ = ["CONFIG_FOLDER", "find_config", "make_schema", "parse_command_line"]
 
 CONFIG_FOLDER = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs")
-FOLDERS = (CONFIG_FOLDER, os.path.join(CONFIG_FOLDER, "ipu"))
+FOLDERS = (CONFIG_FOLDER, *(os.path.join(CONFIG_FOLDER, name) for name in ("glue", "ipu")))
 IPU_FLAGS = ("compile_only", "ipu_model")
 FLAGS = ("plan", *IPU_FLAGS)
 FILE_KEYS = {
@@ -99,10 +100,12 @@ def parse_command_line(arguments: Sequence[str]) -> Config:
 
 def complete_data(config: Config) -> None:
     """Makes lists of single paths; shards made from text go into the run's folder, where nothing else is said."""
-    data, folder = config.data, os.path.join(config.training.output, "data")
+    data, task, folder = config.data, config.task, os.path.join(config.training.output, "data")
     for key in ("files", "held_out_files", "text"):
         value = getattr(data, key)
         setattr(data, key, [value] if isinstance(value, str) else value)
+    if task.glue and not data.files:
+        data.files, data.held_out_files = glue_files(task.folder, task.glue)
     if data.text and not data.files:
         data.files = [os.path.join(folder, "train-*.h5")]
     if data.text and data.held_out and not data.held_out_files:

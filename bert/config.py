@@ -65,9 +65,10 @@ class DataConfig:
 
     files: Union[str, List[str]] = field(default_factory=list)
     """Training shards: a path or glob, or a list of them. `python -m data.prepare` makes them from text, or the run
-    itself from `data.text`: then by default in the folder data of the run's."""
+    itself from `data.text`: then by default in the folder data of the run's. In fine-tuning the labelled files."""
     held_out_files: Union[str, List[str]] = field(default_factory=list)
-    """Shards that the model is evaluated on at the end; none: no evaluation. And as `training.evaluate_every` says."""
+    """Shards that the model is evaluated on at the end; none: no evaluation. And as `training.evaluate_every` says. In
+    fine-tuning labelled files, after each epoch."""
     vocab: Optional[str] = None
     """The shards' vocabulary: vocab.txt, tokenizer.json, or their folder; by default beside them.
     For shards to be made from `data.text`: of training.start_from; without either, one is trained."""
@@ -113,12 +114,38 @@ class DataConfig:
 
 @dataclass
 class TaskConfig:
-    """What the model learns."""
+    """What the model learns. All but the first two settings are for fine-tuning (docs/fine-tuning.md)."""
 
     name: str = "pretraining"
-    """pretraining: BERT's own two tasks, MLM and NSP. A fork may add its own (bert/tasks)."""
+    """pretraining, mlm, classification, token_classification, question_answering or multiple_choice. pretraining:
+    BERT's own two tasks, MLM and NSP; mlm: MLM alone. The others learn from labelled files. A fork may add its own
+    (bert/tasks)."""
     nsp: bool = True
     """Learn NSP beside MLM. Without it there is no NSP head; `data.prepare --nsp false` makes one-segment samples."""
+    glue: Optional[Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte"]] = None
+    """The GLUE task to classify for: it gives files, columns, labels and metric."""
+    folder: str = "glue"
+    """The folder that GLUE's archive unpacks to, with SST-2/train.tsv and so on in it."""
+    text_columns: List[str] = field(default_factory=list)
+    """The columns of one text, or of a pair; by default `text`, or those of the task's own files."""
+    label_column: Optional[str] = None
+    """The column of the label; by default `label`, or that of the task's own files."""
+    labels: List[str] = field(default_factory=list)
+    """All labels, in the order of their numbers; by default those in data.files, in alphabetical order."""
+    regression: bool = False
+    """Labels are numbers to be predicted."""
+    metric: Optional[str] = None
+    """What the best checkpoint has most of; by default what the task is known by: accuracy, f1, pearson ..."""
+    new_head: bool = False
+    """Begin with a new head where training.start_from has one for another task or other labels."""
+    choices: PositiveInt = 4
+    """Of multiple_choice: the endings to choose from."""
+    stride: PositiveInt = 128
+    """Of question_answering: tokens that two windows of a long context have in common."""
+    max_question_tokens: PositiveInt = 64
+    """Of question_answering: longer questions are cut."""
+    max_answer_tokens: PositiveInt = 30
+    """Of question_answering: the longest answer that is looked for."""
 
 
 @dataclass
@@ -165,6 +192,8 @@ class TrainingConfig:
     max_steps: PositiveInt = 10500
     """Optimizer steps of the whole schedule. A run may go on under `resume` with another number, which changes its
     learning rates from there on."""
+    epochs: Optional[PositiveNumber] = None
+    """How often each example is seen, in place of max_steps."""
     stop_at_step: Optional[PositiveInt] = None
     """Stop after this step, with a checkpoint. The schedule stays as it is. For a time slot shorter than the run."""
     micro_batch_size: Optional[PositiveInt] = None
@@ -193,8 +222,10 @@ class TrainingConfig:
     log_every: PositiveInt = 5
     """Steps between two lines of metrics."""
     evaluate_every: Optional[PositiveInt] = None
-    """Steps between evaluations on data.held_out_files; by default one, at the end. The best checkpoint so
-    far is kept, beside the newest, and named in checkpoints/best.json. Not on IPUs."""
+    """Steps between evaluations on data.held_out_files; by default one, at the end, or where `epochs` are given each
+    epoch. The best checkpoint so far is kept, beside the newest, and named in checkpoints/best.json. Not on IPUs."""
+    patience: Optional[PositiveInt] = None
+    """Stop after so many evaluations in a row without a new best one; by default none is too many."""
     save_every: PositiveInt = 100
     """Steps between two checkpoints."""
     keep_checkpoints: PositiveInt = 3

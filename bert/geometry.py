@@ -3,7 +3,7 @@
 from bert.config import Config, DataConfig
 from data.rows import RowShape
 
-__all__ = ["packing_of", "row_shape"]
+__all__ = ["packing_of", "row_shape", "samples_per_row"]
 
 
 def packing_of(data: DataConfig, static: bool) -> str:
@@ -13,8 +13,12 @@ def packing_of(data: DataConfig, static: bool) -> str:
     return data.packing
 
 
+def samples_per_row(data: DataConfig, static: bool) -> int:
+    """How many samples a row holds at most."""
+    return 1 if packing_of(data, static) == "off" else data.samples_per_row
+
+
 def row_shape(config: Config, static: bool) -> RowShape:
-    """What a row holds at most."""
+    """What a row of pre-training holds at most."""
     data = config.data
-    per_row = 1 if packing_of(data, static) == "off" else data.samples_per_row
-    return RowShape.of(data.sequence_length, data.mask_tokens, per_row)
+    return RowShape.of(data.sequence_length, data.mask_tokens, samples_per_row(data, static))

@@ -11,7 +11,7 @@ from data.errors import InputError
 from data.files import read_json
 
 __all__ = ["ADAPTING", "ARCHITECTURE", "DECISIVE_KEYS", "adapting_line", "check_is_folder", "defaults_of_start"]
-__all__ += ["read_model"]
+__all__ += ["check_head", "read_model"]
 
 # The defaults of transformers' BertConfig for what must be alike for weights to mean the same here; those of sizes are
 # ModelConfig's.
@@ -31,6 +31,10 @@ DECISIVE_KEYS = (
     "max_position_embeddings",
     "type_vocab_size",
     "layer_norm_eps",
+)
+FINE_TUNED = tuple(
+    f"BertFor{task}"
+    for task in ("SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice")
 )
 # Unless the optimizer is said to be LAMB, whose defaults are the recipe's.
 ADAPTING = {
@@ -54,6 +58,24 @@ def read_model(folder: str) -> Dict[str, Any]:
         if type(there[key]) not in (int, type(default)):
             raise InputError(f"{path}: {key} is {json.dumps(there[key])}, expected a number such as {default}")
     return there
+
+
+def check_head(folder: str, architecture: str, heads: Mapping[str, Any]) -> None:
+    """Raises InputError where a BERT folder was fine-tuned for another task than that of transformers' class
+    `architecture`, or for other labels than `heads`, part of its config.json, has."""
+    path = os.path.join(folder, "config.json")
+    there = read_json(path)
+    known = [name for name in there.get("architectures") or [] if name in FINE_TUNED]
+    found, expected = there.get("id2label"), heads.get("id2label")
+    if not known or (architecture in known and expected in (None, found)):
+        return
+    differs = f"architectures is {known}, expected {architecture}"
+    if architecture in known:
+        differs = f"id2label is {json.dumps(found)}, expected {json.dumps(expected)}"
+    raise InputError(
+        f"{path}: {differs}: it was fine-tuned for something else. To keep its encoder and begin with a new head add "
+        "--task.new_head true; to go on with its labels set task.labels to them"
+    )
 
 
 def check_is_folder(path: str) -> None:

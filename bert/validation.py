@@ -9,12 +9,19 @@ from bert.schedules import SCHEDULES
 from data.errors import InputError
 from ops.ipu import MATMULS
 
-__all__ = ["asks_for_cuda", "asks_for_ipu", "validate", "validate_for_ipu"]
+__all__ = ["asks_for_cuda", "asks_for_ipu", "has_examples", "validate", "validate_for_ipu"]
+
+EXAMPLE_TASKS = ("classification", "token_classification", "question_answering", "multiple_choice")
 
 
 def asks_for_ipu(config: Config) -> bool:
     """Whether the config is for IPUs, whatever devices are there."""
     return config.device == "ipu" or config.compile_only or config.ipu_model
+
+
+def has_examples(config: Config) -> bool:
+    """Whether the task is one of those that learn from labelled files."""
+    return config.task.name in EXAMPLE_TASKS
 
 
 def asks_for_cuda(config: Config) -> bool:
@@ -31,7 +38,7 @@ def validate(config: Config, source: str = "config") -> None:
     at_most = f"at most model.max_position_embeddings, {longest}"
     expect(data.sequence_length <= longest, "data.sequence_length", at_most)
     at_most = f"at most data.sequence_length less [CLS] and two [SEP], {most_masked}"
-    expect(data.mask_tokens <= most_masked, "data.mask_tokens", at_most)
+    expect(data.mask_tokens <= most_masked or has_examples(config), "data.mask_tokens", at_most)
     if data.text:
         either = "above 0 where data.held_out_files says where the held-out shards go, 0 where it is empty"
         expect((data.held_out > 0) == bool(data.held_out_files), "data.held_out", either)
@@ -49,6 +56,11 @@ def validate(config: Config, source: str = "config") -> None:
     training = config.training
     if training.evaluate_every:
         expect(bool(data.held_out_files), "data.held_out_files", "shards, as training.evaluate_every is set")
+    if training.epochs:
+        steps = '"auto", "samples" or "off" where training.epochs is set: how many samples rows hold is not known'
+        expect(data.packing != "rows", "data.packing", steps)
+    if training.patience:
+        expect(bool(data.held_out_files), "data.held_out_files", "files, as training.patience is set")
     if training.branch_from:
         either = "null where training.branch_from is set, which has weights"
         expect(training.start_from is None, "training.start_from", either)

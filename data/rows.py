@@ -25,7 +25,7 @@ __all__ += ["normalize_weights", "packed_batch", "rank_of_rows", "unpacked_batch
 TOKEN_FIELDS = ("input_ids", "token_type_ids", "position_ids")
 
 Arrays = Dict[str, np.ndarray]
-Layout = Dict[str, Tuple[Tuple[int, int], type]]
+Layout = Dict[str, Tuple[Tuple[int, ...], type]]
 """Name -> (shape, dtype) of each array of a batch."""
 
 
@@ -244,8 +244,9 @@ def target_fields(rows: Arrays, targets: Sequence[Target], place: np.ndarray) ->
     fields = {}
     for target in targets:
         row, slot = np.nonzero(rows[target.weights])
-        token = row * rows["sample_ids"].shape[1] + rows[target.positions][row, slot]
-        fields[target.positions] = place[token].astype(np.int32)
+        positions = rows[target.positions][row, slot]  # [K], or [K, C] where a prediction is made at several tokens
+        first = (row * rows["sample_ids"].shape[1]).reshape(-1, *[1] * (positions.ndim - 1))
+        fields[target.positions] = place[first + positions].astype(np.int32)
         for name in (target.labels, target.weights):
             fields[name] = rows[name][row, slot]
     return fields

@@ -36,11 +36,12 @@ MAY_IMPORT = {
     "data": set(),
     "data/foreign": {"data"},
     "data/loading": {"data", "data/foreign"},
+    "data/examples": {"data", "data/foreign", "data/loading", "data/preparing"},
     "data/preparing": {"data", "data/foreign"},
     "data's commands": {"data", "data/foreign", "data/loading", "data/preparing"},
     "bert": {"data", "ops"},
     "bert/model": CORE,
-    "bert/tasks": CORE | {"bert/model"},
+    "bert/tasks": CORE | {"bert/model", "data/examples"},
     "bert's optimizers": CORE,
     "bert's command line": CORE | {"bert/model", "bert/tasks", "bert's optimizers"},
     "bert/engines": CORE | {"bert/model", "bert/tasks", "bert's optimizers", "bert's command line"},
@@ -53,7 +54,7 @@ FILES_OF_WING = {
     "data's commands": ("data/prepare.py", "data/convert.py", "data/inspect.py"),
     "bert's optimizers": ("bert/optimizers.py", "bert/schedules.py"),
     "bert's command line": ("bert/command_line.py", "bert/validation.py"),
-    "the command": ("run_pretraining.py", "bert/export.py", "bert/evaluate.py"),
+    "the command": ("run_pretraining.py", "run_finetuning.py", "bert/export.py", "bert/evaluate.py"),
 }
 
 
@@ -98,7 +99,7 @@ def wing_of(path: str) -> str:
     return "benchmarks" if parts[0] == "benchmarks" else "/".join(parts[: 2 if len(parts) > 2 else 1])
 
 
-ALL = [*sources(*PACKAGES, "benchmarks"), "run_pretraining.py"]
+ALL = [*sources(*PACKAGES, "benchmarks"), "run_pretraining.py", "run_finetuning.py"]
 OF_PACKAGES = list(sources(*PACKAGES))
 
 

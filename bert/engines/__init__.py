@@ -25,7 +25,7 @@ from bert.engines.ipu import IpuEngine
 from bert.engines.micro_batch import fit_micro_batch
 from bert.engines.torch_devices import Cpu, Cuda, Mps, TorchDevice, choose_precision
 from bert.engines.torch_engine import TorchEngine
-from bert.geometry import row_shape
+from bert.geometry import samples_per_row
 from bert.model.model import Model, initialize
 from bert.tasks import Task, make_model, make_task
 from data.errors import InputError
@@ -60,17 +60,18 @@ def make_torch_engine(config: Config, task: Task, model: Model, device: TorchDev
     rows = suitable_rows(config, device, choose_precision(device, config.training.precision))
     engine = TorchEngine(config, task, model, device, rows)
     if not config.training.micro_batch_size and engine.parallel.can_redo:
-        fit_micro_batch(engine, row_shape(config, static=False), rows)
+        fit_micro_batch(engine, task.row_shape(config.data, samples_per_row(config.data, static=False)), rows)
     return engine
 
 
 def suitable_rows(config: Config, device: TorchDevice, precision: str) -> int:
     """Rows of a micro-batch, memory aside."""
-    data, training, value_bytes = config.data, config.training, 4 if precision == "float32" else 2
+    training, value_bytes = config.training, 4 if precision == "float32" else 2
+    tokens_of_row = make_task(config).row_shape(config.data, samples_per_row(config.data, static=False)).tokens
     # Where models are in parts, nothing tries what fits; and the stages of a pipeline hold several micro-batches.
     in_parts = config.parallel.shard != "none" or config.parallel.pipeline > 1
     hidden_bytes = device.hidden_bytes // (8 if in_parts and device.memory else 1)
-    suitable = hidden_bytes // (value_bytes * data.sequence_length * config.model.hidden_size)
+    suitable = hidden_bytes // (value_bytes * tokens_of_row * config.model.hidden_size)
     return max(1, min(training.micro_batch_size or suitable, training.global_batch_size))
 
 

@@ -64,6 +64,10 @@ class Engine(Protocol):
     def evaluate(self, batch: Arrays) -> Dict[str, torch.Tensor]:
         """The task's metrics on these rows, without dropout and without an update."""
 
+    def predict(self, batch: Arrays) -> np.ndarray:
+        """The outputs of the heads of an ExampleTask on these rows, [slots, output_size] float32, without dropout: of
+        the slots that the task says, row after row; no slots where another process of a pipeline has them."""
+
     def wait_for(self, step: int) -> None:
         """Waits until the device is done with `step`."""
 

@@ -16,12 +16,12 @@ from bert.engines.choosing import process_of
 from bert.engines.engine import Arrays, ignore_progress
 from bert.engines.ipu_optimizer import check_ipu_state, make_ipu_optimizer, read_state, write_state
 from bert.engines.torch_engine import add_empty_rows
-from bert.geometry import row_shape
+from bert.geometry import samples_per_row
 from bert.model.batch import Batch
 from bert.model.model import Model
 from bert.model.stages import Stage, make_stages, placement
 from bert.signals import cancellable
-from bert.tasks.task import Task
+from bert.tasks.task import ExampleTask, Task
 from data.errors import InputError
 from ops.ipu import lowering
 
@@ -30,7 +30,7 @@ __all__ = ["IpuEngine", "IpuModel", "make_options"]
 
 class IpuModel(nn.Module):
     """What PopTorch compiles: the tensors `inputs` of a micro-batch of rows -> the loss and the task's metrics,
-    scalars.
+    scalars; to evaluate an ExampleTask, its outputs, too.
 
     In training the loss that is differentiated is `micro_batches` times the model's: PopTorch takes the mean over so
     many micro-batches, whose weights sum to 1 over all of them. So each has a loss of the usual size, which float16
@@ -51,8 +51,9 @@ class IpuModel(nn.Module):
 
     def forward(self, *tensors):
         with self.lowering():
-            loss, metrics = self.model(Batch.of_rows(dict(zip(self.inputs, tensors))))
-        return (loss,) + tuple(metrics[name] for name in self.task.metrics)
+            state = self.model.whole(Batch.of_rows(dict(zip(self.inputs, tensors))))
+        found = (state.loss,) + tuple(state.metrics[name] for name in self.task.metrics)
+        return found if self.training or not isinstance(self.task, ExampleTask) else found + (state.outputs,)
 
 
 def inputs_of(task: Task) -> List[str]:
@@ -132,7 +133,8 @@ class IpuEngine:
     def compile(self) -> None:
         """Compiles the training executable, into ipu.executable_cache_dir. Takes minutes; may be interrupted."""
         rows = self.steps_per_call * self.config.training.global_batch_size // self.world_size
-        layout = row_shape(self.config, static=True).layout(rows)
+        data = self.config.data
+        layout = self.task.row_shape(data, samples_per_row(data, static=True)).layout(rows)
         # All is new: PopTorch takes no wrapper twice, and what an interrupt leaves may be half on the IPUs.
         wrapped = self.wrap()
         training = self.poptorch.trainingModel(wrapped.train(), options=self.options(True), optimizer=self.optimizer)
@@ -182,6 +184,21 @@ class IpuEngine:
 
     def evaluate(self, batch: Arrays) -> Dict[str, torch.Tensor]:
         """The IPUs go to another executable for it."""
+        totals = dict.fromkeys(self.task.metrics, torch.zeros(()))
+        for found in self.infer(batch):
+            for name, total in zip(self.task.metrics, found[1:]):
+                totals[name] = totals[name] + total.float().sum()
+        return totals
+
+    def predict(self, batch: Arrays) -> np.ndarray:
+        task = self.task
+        assert isinstance(task, ExampleTask)
+        outputs = [found[-1].float().numpy() for found in self.infer(batch)]
+        used = batch[task.output_slots].ravel() != 0
+        return np.concatenate(outputs)[: len(used)][used]
+
+    def infer(self, batch: Arrays) -> List[Any]:
+        """What the inference executable gives of the rows, some at a time."""
         if is_attached(self.training):
             self.training.detachFromDevice()
         if self.compiled_model is None:
@@ -193,14 +210,12 @@ class IpuEngine:
             self.inference.attachToDevice()
         # As many micro-batches as the pipeline has stages; the last are filled up with rows of weight 0.
         count = self.micro_batch_size * len(self.stages) * self.ipu.replication_factor // self.world_size
-        totals = dict.fromkeys(self.task.metrics, torch.zeros(()))
+        results = []
         for first in range(0, len(batch["input_ids"]), count):
             rows = {name: array[first : first + count] for name, array in batch.items()}
-            rows = add_empty_rows(rows, count - len(rows["input_ids"]))
-            for name, total in zip(self.task.metrics, self.inference(*self.tensors(rows))[1:]):
-                totals[name] = totals[name] + total.float().sum()
+            results.append(self.inference(*self.tensors(add_empty_rows(rows, count - len(rows["input_ids"])))))
         self.compiled_model.train()
-        return totals
+        return results
 
     def measure(self, batch: Arrays) -> Dict[str, float]:
         """Of the whole step, with a learning rate of 0: the executable has no parts that can be timed alone."""
@@ -261,7 +276,7 @@ def make_options(poptorch, stages: Sequence[Stage], config: Config, half: bool, 
     options.autoRoundNumIPUs(True)
     options.relaxOptimizerAttributesChecks(True)  # torch gives an optimizer whose state was loaded attributes more
     options.randomSeed(seed)
-    options.outputMode(poptorch.OutputMode.Sum)
+    options.outputMode(poptorch.OutputMode.Sum if training else poptorch.OutputMode.All)
     options.setExecutionStrategy(
         poptorch.PipelinedExecution(*(poptorch.Stage(*stage.blocks).ipu(stage.ipu) for stage in stages))
     )

@@ -1,7 +1,7 @@
 """The size of a micro-batch, where the config leaves it open and memory limits it: the largest that fits, by trying."""
 
 import math
-from typing import Callable, Dict
+from typing import Callable, Dict, Sequence, Union
 
 import numpy as np
 import torch
@@ -10,12 +10,13 @@ from bert.engines.engine import Arrays
 from bert.engines.torch_devices import Memory
 from bert.engines.torch_engine import TorchEngine
 from data.errors import InputError
-from data.rows import RowShape
+from data.examples.examples import ExampleShape
+from data.rows import RowShape, Target
 
 __all__ = ["fit_micro_batch", "full_rows", "largest_that_fits"]
 
 
-def fit_micro_batch(engine: TorchEngine, shape: RowShape, most: int) -> None:
+def fit_micro_batch(engine: TorchEngine, shape: Union[RowShape, ExampleShape], most: int) -> None:
     """Gives `engine` the largest micro-batch of up to `most` rows that fits its device beside the optimizer's state.
 
     Raises InputError where not even one row does.
@@ -24,7 +25,8 @@ def fit_micro_batch(engine: TorchEngine, shape: RowShape, most: int) -> None:
     if memory is None:
         return
     free = memory.available_bytes() - engine.optimizer.state_bytes()
-    rows = largest_that_fits(lambda rows: peak_memory(engine, memory, full_rows(rows, shape)), free, most)
+    targets = engine.task.targets
+    rows = largest_that_fits(lambda rows: peak_memory(engine, memory, full_rows(rows, shape, targets)), free, most)
     if not rows:
         raise InputError(
             f"not even a micro-batch of one row of {shape.tokens} tokens fits into the {free / 1e9:.1f} GB that are "
@@ -56,15 +58,16 @@ def largest_that_fits(peak_of: Callable[[int], int], available: int, most: int) 
     return rows
 
 
-def full_rows(rows: int, shape: RowShape) -> Dict[str, np.ndarray]:
+def full_rows(rows: int, shape: Union[RowShape, ExampleShape], targets: Sequence[Target]) -> Dict[str, np.ndarray]:
     """A batch in which every slot is used, so that none needs more memory: samples of one length, as many as a row may
     hold."""
     batch: Dict[str, np.ndarray] = {name: np.zeros(size, dtype) for name, (size, dtype) in shape.layout(rows).items()}
-    sample = np.arange(shape.tokens) * shape.samples // shape.tokens
-    batch["sample_ids"][:] = 1 + sample
-    batch["mlm_positions"][:] = np.arange(shape.mask_slots) * shape.tokens // shape.mask_slots
-    batch["cls_positions"][:] = np.searchsorted(sample, np.arange(shape.samples))
-    batch["mlm_weights"][:] = batch["nsp_weights"][:] = 1.0
+    batch["sample_ids"][:] = 1 + np.arange(shape.tokens) * shape.samples // shape.tokens
+    for target in targets:
+        positions, slots = batch[target.positions], batch[target.weights].shape[1]
+        places = np.arange(slots) * shape.tokens // slots
+        positions[:] = places.reshape(slots, *[1] * (positions.ndim - 2))
+        batch[target.weights][:] = 1.0
     return batch
 
 

@@ -4,7 +4,7 @@ import functools
 import gc
 import logging
 import time
-from typing import Any, Callable, ContextManager, Dict, Iterable, List, Mapping, Optional, TypeVar
+from typing import Any, Callable, ContextManager, Dict, Iterable, List, Mapping, Optional, Tuple, TypeVar
 
 import numpy as np
 import torch
@@ -17,11 +17,11 @@ from bert.engines.parallel.processes import current
 from bert.engines.parallel.reduction import Alone, DataParallel, Metrics, MicroBatches, Parallel, Work
 from bert.engines.parallel.sharded import Sharded, make_mesh, shard
 from bert.engines.torch_devices import Memory, TorchDevice, choose_precision, wants_compile
-from bert.model.batch import Batch
+from bert.model.batch import NOTHING, Batch
 from bert.model.model import Model
 from bert.optimizers import make_optimizer
 from bert.signals import Stop, protected
-from bert.tasks.task import Task
+from bert.tasks.task import ExampleTask, Task
 from data.errors import InputError
 from data.rows import unpad
 from ops.attention import has_varlen_kernel
@@ -152,16 +152,19 @@ class TorchEngine:
             return self.to_host(totals, step)
 
     def in_all_processes(self, passes: Callable[..., Metrics], *arguments) -> Metrics:
-        """passes(*arguments), summed over all processes. Where one is told to stop before all are done, all raise
-        Stop."""
-        try:
-            totals = self.until_it_fits(passes, *arguments)
-        except Stop as stop:
-            self.parallel.stop(stop)
-            raise
+        """passes(*arguments), summed over all processes."""
+        totals = self.stopping_together(passes, *arguments)
         if self.processes is None:
             return totals
         return self.processes.sum_metrics(totals, list(self.task.metrics), self.device.name)
+
+    def stopping_together(self, passes: Callable[..., T], *arguments) -> T:
+        """passes(*arguments). Where one process is told to stop before all are done, all raise Stop."""
+        try:
+            return self.until_it_fits(passes, *arguments)
+        except Stop as stop:
+            self.parallel.stop(stop)
+            raise
 
     def passes(self, batch: Arrays, step: int, progress: Callable[[int], None]) -> Metrics:
         """The forward and backward passes of a step."""
@@ -204,6 +207,31 @@ class TorchEngine:
         with self.packed_weights(batch):
             self.run(batch, work, training=False)
         return work.totals
+
+    @torch.no_grad()
+    def predict(self, batch: Arrays) -> np.ndarray:
+        return self.stopping_together(self.prediction, batch)
+
+    def prediction(self, batch: Arrays) -> np.ndarray:
+        task = self.task
+        assert isinstance(task, ExampleTask)
+        self.model.eval()
+        outputs: List[torch.Tensor] = []
+
+        def forward(micro_batch: Batch) -> Tuple[torch.Tensor, Metrics]:
+            outputs.append(self.model.predict(micro_batch))
+            return NOTHING, {}
+
+        work = Work(forward, outputs=outputs)
+        with self.packed_weights(batch):
+            self.run(batch, work, training=False)
+        if not outputs:
+            return np.empty((0, task.output_size), np.float32)
+        found = torch.cat([output.float().cpu() for output in outputs]).numpy()
+        if not self.unpads or (self.static and task.output_slots == "sample_ids"):  # padding has outputs, too
+            used = batch[task.output_slots].ravel() != 0
+            found = found[: len(used)][used]
+        return found
 
     def packed_weights(self, batch: Arrays) -> ContextManager:
         """While open, the weights stay as they are, for the micro-batches of this batch."""
@@ -393,4 +421,4 @@ def compiler_error(error: Optional[BaseException]) -> Optional[str]:
 
 def add_empty_rows(rows: Arrays, count: int) -> Dict[str, np.ndarray]:
     """The rows, and `count` of padding."""
-    return {name: np.concatenate([x, np.zeros((count, x.shape[1]), x.dtype)]) for name, x in rows.items()}
+    return {name: np.concatenate([x, np.zeros((count, *x.shape[1:]), x.dtype)]) for name, x in rows.items()}

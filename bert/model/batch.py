@@ -10,7 +10,7 @@ import torch
 
 from ops.attention import CuSeqlens, SampleIds, Segments
 
-__all__ = ["Batch", "State"]
+__all__ = ["NOTHING", "Batch", "State"]
 
 NOTHING = torch.empty(0)  # before a block has made it
 MODEL_FIELDS = {"input_ids", "token_type_ids", "position_ids"}
@@ -61,3 +61,5 @@ class State(NamedTuple):
     """The scalar that is differentiated, from the task's heads on."""
     metrics: Mapping[str, torch.Tensor] = {}
     """The task's metrics, scalars, each a weighted sum, from its heads on."""
+    outputs: torch.Tensor = NOTHING
+    """What a task that is scored on its own terms predicts, from its heads on (bert/tasks/task.py)."""

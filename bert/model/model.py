@@ -46,8 +46,16 @@ class Model(nn.Module):
     def forward(self, batch: Batch) -> Tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
         """The loss and the metrics of the task. Summed over the micro-batches of a global batch, they are its means:
         the batch's weights see to that."""
-        state = self.run(State(batch, batch.segments), self.blocks)
+        state = self.whole(batch)
         return state.loss, state.metrics
+
+    def predict(self, batch: Batch) -> torch.Tensor:
+        """The outputs of the task's heads."""
+        return self.whole(batch).outputs
+
+    def whole(self, batch: Batch) -> State:
+        """What the last block hands on."""
+        return self.run(State(batch, batch.segments), self.blocks)
 
     def encode(self, batch: Batch) -> torch.Tensor:
         """The hidden state after the last layer, [R, L, H] or [T, H]."""

@@ -49,7 +49,8 @@ def measure(config: Config, rows_of_a_step: int) -> Measured:
     engine = make_engine(config, device)
     engine.expect_rows(rows_of_a_step)
     rows = engine.micro_batch_size = min(engine.micro_batch_size, rows_of_a_step)
-    batch = full_rows(rows, row_shape(config, static=False)._replace(mask_slots=config.data.mask_tokens, samples=1))
+    shape = row_shape(config, static=False)._replace(mask_slots=config.data.mask_tokens, samples=1)
+    batch = full_rows(rows, shape, engine.task.targets)
     engine.measure(batch)  # the first compiles, and takes memory
     times: List[Dict[str, float]] = []
     while sum(sum(parts.values()) for parts in times) < ENOUGH_SECONDS and len(times) < ENOUGH_TIMES:

@@ -6,17 +6,18 @@ import json
 import logging
 import os
 import re
-from typing import Dict, Iterator, List, NamedTuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Protocol
 
 import h5py
 import numpy as np
 
 from bert.config import Config, DataConfig
-from bert.engines import has_static_shapes, local_parts
+from bert.engines import Engine, has_static_shapes, local_parts
 from bert.engines.parallel.processes import current
 from bert.geometry import packing_of
+from bert.run.evaluation import evaluate
 from bert.run.state import RunState
-from bert.tasks import Task
+from bert.tasks import ShardTask
 from data.errors import InputError
 from data.loading.loader import GlobalBatch, Loader, LoaderSettings, batches_in_order
 from data.loading.shard_files import open_shards
@@ -25,32 +26,108 @@ from data.prepare import prepare
 from data.preparing.finding import find_files
 from data.preparing.options import PrepareOptions
 from data.preparing.remote import base_name
+from data.rows import Part
 from data.shards import ShardInfo
 from data.subprocesses import usable_cpus
 from data.tokenizer import FLAGS, Vocabulary, claims_of, find_vocab, flag_of, vocab_sha256
 
-__all__ = ["DataSet", "make_shards_from_text", "next_batch", "open_data", "open_loader", "sharing_loader"]
+__all__ = ["BatchSource", "DataSet", "ShardSet", "make_shards_from_text", "next_batch", "open_shard_set"]
+__all__ += ["sharing_loader"]
 
 logger = logging.getLogger(__name__)
 
 
-class DataSet(NamedTuple):
-    """The training shards, checked against the config and each other."""
+class BatchSource(Protocol):
+    """What the training loop takes batches from."""
+
+    def next(self) -> GlobalBatch:
+        """The next global batch, or this process's part of it. Its arrays are valid until the following call."""
+
+    def check(self) -> None:
+        """Raises what `next` would, where that is known already."""
+
+    def __enter__(self) -> "BatchSource": ...
+
+    def __exit__(self, *exception: Any) -> None: ...
+
+
+class DataSet(Protocol):
+    """What a run learns from and is evaluated on, checked against the config."""
+
+    @property
+    def vocabulary(self) -> Vocabulary: ...
+
+    @property
+    def skipped(self) -> Dict[str, str]:
+        """Files that are left out, and why."""
+
+    @property
+    def samples(self) -> int:
+        """To train on."""
+
+    def identity(self) -> Dict:
+        """What a resumed run must find again: "shards", "vocab_sha256", "tokenizer"."""
+
+    def facts(self) -> Dict[str, Any]:
+        """What all processes of a run must have alike beside its identity."""
+
+    def describe(self) -> str:
+        """For people: the samples, and where they are."""
+
+    def open_loader(self, config: Config, state: RunState, device: str, local: LocalRanks) -> BatchSource:
+        """This process's part of the global batches, from where `state` is."""
+
+    def evaluate(self, config: Config, engine: Engine, part: Part) -> Dict[str, Any]:
+        """The line of held_out.jsonl for the engine's weights; the same in all processes."""
+
+    def report(self, folder: str) -> None:
+        """Writes what the last evaluation found, beyond that line, into a folder."""
+
+
+class ShardSet(NamedTuple):
+    """Shards: a DataSet."""
 
     shards: List[ShardInfo]
+    held_out: List[ShardInfo]
     vocabulary: Vocabulary
     skipped: Dict[str, str]
-    """Shards that are left out, and why."""
 
     @property
     def samples(self) -> int:
         return sum(shard.num_samples for shard in self.shards)
 
     def identity(self) -> Dict:
-        """What a resumed run must find again."""
         sizes = [[os.path.basename(shard.path), shard.num_samples] for shard in self.shards]
         vocabulary = self.vocabulary
         return {"shards": sizes, "vocab_sha256": vocab_sha256(vocabulary.tokens), "tokenizer": vocabulary.rules}
+
+    def facts(self) -> Dict[str, Any]:
+        sizes = {f"bytes of {os.path.basename(shard.path)}": shard.file_size for shard in self.shards}
+        for shard in self.held_out:
+            sizes[f"bytes of {os.path.basename(shard.path)} (held out)"] = shard.file_size
+        return sizes
+
+    def describe(self) -> str:
+        return f"{self.samples} samples in {len(self.shards)} shards"
+
+    def open_loader(self, config: Config, state: RunState, device: str, local: LocalRanks) -> Loader:
+        data, training = config.data, config.training
+        settings = LoaderSettings(
+            batch_size=training.global_batch_size,
+            seed=training.seed,
+            packing=packing_of(data, has_static_shapes(device)),
+            samples_per_row=data.samples_per_row,
+            skip_bad=data.on_bad_shard == "skip",
+            workers=min(data.workers, usable_cpus()),
+        )
+        timeout = config.parallel.timeout if current() else None
+        return Loader(self.shards, settings, state.position, state.skipped, local, timeout)
+
+    def evaluate(self, config: Config, engine: Engine, part: Part) -> Dict[str, Any]:
+        return evaluate(config, engine, part)
+
+    def report(self, folder: str) -> None:
+        """Nothing: the line says it all."""
 
 
 def make_shards_from_text(config: Config) -> None:
@@ -96,7 +173,7 @@ def make_shards_from_text(config: Config) -> None:
                 normalization=data.normalization,
                 sequence_length=data.sequence_length,
                 mask_tokens=data.mask_tokens,
-                nsp=config.task.nsp,
+                nsp=config.task.nsp and config.task.name != "mlm",
                 duplicates=data.duplicates,
                 held_out=data.held_out,
                 seed=config.training.seed,
@@ -133,7 +210,7 @@ def with_settings(message: str) -> str:
     return message
 
 
-def open_data(config: Config, task: Task) -> DataSet:
+def open_shard_set(config: Config, task: ShardTask) -> ShardSet:
     """Opens the shards. Raises InputError where they do not fit the config, the task or each other; held-out samples
     are checked one by one."""
     data = config.data
@@ -157,7 +234,7 @@ def open_data(config: Config, task: Task) -> DataSet:
             )
         for _ in batches_in_order(held_out, 4096):
             pass
-    return DataSet(shards, vocabulary, skipped)
+    return ShardSet(shards, held_out, vocabulary, skipped)
 
 
 @contextlib.contextmanager
@@ -182,32 +259,17 @@ def sharing_loader(config: Config, device: str) -> Iterator[LocalRanks]:
         yield LocalRanks(parts, rank, endpoint)
 
 
-def open_loader(config: Config, data_set: DataSet, state: RunState, device: str, local: LocalRanks) -> Loader:
-    """This process's part of the global batches, from where `state` is."""
-    data, training = config.data, config.training
-    settings = LoaderSettings(
-        batch_size=training.global_batch_size,
-        seed=training.seed,
-        packing=packing_of(data, has_static_shapes(device)),
-        samples_per_row=data.samples_per_row,
-        skip_bad=data.on_bad_shard == "skip",
-        workers=min(data.workers, usable_cpus()),
-    )
-    timeout = config.parallel.timeout if current() else None
-    return Loader(data_set.shards, settings, state.position, state.skipped, local, timeout)
-
-
-def next_batch(loader: Loader, count: int) -> GlobalBatch:
+def next_batch(loader: BatchSource, count: int) -> GlobalBatch:
     """The next `count` global batches, or this process's part of each, one after the other in one."""
     if count == 1:
         return loader.next()
-    arrays, counts, rows = [], [], 0
+    arrays, counts, rows, samples = [], [], 0, 0
     for _ in range(count):
         batch = loader.next()
         # The loader takes its memory back with the next batch.
         arrays.append({name: array.copy() for name, array in batch.arrays.items()})
         counts.append(batch.counts)
-        rows += batch.rows
+        rows, samples = rows + batch.rows, samples + batch.samples
     together = {name: np.concatenate([part[name] for part in arrays]) for name in arrays[0]}
     sums = {name: sum(part[name] for part in counts) for name in counts[0]}
-    return GlobalBatch(together, rows, sums, batch.position, batch.skipped)
+    return GlobalBatch(together, rows, sums, batch.position, batch.skipped, samples)

@@ -14,7 +14,7 @@ from data.loading.loader import batches_in_order
 from data.loading.shard_files import open_shards
 from data.rows import Part
 
-__all__ = ["evaluate", "is_due", "note_evaluation", "recall_evaluations"]
+__all__ = ["evaluate", "is_due", "is_out_of_patience", "note_evaluation", "recall_evaluations"]
 
 
 def evaluate(config: Config, engine: Engine, part: Part) -> Dict[str, Any]:
@@ -44,15 +44,29 @@ def is_due(config: Config, step: int, state: RunState) -> bool:
     return bool(config.data.held_out_files and asked and state.evaluated < step)
 
 
-def note_evaluation(state: RunState, held_out: Dict[str, Any]) -> bool:
-    """Notes what `evaluate` gave; whether its loss is the lowest so far."""
-    is_best = held_out["loss"] < state.best.get("loss", math.inf)
+def note_evaluation(state: RunState, held_out: Dict[str, Any], selected_by: str) -> bool:
+    """Notes what an evaluation gave; whether it is the best so far, by what the task says."""
+    is_best = not state.best or worth(held_out, selected_by) > worth(state.best, selected_by)
     state.evaluated, state.best = held_out["step"], held_out if is_best else state.best
     return is_best
 
 
-def recall_evaluations(state: RunState, path: str) -> None:
+def worth(held_out: Dict[str, Any], selected_by: str) -> float:
+    """More is better."""
+    value = held_out.get(selected_by, math.nan)
+    return -math.inf if math.isnan(value) else -value if selected_by == "loss" else value
+
+
+def recall_evaluations(state: RunState, path: str, selected_by: str) -> None:
     """Notes those in a held_out.jsonl that were made after the checkpoint of their step was saved, which lacks them."""
     for line in read_metrics(path):
         if state.evaluated < line["step"] <= state.step:
-            note_evaluation(state, line)
+            note_evaluation(state, line, selected_by)
+
+
+def is_out_of_patience(config: Config, state: RunState) -> bool:
+    """Whether training.patience is at its end."""
+    training = config.training
+    if not training.patience or not training.evaluate_every or not state.best:
+        return False
+    return state.evaluated - state.best["step"] >= training.patience * training.evaluate_every

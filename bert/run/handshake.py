@@ -17,7 +17,6 @@ from bert.run.data_set import DataSet
 from bert.run.state import RunState
 from data.errors import InputError
 from data.loading.loader import GlobalBatch
-from data.shards import expand
 from data.subprocesses import PROJECT
 
 __all__ = ["check_same_data", "check_same_settings", "check_same_weights", "note_batch"]
@@ -50,15 +49,12 @@ def hash_of_source() -> str:
     return found.hexdigest()[:12]
 
 
-def check_same_data(config: Config, data_set: DataSet, checkpoint: Optional[str], state: RunState) -> None:
+def check_same_data(data_set: DataSet, checkpoint: Optional[str], state: RunState) -> None:
     """Raises InputError, in all processes, where one has other shards, another vocabulary or another checkpoint."""
     if current():
         identity = data_set.identity()
         facts: Dict[str, Any] = {f"samples of {name}": count for name, count in identity["shards"]}
-        for shard in data_set.shards:
-            facts[f"bytes of {os.path.basename(shard.path)}"] = shard.file_size
-        for path in expand(config.data.held_out_files):
-            facts[f"bytes of {os.path.basename(path)} (held out)"] = os.path.getsize(path)
+        facts.update(data_set.facts())
         facts["the vocabulary's hash"] = identity["vocab_sha256"]
         facts["the tokenizer's rules"] = identity["tokenizer"]
         facts["the checkpoint"] = checkpoint and os.path.basename(checkpoint)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import logging
+import math
 import os
 import tempfile
 from typing import Callable, Dict, NamedTuple, Optional, Tuple, Union
@@ -16,6 +17,7 @@ from bert.engines import (
     check_processes,
     evaluated_part,
     find_device,
+    has_static_shapes,
     make_engine,
     makes_up_input,
     process_of,
@@ -35,8 +37,16 @@ from bert.run.checkpoint import (
 )
 from bert.run.console import bar_width, show_errors_only
 from bert.run.curve import draw_curve, read_metrics
-from bert.run.data_set import DataSet, make_shards_from_text, next_batch, open_data, open_loader, sharing_loader
-from bert.run.evaluation import evaluate, is_due, note_evaluation, recall_evaluations
+from bert.run.data_set import (
+    BatchSource,
+    DataSet,
+    make_shards_from_text,
+    next_batch,
+    open_shard_set,
+    sharing_loader,
+)
+from bert.run.evaluation import is_due, is_out_of_patience, note_evaluation, recall_evaluations
+from bert.run.example_set import ExampleSet
 from bert.run.extending import check_max_steps, find_branch, read_branch
 from bert.run.handshake import check_same_data, check_same_settings, check_same_weights, note_batch
 from bert.run.metrics_log import MetricsLog
@@ -46,11 +56,11 @@ from bert.run.sharded_checkpoint import SavesInBackground, write_model
 from bert.run.state import RunState, read_state
 from bert.schedules import learning_rate_at
 from bert.signals import hold, interruptible, protected
-from bert.start_from import adapting_line
-from bert.tasks import Task, make_model, make_task
+from bert.start_from import adapting_line, check_head
+from bert.tasks import ExampleTask, ShardTask, Task, make_model, make_task, with_labels
 from data.errors import InputError, LoaderDied
 from data.files import write_json
-from data.loading.loader import GlobalBatch, Loader
+from data.loading.loader import GlobalBatch
 from data.loading.sharing import LocalRanks
 from data.rows import Part
 from data.tokenizer import claims_of_rules, read_vocab, vocab_sha256
@@ -67,7 +77,7 @@ class Run:
 
     config: Config
     engine: Engine
-    loader: Loader
+    loader: BatchSource
     data_set: DataSet
     state: RunState
     part: Part
@@ -101,10 +111,12 @@ class Run:
             self.saved_step = engine.steps_done
 
     def evaluate(self, log: MetricsLog) -> None:
-        """Evaluates on the held-out samples, and keeps the checkpoint where they have the lowest loss so far."""
-        held_out = evaluate(self.config, self.engine, self.part)
-        is_best = note_evaluation(self.state, held_out)
+        """Evaluates on the held-out samples, and keeps the checkpoint of the best evaluation so far."""
+        held_out = self.data_set.evaluate(self.config, self.engine, self.part)
+        is_best = note_evaluation(self.state, held_out, self.engine.task.selected_by)
         log.write_held_out(held_out, is_best)
+        if is_best and self.engine.rank == 0:
+            self.data_set.report(self.config.training.output)
         if is_best and self.saved_step < self.engine.steps_done:
             self.save()
         elif is_best:
@@ -112,6 +124,15 @@ class Run:
                 self.saves.wait()
             if self.engine.rank == 0:
                 mark_best(checkpoints_of(self.config), self.state.best, self.config.training.keep_checkpoints)
+
+    def is_over(self) -> bool:
+        """Whether no step is left to do."""
+        return self.engine.steps_done >= self.last_step or is_out_of_patience(self.config, self.state)
+
+    def is_complete(self) -> bool:
+        """Whether the schedule is done, or no evaluation is better any more."""
+        is_last = self.engine.steps_done == self.config.training.max_steps
+        return is_last or is_out_of_patience(self.config, self.state)
 
     def save_last(self, reason: BaseException) -> None:
         """Saves as the run stops, if it can: all processes have to write shards, and stop at one step by a signal
@@ -166,7 +187,7 @@ def train(config: Config, make_model: Callable[[Config, Task], Model] = make_mod
         with protected() if together else contextlib.nullcontext():  # the engine looks for a signal, for all of them
             try:
                 run_steps(run, first)
-                if run.engine.steps_done == config.training.max_steps and not run.engine.made_up:
+                if run.is_complete() and not run.engine.made_up:
                     finish(run)
                 if together:  # nothing is left that others would have to stop with
                     hold()
@@ -195,6 +216,7 @@ def find_source(
 ) -> Source:
     """Opens the data set, which is made from text where it is not there yet, and looks for the checkpoint."""
     rank, _ = process_of(device)
+    config = with_labels(config)
     task = make_task(config)  # before shards are made: its name may be wrong
     if makes_up_input(config, device):  # it leaves no run, and goes on with none
         config = closing.enter_context(without_output(config))
@@ -210,18 +232,42 @@ def find_source(
     if config.training.start_from and not (checkpoint or config.training.branch_from):  # before shards are made
         with torch.device("meta"):
             model = make_model(config, task)
-        check_model(config.training.start_from, describe_model(config, model, task))
-    first_alone(lambda: make_shards_from_text(config))
+        described = describe_model(config, model, task)
+        check_model(config.training.start_from, described)
+        if isinstance(task, ExampleTask) and not config.task.new_head:
+            check_head(config.training.start_from, task.architecture, described)
     branch = None if checkpoint else find_branch(config)
-    data_set = open_data(config, task)
+    data_set = open_data(config, task, device)
+    config = with_epochs(config, data_set.samples, device)
     from_data_set = data_set.identity(), config.data.on_bad_shard == "skip"
     state = read_branch(branch, config, *from_data_set) if branch else read_state(checkpoint, *from_data_set)
     if checkpoint:
-        recall_evaluations(state, os.path.join(config.training.output, "held_out.jsonl"))
+        recall_evaluations(state, os.path.join(config.training.output, "held_out.jsonl"), task.selected_by)
     if rank == 0:
         check_max_steps(config, state.step)
     state.leave_out(data_set.skipped)
     return Source(config, data_set, checkpoint or branch, state, finished)
+
+
+def open_data(config: Config, task: Task, device: str) -> DataSet:
+    """The data set of a task; shards are made from text where they are not there yet."""
+    if isinstance(task, ExampleTask):
+        return ExampleSet(config, task, device)
+    assert isinstance(task, ShardTask)
+    first_alone(lambda: make_shards_from_text(config))
+    return open_shard_set(config, task)
+
+
+def with_epochs(config: Config, samples: int, device: str) -> Config:
+    """The config with the steps that training.epochs are, and an evaluation after each where none is asked for."""
+    training = config.training
+    if training.epochs is None:
+        return config
+    each, steps = samples / training.global_batch_size, training.evaluate_every
+    if steps is None and config.data.held_out_files and not has_static_shapes(device):
+        steps = math.ceil(each)
+    training = dataclasses.replace(training, max_steps=math.ceil(training.epochs * each), evaluate_every=steps)
+    return dataclasses.replace(config, training=training)
 
 
 def begin(
@@ -234,13 +280,14 @@ def begin(
 ) -> Union[int, Tuple[Run, GlobalBatch]]:
     """The run and its first batch; where no step is left to do, how many are done."""
     config, data_set, checkpoint, state, finished = source
-    check_same_data(config, data_set, checkpoint, state)
+    check_same_data(data_set, checkpoint, state)
     last_step = min(config.training.max_steps, config.training.stop_at_step or config.training.max_steps)
-    if state.step >= last_step and (last_step < config.training.max_steps or finished):
+    is_over = state.step >= last_step or is_out_of_patience(config, state)
+    if is_over and (last_step < config.training.max_steps or finished):
         output = config.training.output
         logger.info("%s: step %d of %d is done already, nothing to do", output, state.step, last_step)
         return state.step
-    loader = closing.enter_context(open_loader(config, data_set, state, device, local))
+    loader = closing.enter_context(data_set.open_loader(config, state, device, local))
     engine = make_engine(config, device, make_model)
     load_into(engine, config, data_set, state, checkpoint)
     first = next_batch(loader, engine.steps_per_call)
@@ -264,7 +311,7 @@ def run_steps(run: Run, batch: GlobalBatch) -> None:
             if is_due(run.config, engine.steps_done, state):  # a run that goes on was stopped before it
                 with log.not_counted():
                     run.evaluate(log)
-            while engine.steps_done < run.last_step:
+            while not run.is_over():
                 step = engine.steps_done + engine.steps_per_call
                 learning_rate = learning_rate_at(step, run.config.optimizer, training.max_steps)
                 note_batch(batch)
@@ -288,9 +335,11 @@ def run_steps(run: Run, batch: GlobalBatch) -> None:
                             run.save()
                         if evaluating:
                             run.evaluate(log)
-                if step < run.last_step:
+                if not run.is_over():
                     with log.waiting_for_data():
                         batch = next_batch(loader, engine.steps_per_call)
+            if run.saved_step < engine.steps_done and not engine.made_up:  # patience has ended
+                run.save()
             if run.saves:
                 run.saves.wait()
         except (KeyboardInterrupt, InputError, LoaderDied, ProcessLost) as reason:
@@ -352,6 +401,8 @@ def load_weights_into(engine: Engine, path: str, config: Config, data_set: DataS
     """Raises InputError for weights of another model or vocabulary, and, where they are to be `complete`, for missing
     ones."""
     expected = engine.weights() if engine.sharded else dict(engine.model.named_parameters())
+    if config.task.new_head and not complete:
+        expected = {name: tensor for name, tensor in expected.items() if name.startswith("bert.")}
     weights = load_weights(path, expected, describe_model(config, engine.model, engine.task))
     fresh = [name for name in expected if name not in weights]
     if complete and fresh:
@@ -388,7 +439,8 @@ def check_same_tokenizer(path: str, data_set: DataSet, complete: bool) -> None:
 
 def describe_model(config: Config, model: Model, task: Task) -> Dict:
     """The model's config.json."""
-    return transformers_config(config.model, model.architecture, task.architecture)
+    heads = task.config() if isinstance(task, ExampleTask) else {}
+    return {**transformers_config(config.model, model.architecture, task.architecture), **heads}
 
 
 def log_what_runs(
@@ -408,10 +460,7 @@ def log_what_runs(
         f"global batch: {samples} samples in {rows} rows of {length}, {filled:.1f} % of the slots filled, "
         f"{micro_batches} micro-batches"
     )
-    shards = len(data_set.shards)
-    logger.info(
-        f"data: {data_set.samples} samples in {shards} shards; {training.max_steps} steps are {epochs:.2f} epochs"
-    )
+    logger.info(f"data: {data_set.describe()}; {training.max_steps} steps are {epochs:.2f} epochs")
     if engine.made_up:
         logger.info("ipu.synthetic_data: IPUs make up their input, so no losses are reported and nothing is saved")
     if checkpoint or training.start_from:

@@ -106,7 +106,7 @@ class MetricsLog:
         with protected(), open(self.held_out_path, "a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
         self.draw(values, "held_out/")
-        words = f"loss {values['loss']:.3f}  {panel_words(self.engine.task, values)}"
+        words = f"loss {values['loss']:.3f}  {panel_words(self.engine.task, values)}{scores(self.engine.task, values)}"
         place = f"step {values['step']}/{self.last_step}  held out ({values['samples']} samples)"
         logger.info(f"{place}: {words}{'  best' if is_best else ''}")
 
@@ -163,4 +163,11 @@ def line_of(due: Line, engine: Engine, seconds: float, waited: float) -> Dict[st
 
 def panel_words(task: Task, values: Mapping[str, Any]) -> str:
     """The parts of the loss and their accuracies, for a line: `mlm 5.772 (14.5%)  nsp 0.693 (52.3%)`."""
-    return "  ".join(f"{part.label} {values[part.loss]:.3f} ({values[part.accuracy]:.1%})" for part in task.panels)
+    shares = {part: f" ({values[part.accuracy]:.1%})" if part.accuracy else "" for part in task.panels}
+    return "  ".join(f"{part.label} {values[part.loss]:.3f}{share}" for part, share in shares.items())
+
+
+def scores(task: Task, values: Mapping[str, Any]) -> str:
+    """What an evaluation gives beyond the loss and its parts, for the same line."""
+    others = [name for name in values if name not in ("step", "samples", "loss", *task.metrics)]
+    return "".join(f"  {name} {values[name]:.4f}" for name in others)

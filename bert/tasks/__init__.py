@@ -1,19 +1,27 @@
 """Tasks by name, and the model that a task makes. A fork adds its own: `TASKS["name"] = make`."""
 
-from typing import Callable, Dict, Type
+import dataclasses
+from typing import Callable, Dict, List, Type
 
 from torch import nn
 
 from bert.config import Config
 from bert.model.blocks import Embeddings
 from bert.model.model import Model
+from bert.tasks.classification import Classification
 from bert.tasks.pretraining import Pretraining
-from bert.tasks.task import Panel, Task
+from bert.tasks.task import ExampleTask, Panel, ShardTask, Task
 from data.errors import InputError
 
-__all__ = ["TASKS", "Panel", "Task", "make_model", "make_task"]
+__all__ = ["TASKS", "ExampleTask", "Panel", "ShardTask", "Task", "make_model", "make_task", "with_labels"]
 
-TASKS: Dict[str, Callable[[Config], Task]] = {"pretraining": lambda config: Pretraining(config.task.nsp)}
+TASKS: Dict[str, Callable[[Config], Task]] = {
+    "pretraining": lambda config: Pretraining(config.task.nsp),
+    "mlm": lambda config: Pretraining(nsp=False),
+    "classification": lambda config: Classification(config.task),
+}
+# How a task finds the labels that its config does not say.
+FIND_LABELS: Dict[str, Callable[[Config], List[str]]] = {"classification": Classification.find_labels}
 
 
 def make_task(config: Config) -> Task:
@@ -21,6 +29,15 @@ def make_task(config: Config) -> Task:
     if config.task.name not in TASKS:
         raise InputError(f'task.name is "{config.task.name}", expected one of {", ".join(TASKS)}')
     return TASKS[config.task.name](config)
+
+
+def with_labels(config: Config) -> Config:
+    """The config with task.labels, from the training files where it has none. Raises InputError for files that cannot
+    be read."""
+    find = FIND_LABELS.get(config.task.name)
+    if find is None or config.task.labels:
+        return config
+    return dataclasses.replace(config, task=dataclasses.replace(config.task, labels=find(config)))
 
 
 def make_model(config: Config, task: Task, embeddings: Type[nn.Module] = Embeddings) -> Model:

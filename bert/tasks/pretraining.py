@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bert.config import Config, ModelConfig
+from bert.config import Config, DataConfig, ModelConfig
 from bert.model.batch import State
 from bert.model.model import Model
+from bert.tasks.heads import Pooler
 from bert.tasks.task import Panel
 from data.errors import InputError
-from data.rows import MLM, NSP, Target
+from data.rows import MLM, NSP, RowShape, Target
 from data.shards import ShardInfo
 from ops.gather import gather_tokens
 from ops.ipu import mark_loss
@@ -42,6 +43,7 @@ class Pretraining:
         self.metrics = {panel.loss: target.weights for panel, target in zip(self.panels, self.targets)}
         self.metrics.update({panel.accuracy: target.weights for panel, target in zip(self.panels, self.targets)})
         self.architecture = "BertForPreTraining" if nsp else "BertForMaskedLM"
+        self.selected_by = "loss"
 
     def add_heads(self, model: Model, config: Config) -> None:
         """The heads, and the pooler under transformers' name for it."""
@@ -53,6 +55,9 @@ class Pretraining:
         )
         model.blocks.append(("heads", model.cls))
 
+    def row_shape(self, data: DataConfig, samples_per_row: int) -> RowShape:
+        return RowShape.of(data.sequence_length, data.mask_tokens, samples_per_row)
+
     def check_shards(self, shards: Sequence[ShardInfo]) -> None:
         """Raises InputError for samples of one segment, which hold nothing for NSP."""
         for shard in shards:
@@ -61,17 +66,6 @@ class Pretraining:
                     f"{shard.path}: its samples have one segment, and task.nsp is true, which needs two. Set task.nsp "
                     "to false, or prepare the text again without --nsp false"
                 )
-
-
-class Pooler(nn.Module):
-    """The [CLS] token of each sample through a linear layer and tanh: [R, S, H] -> [R, S, H]."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-
-    def forward(self, cls_hidden):
-        return torch.tanh(self.dense(cls_hidden))
 
 
 class Transform(nn.Module):

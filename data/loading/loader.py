@@ -43,10 +43,8 @@ class GlobalBatch:
     """in the run's order after this batch: where another loader can continue"""
     skipped: Dict[str, str]
     """shards left out by then: path -> why"""
-
-    @property
-    def samples(self) -> int:
-        return self.counts[NSP.weights]
+    samples: int
+    """of all processes together"""
 
 
 @dataclass(frozen=True)
@@ -160,7 +158,8 @@ class Loader:
         rows = slice(first, first + message["filled"][self._slot_rows.parts.index(self._part)])
         arrays = {name: array[rows] for name, array in self._slots[slot].items()}
         skipped = {**self._skipped, **message["skipped"]}
-        return GlobalBatch(arrays, message["rows"], message["counts"], message["position"], skipped)
+        counts = message["counts"]
+        return GlobalBatch(arrays, message["rows"], counts, message["position"], skipped, counts[NSP.weights])
 
     def check(self) -> None:
         """Raises what `next` would, as soon as the loader's process has failed: for steps that take long."""
@@ -224,4 +223,5 @@ def batches_in_order(shards: Sequence[ShardInfo], batch_size: int, part: Part = 
                 parts.append(read_checked(shard, start, stop, begin))
         samples = Samples.concatenate(parts)
         arrays = unpacked_batch(samples)
-        yield GlobalBatch(part.of(arrays), len(samples), weight_counts(arrays), first + len(samples), {})
+        counts, end = weight_counts(arrays), first + len(samples)
+        yield GlobalBatch(part.of(arrays), len(samples), counts, end, {}, len(samples))

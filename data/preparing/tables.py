@@ -10,7 +10,7 @@ from data.foreign.hub import import_pyarrow
 from data.preparing.remote import is_url, open_remote, remote_size
 from data.preparing.text_file import read_text
 
-__all__ = ["csv_texts", "parquet_texts", "tsv_texts"]
+__all__ = ["csv_rows", "csv_texts", "parquet_texts", "tsv_rows", "tsv_texts"]
 
 SEPARATORS = ",;\t"
 FIELD_CHARACTERS = 1 << 28  # a field that is longer is taken for a quote that is not closed
@@ -20,25 +20,39 @@ OnBytes = Callable[[int], object]
 
 
 def csv_texts(path: str, field: str, on_bytes: OnBytes, encoding: str) -> Iterator[str]:
-    """The column `field` of each row. The file's first line that is not blank names the columns; they are separated by
-    the comma, semicolon or tab, whichever that line has most of. Fields in double quotes may hold separators and line
-    ends.
+    """The column `field` of each row of `csv_rows`. Raises InputError where it is missing, too."""
+    return column(path, field, csv_rows(path, on_bytes, encoding))
 
-    Raises InputError that names the file and the columns or the line, for a column that is missing, a row of another
-    size than the first, and quotes that are not closed or not doubled in a field.
+
+def tsv_texts(path: str, field: str, on_bytes: OnBytes, encoding: str) -> Iterator[str]:
+    """The same of `tsv_rows`."""
+    return column(path, field, tsv_rows(path, on_bytes, encoding))
+
+
+def column(path: str, field: str, rows: Iterator[List[str]]) -> Iterator[str]:
+    names = next(rows, [])
+    place = column_of(path, field, names) if names else 0
+    for row in rows:
+        yield row[place]
+
+
+def csv_rows(path: str, on_bytes: OnBytes, encoding: str) -> Iterator[List[str]]:
+    """The rows that are not blank. The first names the columns; they are separated by the comma, semicolon or tab,
+    whichever its line has most of. Fields in double quotes may hold separators and line ends.
+
+    Raises InputError that names the file and the line, for a row of another size than the first, and quotes that are
+    not closed or not doubled in a field.
     """
     pieces = read_text(path, on_bytes, False, encoding)
     first = next(pieces, "")
     separator = max(SEPARATORS, key=next(filter(str.strip, first.splitlines()), "").count)
-    csv.field_size_limit(FIELD_CHARACTERS)
-    return rows_texts(path, field, with_first(first, pieces), delimiter=separator, strict=True)
+    return table_rows(path, with_first(first, pieces), delimiter=separator, strict=True)
 
 
-def tsv_texts(path: str, field: str, on_bytes: OnBytes, encoding: str) -> Iterator[str]:
-    """As `csv_texts`, of columns that tabs separate and that no quotes enclose: a quote is text, as in GLUE's files."""
-    csv.field_size_limit(FIELD_CHARACTERS)
+def tsv_rows(path: str, on_bytes: OnBytes, encoding: str) -> Iterator[List[str]]:
+    """As `csv_rows`, of columns that tabs separate and that no quotes enclose: a quote is text, as in GLUE's files."""
     pieces = read_text(path, on_bytes, False, encoding)
-    return rows_texts(path, field, pieces, delimiter="\t", quoting=csv.QUOTE_NONE)
+    return table_rows(path, pieces, delimiter="\t", quoting=csv.QUOTE_NONE)
 
 
 def with_first(first: str, pieces: Iterator[str]) -> Iterator[str]:
@@ -46,18 +60,17 @@ def with_first(first: str, pieces: Iterator[str]) -> Iterator[str]:
     yield from pieces
 
 
-def rows_texts(path: str, field: str, pieces: Iterator[str], **dialect: Any) -> Iterator[str]:
+def table_rows(path: str, pieces: Iterator[str], **dialect: Any) -> Iterator[List[str]]:
+    csv.field_size_limit(FIELD_CHARACTERS)
     rows = csv.reader((line for piece in pieces for line in io.StringIO(piece, newline="")), **dialect)
-    names: List[str] = []
+    size = 0
     try:
-        for row in rows:
-            if not names:
-                names, place = row, column_of(path, field, row) if row else 0
-            elif row and len(row) != len(names):
-                sizes = f"has {len(row)} columns, expected {len(names)} as in the first line"
+        for row in filter(None, rows):
+            if len(row) != (size or len(row)):
+                sizes = f"has {len(row)} columns, expected {size} as in the first line"
                 raise InputError(f"{path}: the row that ends in line {rows.line_num} {sizes}")
-            elif row:
-                yield row[place]
+            size = len(row)
+            yield row
     except csv.Error as error:
         raise InputError(
             f"{path}: line {rows.line_num} is not as expected ({error}). A quote in a field that is quoted is written "

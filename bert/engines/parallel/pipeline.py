@@ -117,6 +117,7 @@ class StageModule(nn.Module):
         self.micro_batches: Deque[Tuple[int, Batch]] = collections.deque()
         self.seed: Callable[[int, int], None] = lambda first, stage: None
         self.metrics: List[Mapping[str, torch.Tensor]] = []
+        self.outputs: List[torch.Tensor] = []
 
     @property
     def layers(self) -> Dict[str, nn.Module]:
@@ -134,6 +135,8 @@ class StageModule(nn.Module):
         if not self.is_last:
             return state.hidden
         self.metrics.append(state.metrics)
+        if not self.training:
+            self.outputs.append(state.outputs)
         return state.loss.reshape(1)
 
 
@@ -186,11 +189,13 @@ class Pipelined:
                 break
             self.processes.meet()
             for module in self.modules:
-                module.micro_batches, module.metrics, module.seed = collections.deque(some), [], work.seed
+                module.micro_batches, module.seed = collections.deque(some), work.seed
+                module.metrics, module.outputs = [], []
             with self.processes.naming_who_is_lost(computing=True):
                 self.do_round(some[0][1].input_ids.shape, training)
             for metrics in self.modules[-1].metrics or [{}] * len(some):
                 work.add(metrics)
+            work.outputs += self.modules[-1].outputs
         if training:
             self.sum_gradients()
             return

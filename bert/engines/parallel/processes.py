@@ -17,6 +17,7 @@ import time
 import zlib
 from typing import Any, Callable, Collection, Dict, Iterator, List, Mapping, Optional, Sequence
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -178,6 +179,15 @@ class Processes:
         with self.naming_who_is_lost():
             dist.all_reduce(values)
         return dict(zip(names, values.unbind()))
+
+    def sum_array(self, values: np.ndarray) -> np.ndarray:
+        """float32 values, added up over all processes."""
+        total = torch.from_numpy(values)
+        if not self.uses_gloo_alone:
+            total = total.cuda()
+        with self.naming_who_is_lost():
+            dist.all_reduce(total)
+        return total.cpu().numpy()
 
     @contextlib.contextmanager
     def naming_who_is_lost(self, computing: bool = False) -> Iterator[None]:

@@ -41,6 +41,8 @@ class Work:
     """Is called as one is done."""
     totals: Metrics = field(default_factory=dict)
     """The metrics of all so far."""
+    outputs: List[torch.Tensor] = field(default_factory=list)
+    """What a `forward` that predicts has found so far."""
 
     def __call__(self, first: int, micro_batch: Batch) -> None:
         self.seed(first)

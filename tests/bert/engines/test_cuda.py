@@ -73,7 +73,7 @@ def test_the_micro_batch_that_is_found_fits_and_trains():
     engine = make_engine(config, "cuda")
     assert engine.micro_batch_size >= 64 and torch.cuda.memory_allocated() < 2e9
     torch.cuda.reset_peak_memory_stats()
-    batch = full_rows(2 * engine.micro_batch_size, row_shape(config, static=False))
+    batch = full_rows(2 * engine.micro_batch_size, row_shape(config, static=False), engine.task.targets)
     for step in (1, 2):
         engine.step(batch, 0.0, step)
     assert torch.cuda.max_memory_allocated() < 0.95 * free

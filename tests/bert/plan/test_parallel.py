@@ -42,7 +42,7 @@ def engine(request):
 def test_activations_are_what_autograd_keeps(engine):
     config = config_of("pod16_phase1", LARGER)
     rows, masks, size = 8, config.data.mask_tokens, value_bytes(engine.precision)
-    ((_, batch),) = engine.micro_batches(full_rows(rows, row_shape(config, static=False)))
+    ((_, batch),) = engine.micro_batches(full_rows(rows, row_shape(config, static=False), engine.task.targets))
     kept = {}
 
     def pack(tensor):
@@ -64,7 +64,7 @@ def test_activations_are_what_autograd_keeps(engine):
 
 def test_the_state_is_what_the_engine_holds(engine):
     config = config_of("pod16_phase1", LARGER)
-    engine.measure(full_rows(8, row_shape(config, static=False)))
+    engine.measure(full_rows(8, row_shape(config, static=False), engine.task.targets))
     masters, model = engine.master_weights.values(), list(engine.model.parameters())
     blocks, layers = [module for _, module in engine.model.blocks], list(engine.model.layers.values())
     state = state_memory(held_by(blocks, layers), "none", 4, engine.precision)

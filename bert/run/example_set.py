@@ -1,0 +1,130 @@
+"""The data of a run that learns from labelled examples: read from files, scored as the task says."""
+
+import importlib.util
+import json
+import logging
+import os
+from typing import Any, Dict, Tuple
+
+import numpy as np
+from tqdm import tqdm
+
+from bert.config import Config
+from bert.engines import Engine, has_static_shapes, local_parts
+from bert.engines.parallel.processes import current
+from bert.geometry import packing_of, samples_per_row
+from bert.run.console import bar_width
+from bert.run.state import RunState
+from bert.tasks import ExampleTask
+from data.errors import InputError
+from data.examples.examples import LABELS, Examples, ranges
+from data.examples.loader import ExampleLoader, batches_to_score
+from data.files import replacing
+from data.loading.sharing import LocalRanks
+from data.rows import Part
+from data.shards import expand
+from data.tokenizer import read_vocab, vocab_sha256
+
+__all__ = ["ExampleSet"]
+
+logger = logging.getLogger(__name__)
+
+EVALUATED = 256  # examples at a time, of each process
+
+
+class ExampleSet:
+    """Labelled examples: a DataSet (bert/run/data_set.py). Raises InputError for files that cannot be learned from, and
+    where no vocabulary is named."""
+
+    def __init__(self, config: Config, task: ExampleTask, device: str):
+        data, folder = config.data, config.data.vocab or config.training.start_from
+        if not folder:
+            raise InputError(
+                "training.start_from is null, expected the folder of a BERT (--model FOLDER), or data.vocab"
+            )
+        self.task, self.vocabulary = task, read_vocab(folder)
+        self.skipped: Dict[str, str] = {}
+        if len(self.vocabulary) > config.model.vocab_size:
+            sizes = f"has {len(self.vocabulary)} tokens, model.vocab_size is {config.model.vocab_size}"
+            raise InputError(f"{folder}: {sizes}. Set model.vocab_size to {len(self.vocabulary)}")
+        static = has_static_shapes(device)
+        self.packing = packing_of(data, static)
+        self.shape = task.row_shape(data, samples_per_row(data, static))
+        self.files, self.held_out_files = expand(data.files), expand(data.held_out_files)
+        if not self.files:
+            raise InputError("data.files is empty, expected the files to train on: --data.files train.tsv")
+        both = set(map(os.path.realpath, self.files)) & set(map(os.path.realpath, self.held_out_files))
+        if both:
+            raise InputError(f"{sorted(both)[0]}: is named by data.files and by data.held_out_files, expected by one")
+        self.train = task.read(self.files, self.vocabulary, data)
+        self.held_out = task.read(self.held_out_files, self.vocabulary, data) if self.held_out_files else None
+        self.outputs = np.empty((0, 0), np.float32)
+        if self.held_out:  # finds before the first step that a library is missing, or a metric
+            scores = task.score(self.held_out, np.zeros(self.size_of_outputs(), np.float32))
+            if task.selected_by not in scores:
+                raise InputError(f'task.metric is "{task.selected_by}", expected one of {", ".join(scores)}')
+
+    @property
+    def samples(self) -> int:
+        return len(self.train)
+
+    def identity(self) -> Dict:
+        vocabulary, name = self.vocabulary, ", ".join(map(os.path.basename, self.files))
+        tokens = vocab_sha256(vocabulary.tokens)
+        return {"shards": [[name, len(self.train)]], "vocab_sha256": tokens, "tokenizer": vocabulary.rules}
+
+    def facts(self) -> Dict[str, Any]:
+        return {f"bytes of {os.path.basename(p)}": os.path.getsize(p) for p in self.files + self.held_out_files}
+
+    def describe(self) -> str:
+        held_out = f", {self.of(self.held_out)} held out" if self.held_out else ""
+        return f"{self.of(self.train)}{held_out}"
+
+    def of(self, examples: Examples) -> str:
+        cut = f" ({examples.cut:,} cut to {self.shape.tokens} tokens)" if examples.cut else ""
+        return f"{len(examples):,} examples{cut}"
+
+    def open_loader(self, config: Config, state: RunState, device: str, local: LocalRanks) -> ExampleLoader:
+        training, (parts, rank) = config.training, local_parts(config, device)
+        batches = training.global_batch_size, training.seed, self.packing
+        return ExampleLoader(self.train, self.shape, *batches, state.position, parts[rank])
+
+    def counts_of_outputs(self) -> np.ndarray:
+        """[N] how many outputs each held-out example has"""
+        assert self.held_out is not None
+        return self.held_out.counts if self.task.output_slots == LABELS.weights else self.held_out.lengths
+
+    def size_of_outputs(self) -> Tuple[int, int]:
+        return int(self.counts_of_outputs().sum()), self.task.output_size
+
+    def evaluate(self, config: Config, engine: Engine, part: Part) -> Dict[str, Any]:
+        task, held_out = self.task, self.held_out
+        assert held_out is not None
+        counts = self.counts_of_outputs()
+        starts = np.cumsum(counts) - counts
+        outputs = np.zeros(self.size_of_outputs(), np.float32)
+        quiet = True if engine.rank else None
+        with tqdm(total=len(held_out), desc="evaluating", disable=quiet, leave=False, ncols=bar_width()) as bar:
+            for batch in batches_to_score(held_out, self.shape, EVALUATED * part.size, self.packing, part):
+                found = engine.predict(batch.arrays)
+                if len(found):  # in a pipeline the last process has them all
+                    outputs[ranges(starts[batch.examples], counts[batch.examples])] = found
+                bar.update(len(batch.examples) * part.size)
+        processes = current()
+        self.outputs = processes.sum_array(outputs) if processes else outputs
+        return {"step": engine.steps_done, "samples": len(held_out), **task.score(held_out, self.outputs)}
+
+    def report(self, folder: str) -> None:
+        """predictions.jsonl, a line for each held-out example, and predictions.png."""
+        assert self.held_out is not None
+        path = os.path.join(folder, "predictions.jsonl")
+        with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            for line in self.task.predictions(self.held_out, self.outputs):
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        if importlib.util.find_spec("matplotlib"):
+            from matplotlib.figure import Figure
+
+            figure = Figure(figsize=(5, 4), layout="constrained")
+            self.task.draw(self.held_out, self.outputs, figure.subplots())
+            with replacing(os.path.join(folder, "predictions.png")) as temporary:
+                figure.savefig(temporary, dpi=110, format="png")
