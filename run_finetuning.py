@@ -9,7 +9,7 @@ import os
 import sys
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
-from bert.command_line import find_config, help_lines, parse_command_line
+from bert.command_line import SUITE, find_config, help_lines, parse_command_line
 from bert.config import Config
 from bert.errors import Diverged, ProcessesDiffer, ProcessLost, said_once_a_machine
 from bert.validation import has_examples
@@ -26,7 +26,6 @@ EXAMPLES = """examples:
 
 All settings of run_pretraining.py --help are options here, too. The most useful:
 """
-SUITE = "configs"
 
 
 class Run(NamedTuple):
@@ -121,7 +120,7 @@ def configs_of(name: Optional[str]) -> Tuple[List[Optional[str]], str]:
     path = find_config(name)
     content = read_json(path)
     listed = content.get(SUITE, [path]) if isinstance(content, dict) else [path]
-    if SUITE in content and (set(content) != {SUITE} or not isinstance(listed, list)):
+    if SUITE in content and (set(content) - {"$schema"} != {SUITE} or not isinstance(listed, list)):
         raise InputError(f'{path}: expected {{"{SUITE}": [names of configs]}} and nothing else')
     return [find_config(each) for each in listed], os.path.splitext(os.path.basename(path))[0]
 

@@ -24,7 +24,7 @@ from bert.validation import validate
 from data.errors import InputError
 from data.examples.glue import glue_files
 
-__all__ = ["CONFIG_FOLDER", "find_config", "make_schema", "parse_command_line"]
+__all__ = ["CONFIG_FOLDER", "SUITE", "help_lines", "find_config", "make_schema", "parse_command_line"]
 
 CONFIG_FOLDER = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs")
 FOLDERS = (CONFIG_FOLDER, *(os.path.join(CONFIG_FOLDER, name) for name in ("glue", "ipu")))
@@ -34,6 +34,8 @@ FILE_KEYS = {
     "$schema": "The JSON schema that editors complete and check this file with.",
     "base": "The config that this file changes, which has no base itself: its path from here, or a name in configs/.",
 }
+SUITE = "configs"
+SUITE_HELP = "Configs that run_finetuning.py trains one after the other. A file that lists some has nothing else."
 SECTIONS: Dict[str, Any] = {field.name: field.type for field in fields(Config) if is_dataclass(field.type)}
 TYPES: Dict[str, Any] = {field.name: field.type for field in fields(Config) if field.name not in SECTIONS}
 for section, kind in SECTIONS.items():
@@ -214,6 +216,10 @@ def read_config(parser: ArgumentParser, path: str, based: str = "") -> Dict[str,
             content = json.load(file)
     except ValueError as error:
         raise InputError(f"{path}: is not JSON: {error}")
+    if isinstance(content, dict) and SUITE in content:
+        raise InputError(
+            f"{path}: lists configs, {', '.join(map(str, content[SUITE]))}. Train them by run_finetuning.py"
+        )
     values = flatten(content, path)
     own = {key: value for key, value in values.items() if key in TYPES}
     for key, value in {} if accepts(parser, own) else own.items():
@@ -272,6 +278,7 @@ def make_schema() -> Dict[str, Any]:
     """The JSON schema of config files: keys with their descriptions, types, bounds and defaults."""
     schema = schema_of(Config)
     schema["properties"].update({key: {"description": text, "type": "string"} for key, text in FILE_KEYS.items()})
+    schema["properties"][SUITE] = {"description": SUITE_HELP, "type": "array", "items": {"type": "string"}}
     return {"$schema": "http://json-schema.org/draft-07/schema#", "title": "Config of run_pretraining.py", **schema}
 
 

@@ -117,9 +117,8 @@ class TaskConfig:
     """What the model learns. All but the first two settings are for fine-tuning (docs/fine-tuning.md)."""
 
     name: str = "pretraining"
-    """pretraining, mlm, classification, token_classification, question_answering or multiple_choice. pretraining:
-    BERT's own two tasks, MLM and NSP; mlm: MLM alone. The others learn from labelled files. A fork may add its own
-    (bert/tasks)."""
+    """pretraining: BERT's own two tasks, MLM and NSP. mlm: MLM alone. From labelled files learn classification,
+    token_classification, question_answering and multiple_choice. A fork may add its own (bert/tasks)."""
     nsp: bool = True
     """Learn NSP beside MLM. Without it there is no NSP head; `data.prepare --nsp false` makes one-segment samples."""
     glue: Optional[Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte"]] = None
@@ -127,17 +126,17 @@ class TaskConfig:
     folder: str = "glue"
     """The folder that GLUE's archive unpacks to, with SST-2/train.tsv and so on in it."""
     text_columns: List[str] = field(default_factory=list)
-    """The columns of one text, or of a pair; by default `text`, or those of the task's own files."""
+    """The columns of one text, or of a pair. By default `text`, or those of the task's own files."""
     label_column: Optional[str] = None
-    """The column of the label; by default `label`, or that of the task's own files."""
+    """The column of the label. By default `label`, or that of the task's own files."""
     labels: List[str] = field(default_factory=list)
-    """All labels, in the order of their numbers; by default those in data.files, in alphabetical order."""
+    """All labels, in the order of their numbers. By default those in data.files, in alphabetical order."""
     regression: bool = False
     """Labels are numbers to be predicted."""
     metric: Optional[str] = None
-    """What the best checkpoint has most of; by default what the task is known by: accuracy, f1, pearson ..."""
+    """What the best checkpoint has most of. By default what the task is known by: accuracy, f1, pearson ..."""
     new_head: bool = False
-    """Begin with a new head where training.start_from has one for another task or other labels."""
+    """A new head, where training.start_from has one for another task or other labels."""
     choices: PositiveInt = 4
     """Of multiple_choice: the endings to choose from."""
     stride: PositiveInt = 128
@@ -222,14 +221,14 @@ class TrainingConfig:
     log_every: PositiveInt = 5
     """Steps between two lines of metrics."""
     evaluate_every: Optional[PositiveInt] = None
-    """Steps between evaluations on data.held_out_files; by default one, at the end, or where `epochs` are given each
+    """Steps between evaluations on data.held_out_files. By default one, at the end, or where `epochs` are given each
     epoch. The best checkpoint so far is kept, beside the newest, and named in checkpoints/best.json. Not on IPUs."""
     patience: Optional[PositiveInt] = None
-    """Stop after so many evaluations in a row without a new best one; by default none is too many."""
+    """Stop after so many evaluations in a row without a new best one. By default none is too many."""
     save_every: PositiveInt = 100
     """Steps between two checkpoints."""
     keep_checkpoints: PositiveInt = 3
-    """How many checkpoints are kept: the newest, and the one of the lowest held-out loss."""
+    """How many checkpoints are kept: the newest, and the one of the best evaluation."""
 
 
 @dataclass

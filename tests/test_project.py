@@ -25,7 +25,7 @@ else:
     import tomli as tomllib  # comes with pytest
 
 PACKAGES = ("bert", "data", "ops")
-LINES_OF_PACKAGES = 15_700  # that are not blank: the formatter decides how many are
+LINES_OF_PACKAGES = 19_000  # that are not blank: the formatter decides how many are
 LINES_OF_CORE_PATH = 1_500  # of all kinds
 LINES_OF_FUNCTION = 60
 
@@ -43,8 +43,8 @@ MAY_IMPORT = {
     "bert/model": CORE,
     "bert/tasks": CORE | {"bert/model", "data/examples"},
     "bert's optimizers": CORE,
-    "bert's command line": CORE | {"bert/model", "bert/tasks", "bert's optimizers"},
-    "bert/engines": CORE | {"bert/model", "bert/tasks", "bert's optimizers", "bert's command line"},
+    "bert's command line": CORE | {"data/examples", "bert/model", "bert/tasks", "bert's optimizers"},
+    "bert/engines": CORE | {"data/examples", "bert/model", "bert/tasks", "bert's optimizers", "bert's command line"},
 }
 BELOW_RUN = set(MAY_IMPORT)
 MAY_IMPORT.update({"bert/run": BELOW_RUN, "bert/plan": BELOW_RUN})

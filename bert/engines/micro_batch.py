@@ -65,7 +65,7 @@ def full_rows(rows: int, shape: Union[RowShape, ExampleShape], targets: Sequence
     batch["sample_ids"][:] = 1 + np.arange(shape.tokens) * shape.samples // shape.tokens
     for target in targets:
         positions, slots = batch[target.positions], batch[target.weights].shape[1]
-        places = np.arange(slots) * shape.tokens // slots
+        places = -(-np.arange(slots) * shape.tokens // slots)
         positions[:] = places.reshape(slots, *[1] * (positions.ndim - 2))
         batch[target.weights][:] = 1.0
     return batch

@@ -10,8 +10,8 @@ import numpy as np
 
 from bert.config import Config, DataConfig, TaskConfig
 from bert.model.model import Model
-from bert.tasks import metrics
 from bert.tasks.heads import add_label_head
+from bert.tasks.metrics import draw_confusion, draw_scatter, label_config, of_labels, of_regression, softmax
 from bert.tasks.task import Panel
 from data.errors import InputError
 from data.examples.examples import LABELS, Examples, ExampleShape
@@ -69,7 +69,7 @@ class Classification:
         return ExampleShape(data.sequence_length, samples_per_row, samples_per_row, label_type=label_type)
 
     def config(self) -> Dict[str, Any]:
-        return metrics.label_config(self.labels, "regression" if self.regression else "single_label_classification")
+        return label_config(self.labels, "regression" if self.regression else "single_label_classification")
 
     def read(self, paths: Sequence[str], vocabulary: Vocabulary, data: DataConfig) -> Examples:
         columns = {f"text{number}": names for number, names in enumerate(self.texts)}
@@ -105,15 +105,15 @@ class Classification:
 
     def score(self, examples: Examples, outputs: np.ndarray) -> Dict[str, float]:
         if self.regression:
-            return metrics.of_regression(outputs[:, 0], examples.labels)
-        return metrics.of_labels(outputs, examples.labels, self.labels)
+            return of_regression(outputs[:, 0], examples.labels)
+        return of_labels(outputs, examples.labels, self.labels)
 
     def predictions(self, examples: Examples, outputs: np.ndarray) -> Iterator[Mapping[str, Any]]:
         for texts, label, row in zip(examples.records, examples.labels, outputs):
             if self.regression:
                 yield {"texts": texts, "predicted": float(row[0]), "label": float(label)}
             else:
-                best, shares = int(row.argmax()), metrics.softmax(row)
+                best, shares = int(row.argmax()), softmax(row)
                 yield {
                     "texts": texts,
                     "predicted": self.labels[best],
@@ -123,9 +123,9 @@ class Classification:
 
     def draw(self, examples: Examples, outputs: np.ndarray, axes: Any) -> None:
         if self.regression:
-            metrics.draw_scatter(outputs[:, 0], examples.labels, axes)
+            draw_scatter(outputs[:, 0], examples.labels, axes)
         else:
-            metrics.draw_confusion(outputs.argmax(axis=1), examples.labels, self.labels, axes)
+            draw_confusion(outputs.argmax(axis=1), examples.labels, self.labels, axes)
 
 
 MOST_LABELS = 1000

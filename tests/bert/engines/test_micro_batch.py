@@ -11,7 +11,7 @@ from bert.engines import make_engine
 from bert.engines.micro_batch import full_rows, largest_that_fits
 from bert.engines.torch_devices import Cpu
 from data.errors import InputError
-from data.rows import RowShape, unpacked_batch, unpad
+from data.rows import MLM, NSP, RowShape, unpacked_batch, unpad
 from tests.make_samples import random_samples
 
 
@@ -47,7 +47,7 @@ def test_running_out_of_memory_in_any_try_makes_fewer_rows(limit):
 
 
 def test_full_rows_use_every_slot():
-    batch = full_rows(3, RowShape(20, 7, 6))
+    batch = full_rows(3, RowShape(20, 7, 6), (MLM, NSP))
     assert (batch["sample_ids"] > 0).all() and set(batch["sample_ids"].ravel()) == {1, 2, 3, 4, 5, 6}
     rows = np.arange(3)[:, None]
     assert (batch["sample_ids"][rows, batch["cls_positions"]] == [[1, 2, 3, 4, 5, 6]] * 3).all()

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from bert.run import loop
+from bert.run import data_set
 from bert.run.metrics_log import MetricsLog
 from bert.tasks.pretraining import Pretraining
 from run_pretraining import main
@@ -63,8 +63,8 @@ def test_a_resumed_run_has_the_evaluations_of_the_uninterrupted_one_each_once(tm
 
 def test_a_run_that_is_extended_keeps_the_evaluation_of_its_last_step_and_what_was_best(tmp_path, shards, monkeypatch):
     losses = iter([2.0, 3.0])
-    evaluate = loop.evaluate
-    monkeypatch.setattr(loop, "evaluate", lambda *values: {**evaluate(*values), "loss": next(losses)})
+    evaluate = data_set.evaluate
+    monkeypatch.setattr(data_set, "evaluate", lambda *values: {**evaluate(*values), "loss": next(losses)})
     options = held_out(shards, training__keep_checkpoints=1)
     del options["training__evaluate_every"]
     assert main(arguments(tmp_path, shards, **options)) == 0
@@ -78,8 +78,8 @@ def test_a_run_that_is_extended_keeps_the_evaluation_of_its_last_step_and_what_w
 @pytest.mark.parametrize("save_every", [100, 2])
 def test_the_best_checkpoint_stays_beside_the_newest_and_is_named(tmp_path, shards, monkeypatch, save_every):
     losses = iter([4.0, 2.0, float("nan"), 3.0, 2.5, 9.0])
-    evaluate = loop.evaluate
-    monkeypatch.setattr(loop, "evaluate", lambda *values: {**evaluate(*values), "loss": next(losses)})
+    evaluate = data_set.evaluate
+    monkeypatch.setattr(data_set, "evaluate", lambda *values: {**evaluate(*values), "loss": next(losses)})
     options = held_out(shards, training__max_steps=12, training__keep_checkpoints=1, training__save_every=save_every)
     assert main(arguments(tmp_path, shards, **options, training__stop_at_step=7)) == 0
     assert steps(tmp_path) == [4, 7]
@@ -96,7 +96,7 @@ def test_an_evaluation_that_is_interrupted_is_made_when_the_run_goes_on(tmp_path
     assert main(arguments(tmp_path, shards, **held_out(shards))) == 0
     other = held_out(shards, training__output=tmp_path / "other")
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "evaluate", interrupt)
+        patch.setattr(data_set, "evaluate", interrupt)
         assert main(arguments(tmp_path, shards, **other)) == 130
     assert steps(tmp_path, "other") == [2]
     assert main(arguments(tmp_path, shards, **other, resume="auto")) == 0
