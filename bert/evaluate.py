@@ -22,12 +22,13 @@ EXAMPLES = """examples:
 @dataclass
 class EvaluateOptions:
     """The loss, perplexity and accuracy of a model on the masked samples of shards, each once, without dropout. Model
-    and shards must have the same vocabulary."""
+    and shards must have the same vocabulary. Of a checkpoint of run_finetuning.py: what its task scores on labelled
+    files."""
 
     checkpoint: str = option(flag="checkpoint")
     """a checkpoint of a run, of one process or of many, or any BERT folder of transformers with an MLM head"""
     files: List[str] = option(flag="--data.files")
-    """shards: paths or quoted globs"""
+    """shards, or labelled files: paths or quoted globs"""
     device: str = option("auto", metavar="NAME")
     """cuda, cpu or auto: the best that is there"""
     precision: str = option("float32", choices=("auto", "float32", "bfloat16"))
@@ -48,7 +49,7 @@ def evaluate(options: EvaluateOptions) -> Dict[str, Any]:
     from bert.engines import find_device, make_engine
     from bert.run import evaluation
     from bert.run.checkpoint import load_weights, transformers_config
-    from bert.start_from import read_model
+    from bert.start_from import FINE_TUNED, read_model
     from data.loading.shard_files import open_shards
     from data.rows import WHOLE
     from data.tokenizer import find_vocab
@@ -56,6 +57,8 @@ def evaluate(options: EvaluateOptions) -> Dict[str, Any]:
     check_options(options)
     path = options.checkpoint
     there = read_model(path)
+    if set(there.get("architectures") or []) & set(FINE_TUNED):
+        return evaluate_examples(options)
     model = ModelConfig(**{field.name: there[field.name] for field in dataclasses.fields(ModelConfig)})
     shards = open_shards(options.files, vocab_size=model.vocab_size)
     vocabulary = next((name for name in VOCABULARIES if os.path.exists(os.path.join(path, name))), VOCABULARIES[0])
@@ -78,6 +81,33 @@ def evaluate(options: EvaluateOptions) -> Dict[str, Any]:
     means = evaluation.evaluate(config, engine, WHOLE)
     del means["step"]
     return {"checkpoint": path, **means, "perplexity": math.exp(means[engine.task.panels[0].loss])}
+
+
+def evaluate_examples(options: EvaluateOptions) -> Dict[str, Any]:
+    """The same of a checkpoint that was fine-tuned, on labelled files: what its task scores."""
+    from bert.config import Config
+    from bert.engines import find_device, make_engine
+    from bert.run.checkpoint import load_weights
+    from bert.run.example_set import HeldOut
+    from bert.run.state import read_config
+    from bert.tasks import ExampleTask, make_task
+    from data.rows import WHOLE
+    from data.shards import expand
+    from data.tokenizer import read_vocab
+
+    path = options.checkpoint
+    config: Config = read_config(path)
+    config.training.precision = options.precision  # type: ignore[assignment]  # `choices` has checked it
+    config.training.micro_batch_size = options.batch_size
+    config.device = options.device  # type: ignore[assignment]  # the engines say which there are
+    task, device = make_task(config), find_device(config)[0]
+    assert isinstance(task, ExampleTask)
+    held_out = HeldOut(config, task, device, read_vocab(path), expand(options.files))
+    engine = make_engine(config, device)
+    engine.load_weights(load_weights(path, dict(engine.model.named_parameters())))
+    found = held_out.evaluate(engine, WHOLE)
+    del found["step"]
+    return {"checkpoint": path, **found}
 
 
 def has_heads(path: str, config: Dict) -> bool:

@@ -10,7 +10,15 @@ from bert.config import Config, ModelConfig
 from data.errors import InputError
 from data.files import read_json
 
-__all__ = ["ADAPTING", "ARCHITECTURE", "DECISIVE_KEYS", "adapting_line", "check_is_folder", "defaults_of_start"]
+__all__ = [
+    "ADAPTING",
+    "ARCHITECTURE",
+    "DECISIVE_KEYS",
+    "FINE_TUNED",
+    "adapting_line",
+    "check_is_folder",
+    "defaults_of_start",
+]
 __all__ += ["check_head", "read_model"]
 
 # The defaults of transformers' BertConfig for what must be alike for weights to mean the same here; those of sizes are

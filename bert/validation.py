@@ -53,6 +53,7 @@ def validate(config: Config, source: str = "config") -> None:
         expect(optimizer.name == "lamb", "optimizer.trust_ratio_slices", lamb)
         divides = f"a number that divides model.vocab_size, {model.vocab_size}: {divisors_of(model.vocab_size)}"
         expect(model.vocab_size % optimizer.trust_ratio_slices == 0, "optimizer.trust_ratio_slices", divides)
+    expect(len(set(config.task.labels)) == len(config.task.labels) != 1, "task.labels", "different labels, two or more")
     training = config.training
     if training.evaluate_every:
         expect(bool(data.held_out_files), "data.held_out_files", "shards, as training.evaluate_every is set")

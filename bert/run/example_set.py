@@ -2,9 +2,8 @@
 
 import importlib.util
 import json
-import logging
 import os
-from typing import Any, Dict, Tuple
+from typing import Any, Dict, List, Optional
 
 import numpy as np
 from tqdm import tqdm
@@ -23,13 +22,55 @@ from data.files import replacing
 from data.loading.sharing import LocalRanks
 from data.rows import Part
 from data.shards import expand
-from data.tokenizer import read_vocab, vocab_sha256
+from data.tokenizer import Vocabulary, read_vocab, vocab_sha256
 
-__all__ = ["ExampleSet"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["ExampleSet", "HeldOut"]
 
 EVALUATED = 256  # examples at a time, of each process
+
+
+class HeldOut:
+    """Labelled examples to score a model on. Raises InputError, too, where a library that scores them is missing, or
+    nothing of that name is scored."""
+
+    def __init__(self, config: Config, task: ExampleTask, device: str, vocabulary: Vocabulary, files: List[str]):
+        static = has_static_shapes(device)
+        self.task, self.packing = task, packing_of(config.data, static)
+        self.shape = task.row_shape(config.data, samples_per_row(config.data, static))
+        self.examples = task.read(files, vocabulary, config.data)
+        self.counts = self.examples.counts if task.output_slots == LABELS.weights else self.examples.lengths
+        self.outputs = np.zeros((int(self.counts.sum()), task.output_size), np.float32)
+        scores = task.score(self.examples, self.outputs)
+        if task.selected_by not in scores:
+            raise InputError(f'task.metric is "{task.selected_by}", expected one of {", ".join(scores)}')
+
+    def evaluate(self, engine: Engine, part: Part) -> Dict[str, Any]:
+        """What the task scores of the engine's weights; the same in all processes."""
+        starts, count = np.cumsum(self.counts) - self.counts, len(self.examples)
+        outputs, quiet = np.zeros_like(self.outputs), True if engine.rank else None
+        with tqdm(total=count, desc="evaluating", disable=quiet, leave=False, ncols=bar_width()) as bar:
+            for batch in batches_to_score(self.examples, self.shape, EVALUATED * part.size, self.packing, part):
+                found = engine.predict(batch.arrays)
+                if len(found):  # in a pipeline the last process has them all
+                    outputs[ranges(starts[batch.examples], self.counts[batch.examples])] = found
+                bar.update(len(batch.examples) * part.size)
+        processes = current()
+        self.outputs = processes.sum_array(outputs) if processes else outputs
+        return {"step": engine.steps_done, "samples": count, **self.task.score(self.examples, self.outputs)}
+
+    def report(self, folder: str) -> None:
+        """predictions.jsonl, a line for each example, and predictions.png, of the last evaluation."""
+        path = os.path.join(folder, "predictions.jsonl")
+        with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            for line in self.task.predictions(self.examples, self.outputs):
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        if importlib.util.find_spec("matplotlib"):
+            from matplotlib.figure import Figure
+
+            figure = Figure(figsize=(5, 4), layout="constrained")
+            self.task.draw(self.examples, self.outputs, figure.subplots())
+            with replacing(os.path.join(folder, "predictions.png")) as temporary:
+                figure.savefig(temporary, dpi=110, format="png")
 
 
 class ExampleSet:
@@ -42,7 +83,7 @@ class ExampleSet:
             raise InputError(
                 "training.start_from is null, expected the folder of a BERT (--model FOLDER), or data.vocab"
             )
-        self.task, self.vocabulary = task, read_vocab(folder)
+        self.vocabulary = read_vocab(folder)
         self.skipped: Dict[str, str] = {}
         if len(self.vocabulary) > config.model.vocab_size:
             sizes = f"has {len(self.vocabulary)} tokens, model.vocab_size is {config.model.vocab_size}"
@@ -57,12 +98,9 @@ class ExampleSet:
         if both:
             raise InputError(f"{sorted(both)[0]}: is named by data.files and by data.held_out_files, expected by one")
         self.train = task.read(self.files, self.vocabulary, data)
-        self.held_out = task.read(self.held_out_files, self.vocabulary, data) if self.held_out_files else None
-        self.outputs = np.empty((0, 0), np.float32)
-        if self.held_out:  # finds before the first step that a library is missing, or a metric
-            scores = task.score(self.held_out, np.zeros(self.size_of_outputs(), np.float32))
-            if task.selected_by not in scores:
-                raise InputError(f'task.metric is "{task.selected_by}", expected one of {", ".join(scores)}')
+        self.held_out: Optional[HeldOut] = None
+        if self.held_out_files:
+            self.held_out = HeldOut(config, task, device, self.vocabulary, self.held_out_files)
 
     @property
     def samples(self) -> int:
@@ -77,7 +115,7 @@ class ExampleSet:
         return {f"bytes of {os.path.basename(p)}": os.path.getsize(p) for p in self.files + self.held_out_files}
 
     def describe(self) -> str:
-        held_out = f", {self.of(self.held_out)} held out" if self.held_out else ""
+        held_out = f", {self.of(self.held_out.examples)} held out" if self.held_out else ""
         return f"{self.of(self.train)}{held_out}"
 
     def of(self, examples: Examples) -> str:
@@ -89,42 +127,10 @@ class ExampleSet:
         batches = training.global_batch_size, training.seed, self.packing
         return ExampleLoader(self.train, self.shape, *batches, state.position, parts[rank])
 
-    def counts_of_outputs(self) -> np.ndarray:
-        """[N] how many outputs each held-out example has"""
-        assert self.held_out is not None
-        return self.held_out.counts if self.task.output_slots == LABELS.weights else self.held_out.lengths
-
-    def size_of_outputs(self) -> Tuple[int, int]:
-        return int(self.counts_of_outputs().sum()), self.task.output_size
-
     def evaluate(self, config: Config, engine: Engine, part: Part) -> Dict[str, Any]:
-        task, held_out = self.task, self.held_out
-        assert held_out is not None
-        counts = self.counts_of_outputs()
-        starts = np.cumsum(counts) - counts
-        outputs = np.zeros(self.size_of_outputs(), np.float32)
-        quiet = True if engine.rank else None
-        with tqdm(total=len(held_out), desc="evaluating", disable=quiet, leave=False, ncols=bar_width()) as bar:
-            for batch in batches_to_score(held_out, self.shape, EVALUATED * part.size, self.packing, part):
-                found = engine.predict(batch.arrays)
-                if len(found):  # in a pipeline the last process has them all
-                    outputs[ranges(starts[batch.examples], counts[batch.examples])] = found
-                bar.update(len(batch.examples) * part.size)
-        processes = current()
-        self.outputs = processes.sum_array(outputs) if processes else outputs
-        return {"step": engine.steps_done, "samples": len(held_out), **task.score(held_out, self.outputs)}
+        assert self.held_out is not None
+        return self.held_out.evaluate(engine, part)
 
     def report(self, folder: str) -> None:
-        """predictions.jsonl, a line for each held-out example, and predictions.png."""
         assert self.held_out is not None
-        path = os.path.join(folder, "predictions.jsonl")
-        with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-            for line in self.task.predictions(self.held_out, self.outputs):
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        if importlib.util.find_spec("matplotlib"):
-            from matplotlib.figure import Figure
-
-            figure = Figure(figsize=(5, 4), layout="constrained")
-            self.task.draw(self.held_out, self.outputs, figure.subplots())
-            with replacing(os.path.join(folder, "predictions.png")) as temporary:
-                figure.savefig(temporary, dpi=110, format="png")
+        self.held_out.report(folder)

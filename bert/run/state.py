@@ -1,5 +1,6 @@
 """How far a run is, and where it goes on."""
 
+import dataclasses
 import logging
 import os
 from dataclasses import dataclass, field
@@ -7,12 +8,13 @@ from typing import Any, Dict, List, Mapping, Optional
 
 import torch
 
+from bert.config import Config
 from data.errors import InputError
 from data.files import read_json
 from data.loading.loader import GlobalBatch
 from data.tokenizer import rules_in_words
 
-__all__ = ["RunState", "read_state"]
+__all__ = ["RunState", "read_config", "read_state"]
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +60,22 @@ class RunState:
         """The contents of training_state.json, but for the run's config; `metrics` are the names of the task's."""
         recent = [{name: float(values[name]) for name in metrics} for values in self.recent]
         return {**vars(self), "recent": recent, "skipped_updates": skipped_updates, "data_set": data_set}
+
+
+def read_config(checkpoint: str) -> Config:
+    """The config of the run that wrote a checkpoint. Raises InputError where it says none, or one of another
+    version."""
+    path = os.path.join(checkpoint, "training_state.json")
+    if not os.path.exists(path):
+        raise InputError(f"{path}: no such file; expected the checkpoint of a run, step_<number> in its checkpoints/")
+    config, saved = Config(), read_json(path).get("config") or {}
+    try:
+        for key, value in saved.items():
+            section: Any = getattr(config, key)
+            setattr(config, key, dataclasses.replace(section, **value) if isinstance(value, dict) else value)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{path}: its config is not one of this version ({error})")
+    return config
 
 
 def read_state(checkpoint: Optional[str], data_set: Dict, may_lack_shards: bool) -> RunState:

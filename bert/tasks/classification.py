@@ -91,10 +91,11 @@ class Classification:
         if self.regression:
             values = [number(record) for record in records]
             return np.array(values, np.float32)
+        found = {str(record.values["label"]) for record in records}
         numbers = {label: number for number, label in enumerate(self.labels)}
-        if not {str(record.values["label"]) for record in records} <= numbers.keys():
-            # The copies of GLUE as JSON lines, and some TSVs, have numbers.
-            numbers = {str(number): number for number in range(len(self.labels))}
+        by_number = {str(number): number for number in range(len(self.labels))}
+        if not found <= numbers.keys() and found <= by_number.keys():  # as some of GLUE's files have it
+            numbers = by_number
         wrong = next((record for record in records if str(record.values["label"]) not in numbers), None)
         if wrong:
             raise InputError(

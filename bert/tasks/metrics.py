@@ -42,7 +42,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> Dict[str, float]:
     """The metrics of bert/tasks/heads.py: logits [K, n], labels [K]."""
-    loss = -log_softmax(logits.astype(np.float64))[np.arange(len(labels)), labels].mean()
+    loss = float(-log_softmax(logits.astype(np.float64))[np.arange(len(labels)), labels].mean())
     return {"loss": loss, "label_loss": loss, "label_accuracy": float((logits.argmax(axis=1) == labels).mean())}
 
 
