@@ -78,4 +78,5 @@ def add_label_head(model: Model, config: Config, outputs: int, pools: bool) -> N
     if pooler is not None:
         model.bert["pooler"] = pooler
     model.classifier = nn.Linear(config.model.hidden_size, outputs)
-    model.blocks.append(("heads", LabelHead(pooler, model.classifier, config.model.hidden_dropout_prob)))
+    model.head = LabelHead(pooler, model.classifier, config.model.hidden_dropout_prob)  # so that eval() reaches it
+    model.blocks.append(("heads", model.head))
