@@ -219,7 +219,7 @@ class TorchEngine:
         outputs: List[torch.Tensor] = []
 
         def forward(micro_batch: Batch) -> Tuple[torch.Tensor, Metrics]:
-            outputs.append(self.model.predict(micro_batch))
+            outputs.append(self.model(micro_batch, predicts=True))
             return NOTHING, {}
 
         work = Work(forward, outputs=outputs)

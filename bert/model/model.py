@@ -5,7 +5,7 @@ blocks; a stage of a pipeline is a run of it (bert/model/stages.py).
 """
 
 import contextlib
-from typing import Dict, List, Mapping, Sequence, Tuple, Type
+from typing import Any, Dict, List, Sequence, Tuple, Type
 
 import torch
 from torch import nn
@@ -43,15 +43,11 @@ class Model(nn.Module):
         """The encoder's layers among the blocks, by name."""
         return {name: module for name, module in self.blocks if name.startswith("layer")}
 
-    def forward(self, batch: Batch) -> Tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+    def forward(self, batch: Batch, predicts: bool = False) -> Any:
         """The loss and the metrics of the task. Summed over the micro-batches of a global batch, they are its means:
-        the batch's weights see to that."""
+        the batch's weights see to that. With `predicts` the outputs of the task's heads instead."""
         state = self.whole(batch)
-        return state.loss, state.metrics
-
-    def predict(self, batch: Batch) -> torch.Tensor:
-        """The outputs of the task's heads."""
-        return self.whole(batch).outputs
+        return state.outputs if predicts else (state.loss, state.metrics)
 
     def whole(self, batch: Batch) -> State:
         """What the last block hands on."""

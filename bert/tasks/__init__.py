@@ -44,4 +44,6 @@ def make_model(config: Config, task: Task, embeddings: Type[nn.Module] = Embeddi
     """The model of `config` with the heads of `task`; a fork may give embeddings of its own, made of ModelConfig."""
     model = Model(config.model, embeddings)
     task.add_heads(model, config)
+    outside = [name for name, module in model.blocks if module not in set(model.modules())]
+    assert not outside, f"{outside} are no modules of the model, so train() and eval() do not reach them"
     return model

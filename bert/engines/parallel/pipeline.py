@@ -135,8 +135,7 @@ class StageModule(nn.Module):
         if not self.is_last:
             return state.hidden
         self.metrics.append(state.metrics)
-        if not self.training:
-            self.outputs.append(state.outputs)
+        self.outputs.append(state.outputs)
         return state.loss.reshape(1)
 
 
