@@ -54,7 +54,13 @@ FILES_OF_WING = {
     "data's commands": ("data/prepare.py", "data/convert.py", "data/inspect.py"),
     "bert's optimizers": ("bert/optimizers.py", "bert/schedules.py"),
     "bert's command line": ("bert/command_line.py", "bert/validation.py"),
-    "the command": ("run_pretraining.py", "run_finetuning.py", "bert/export.py", "bert/evaluate.py"),
+    "the command": (
+        "run_pretraining.py",
+        "run_finetuning.py",
+        "bert/export.py",
+        "bert/evaluate.py",
+        "bert/fill_mask.py",
+    ),
 }
 
 
