@@ -48,6 +48,7 @@ MAY_IMPORT = {
 }
 BELOW_RUN = set(MAY_IMPORT)
 MAY_IMPORT.update({"bert/run": BELOW_RUN, "bert/plan": BELOW_RUN})
+MAY_IMPORT["bert/exporting"] = BELOW_RUN | {"bert/run"}
 MAY_IMPORT["the command"] = set(MAY_IMPORT)
 MAY_IMPORT["benchmarks"] = set(MAY_IMPORT)
 FILES_OF_WING = {
