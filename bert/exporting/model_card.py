@@ -13,6 +13,7 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tup
 from bert.config import OptimizerConfig, TaskConfig
 from bert.run.checkpoint import open_weights
 from bert.run.curve import read_metrics
+from bert.run.state import read_config
 from bert.text import count_of, duration
 from data.files import read_json
 from data.preparing.remote import base_name
@@ -104,11 +105,13 @@ class Card:
     name: str
     """the model's"""
     place: str
-    """where transformers finds it"""
+    """where transformers finds it: a folder, or USER/NAME on the hub"""
     license: str
     """as the hub names it, such as apache-2.0"""
     language: str = ""
     """its code, such as tr"""
+    onnx: str = ""
+    """the ONNX file in the folder, if it is there"""
 
 
 def use_of(model: Mapping) -> Use:
@@ -128,6 +131,7 @@ def make_card(checkpoint: str, card: Card) -> str:
     """The text of README.md."""
     folder = run_folder_of(checkpoint)
     state, model = (read_json(os.path.join(checkpoint, name)) for name in ("training_state.json", "config.json"))
+    state["config"] = dataclasses.asdict(read_config(checkpoint))  # with what an older version did not know
     run = read_json(os.path.join(folder, "run.json")) if folder else {}
     sessions = [session for session in run.get("sessions", []) if session["after_step"] < state["step"]]
     lines, held_out = (
@@ -160,7 +164,7 @@ def metadata(model: Mapping, card: Card, result: Mapping, config: Mapping) -> Di
     values: Dict[str, Any] = {"license": card.license}
     if card.language:
         values["language"] = card.language
-    values.update(library_name="transformers", tags=["bert", use.task])
+    values.update(library_name="transformers", tags=["bert", use.task, *(["onnx"] if card.onnx else [])])
     if use.has_pipeline_tag:
         values["pipeline_tag"] = use.task
     if result:
@@ -176,7 +180,7 @@ def what_it_is(checkpoint: str, state: Mapping, model: Mapping) -> str:
     parameters = sum(shape.numel() for shape in open_weights(checkpoint).shapes.values())
     layers, heads = (model[f"num_{name}"] for name in ("hidden_layers", "attention_heads"))
     text, training = state.get("data_set", {}).get("tokenizer"), state["config"]["training"]
-    start = training.get("start_from")
+    start = training["start_from"]
     return (
         f"A BERT, `{model['architectures'][0]}` in transformers: {count_of(layers, 'layer')} of "
         f"{model['hidden_size']:,}, {count_of(heads, 'attention head')}, {parameters:,} parameters, a vocabulary of "
@@ -189,13 +193,17 @@ def what_it_is(checkpoint: str, state: Mapping, model: Mapping) -> str:
 
 def how_to_use_it(model: Mapping, card: Card) -> str:
     code = use_of(model).code.replace("NAME", json.dumps(card.place))
-    return f"```python\n{code}\n```"
+    onnx = (
+        f"\n\n`{card.onnx}` is the same for ONNX Runtime, for any number and length of sequences. It takes "
+        "`input_ids`, `attention_mask` (1 for tokens, 0 for padding) and `token_type_ids`."
+    )
+    return f"```python\n{code}\n```{onnx if card.onnx else ''}"
 
 
 def training_data(state: Mapping) -> Dict[str, Any]:
     data, shards = state["config"]["data"], state.get("data_set", {}).get("shards", [])
     return {
-        "text": without_folders(data.get("text")),
+        "text": without_folders(data["text"]),
         "files": without_folders(data["files"]),
         "samples": f"{sum(count for _, count in shards):,} in {count_of(len(shards), 'file')}" if shards else None,
         "held out": held_out_files(state["config"]),
@@ -203,16 +211,16 @@ def training_data(state: Mapping) -> Dict[str, Any]:
 
 
 def held_out_files(config: Mapping) -> str:
-    return without_folders(config["data"].get("held_out_files") or [])
+    return without_folders(config["data"]["held_out_files"])
 
 
 def hyper_parameters(config: Mapping, use: Use) -> Dict[str, Any]:
     """By dotted key; of the task what is not as usual."""
-    usual, own = dataclasses.asdict(TaskConfig()), config.get("task", {})
+    usual, own = dataclasses.asdict(TaskConfig()), config["task"]
     task = [key for key in own if key == "name" or (key not in NOT_OF_TASK and own[key] != usual[key])]
     shown = {f"task.{key}": own[key] for key in task}
     for section, keys in HYPER_PARAMETERS.items():
-        shown.update({f"{section}.{key}": config[section].get(key) for key in keys})
+        shown.update({f"{section}.{key}": config[section][key] for key in keys})
     if use is not FILL_MASK:
         del shown["data.mask_tokens"]
     start = shown["training.start_from"]

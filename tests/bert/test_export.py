@@ -1,20 +1,29 @@
 """`python -m bert.export`: a folder that transformers, ONNX Runtime and the hub take, and what it says of the run."""
 
+import base64
 import dataclasses
+import http.server
+import importlib.util
 import json
 import os
 import re
+import threading
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from huggingface_hub import ModelCard
-from transformers import AutoModel, BertConfig, BertForMaskedLM, BertForPreTraining, pipeline
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertForMaskedLM, BertForPreTraining, pipeline
 
 from bert.config import Config, TaskConfig
 from bert.export import main
+from bert.exporting import onnx_file
 from bert.model.batch import Batch
+from bert.model.model import Model
 from bert.run.inference import load_model
+from bert.start_from import read_model, sizes_of
+from bert.tasks.heads import add_label_head
 from data.files import write_json
 from data.tokenizer import write_tokenizer_files
 from run_pretraining import main as train
@@ -40,9 +49,13 @@ def run(tmp_path_factory):
 def exported(run):
     """An export of it with all that there is, but no upload."""
     folder, checkpoint = run
-    words = ["--language", "tr", "--name", "Kuş"]
+    words = ["--language", "tr", "--name", "Kuş", "--onnx"] if onnx_is_there() else []
     assert main([checkpoint, str(folder / "out"), *LICENSE, *words]) == 0
     return folder / "out"
+
+
+def onnx_is_there():
+    return all(map(importlib.util.find_spec, onnx_file.PACKAGES))
 
 
 def inputs_of(length, rows=3, vocab=MODEL["vocab_size"]):
@@ -88,6 +101,50 @@ def test_transformers_classes_give_the_logits_of_the_projects_graph(run, exporte
     assert [token["score"] for token in found] == pytest.approx(best.values.tolist(), abs=1e-5)
 
 
+def test_onnx_runtime_gives_them_too_for_any_number_and_length(run, exported):
+    for package in onnx_file.PACKAGES:
+        pytest.importorskip(package)
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(exported / "onnx" / "model.onnx"), providers=["CPUExecutionProvider"])
+    assert [part.name for part in session.get_inputs()] == list(onnx_file.INPUTS)
+    for rows, length in ((1, 1), (4, 11), (2, LENGTH)):
+        inputs = inputs_of(length, rows)
+        found = session.run(
+            ["prediction_logits", "seq_relationship_logits"], {name: x.numpy() for name, x in inputs.items()}
+        )
+        for one, other in zip(found, logits_of_project(run[1], inputs)[1:]):
+            assert np.abs(one - other.numpy()).max() < 1e-5
+
+
+HEADS = {"BertForSequenceClassification": 3, "BertForTokenClassification": 3, "BertForMultipleChoice": 1}
+
+
+@pytest.mark.parametrize("kind", [*HEADS, "BertForQuestionAnswering"])
+def test_the_outputs_of_an_onnx_file_are_those_of_transformers_class(tmp_path, kind):
+    theirs = save_fine_tuned(tmp_path, kind, num_labels=HEADS.get(kind, 2))
+    config = Config(model=sizes_of(read_model(str(tmp_path))))
+    model = Model(config.model)
+    if kind in HEADS:
+        add_label_head(model, config, HEADS[kind], pools=kind != "BertForTokenClassification")
+    else:
+        model.qa_outputs = torch.nn.Linear(config.model.hidden_size, 2)
+    model.load_state_dict(theirs.state_dict())
+    graph, inputs = onnx_file.Graph(model.eval(), kind), inputs_of(9, rows=6, vocab=len(WORDS))
+    inside = inputs["attention_mask"].bool()
+    if kind == "BertForMultipleChoice":
+        inputs = {name: tensor.view(2, 3, 9) for name, tensor in inputs.items()}
+    with torch.no_grad():
+        found, expected = graph(*(inputs[name] for name in onnx_file.INPUTS)), theirs(**inputs)
+    assert list(onnx_file.OUTPUTS[kind]) == list(expected)
+    for one, other in zip(found, expected.to_tuple()):
+        assert one.shape == other.shape
+        of_tokens = one.shape[:2] == inside.shape
+        assert ((one - other)[inside] if of_tokens else one - other).abs().max() < 1e-5
+    if kind == "BertForMultipleChoice" and onnx_is_there():
+        onnx_file.write_onnx(model, kind, theirs.config.to_dict(), str(tmp_path / "model.onnx"))  # which checks it
+
+
 def test_the_model_card_is_the_hubs_form_filled_in_from_the_run(run, exported):
     card = ModelCard.load(exported / "README.md")
     with open(run[0] / "run" / "held_out.json") as file:
@@ -97,7 +154,8 @@ def test_the_model_card_is_the_hubs_form_filled_in_from_the_run(run, exported):
     results = {result.metric_type: result.metric_value for result in data.eval_results}
     assert results == {name: round(value, 4) for name, value in held_out.items() if isinstance(value, float)}
     assert {result.dataset_name for result in data.eval_results} == {"train-00001.h5"}
-    assert (data.language, data.model_name, data.tags) == ("tr", "Kuş", ["bert", "fill-mask"])
+    if onnx_is_there():
+        assert (data.language, data.model_name, data.tags) == ("tr", "Kuş", ["bert", "fill-mask", "onnx"])
     for words in (
         "after step 3 of 3, trained on 72 samples by bert-pretraining, from random weights",
         "| files | train-00000.h5 |\n| samples | 67 in 1 file |\n| held out | train-00001.h5 |",
@@ -177,7 +235,7 @@ def test_the_snippet_of_each_class_runs_with_the_same_logits_and_labels(
     assert capsys.readouterr().out.strip() or kind == "BertForQuestionAnswering"  # where the end is before the start
 
 
-def test_what_cannot_be_exported_is_said_and_nothing_is_written(run, tmp_path, capsys):
+def test_what_cannot_be_exported_is_said_and_nothing_is_written(run, tmp_path, monkeypatch, capsys):
     _, checkpoint = run
 
     def fault(*words, status=2, folder=checkpoint):
@@ -185,12 +243,101 @@ def test_what_cannot_be_exported_is_said_and_nothing_is_written(run, tmp_path, c
         assert os.listdir(tmp_path) == []
         return capsys.readouterr().err
 
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     assert "--license is missing" in fault()
     assert "--license is Apache 2.0, expected the hub's name" in fault("--license", "Apache 2.0")
     assert "--language is /tr, expected a code" in fault(*LICENSE, "--language", "/tr")
+    assert "expected --push USER/NAME" in fault(*LICENSE, "--private")
+    assert "--push is name, expected USER/NAME" in fault(*LICENSE, "--push", "name")
+    assert "hf auth login" in fault(*LICENSE, "--push", "user/name")
+    with monkeypatch.context() as without:
+        without.setattr(onnx_file, "PACKAGES", ("onnx_gone",))
+        assert "--onnx needs onnx_gone: pip install onnx_gone" in fault(*LICENSE, "--onnx")
+    if onnx_is_there():
+        monkeypatch.setattr(onnx_file, "TOLERANCE", 0)
+        assert "ONNX Runtime's prediction_logits of inputs [1, 32] differ" in fault(*LICENSE, "--onnx", status=1)
+        monkeypatch.setattr(onnx_file, "OUTPUTS", {})
+        assert "the model is a BertForPreTraining, expected one of" in fault(*LICENSE, "--onnx")
     os.rename(os.path.join(checkpoint, "training_state.json"), os.path.join(checkpoint, "gone"))
     assert "training_state.json: no such file; expected the folder of a checkpoint" in fault(*LICENSE)
     os.rename(os.path.join(checkpoint, "gone"), os.path.join(checkpoint, "training_state.json"))
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """What huggingface_hub asks of the hub to make a repository and upload small files. `files` are those it got."""
+
+    def do_POST(self):
+        server, body = self.server, self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        path = self.path.partition("?")[0]
+        server.tokens.add(self.headers.get("Authorization"))
+        if path == "/api/repos/create":
+            server.created.append(json.loads(body))
+            self.answer({"url": f"{os.environ['HF_ENDPOINT']}/user/name"})
+        elif path == "/api/validate-yaml":
+            self.answer({"errors": [], "warnings": []})
+        elif path == "/api/models/user/name/preupload/main":
+            names = [file["path"] for file in json.loads(body)["files"]]
+            self.answer({"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]})
+        elif path == "/api/models/user/name/commit/main" and not server.is_full:
+            parts = [json.loads(line) for line in body.splitlines()]
+            files = [part["value"] for part in parts if part["key"] == "file"]
+            server.files.update({file["path"]: base64.b64decode(file["content"]) for file in files})
+            url = f"{os.environ['HF_ENDPOINT']}/user/name/commit/0"
+            self.answer({"commitUrl": url, "commitOid": "0" * 40, "success": True})
+        else:
+            self.answer({"error": "no room"}, 403)
+
+    def do_GET(self):
+        is_there = self.path == "/api/models/user/name"
+        self.answer({"id": "user/name", "private": self.server.private} if is_there else {}, 200 if is_there else 404)
+
+    def answer(self, value, status=200):
+        content = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *words):
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.files, server.created, server.tokens, server.private, server.is_full = {}, [], set(), True, False
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", os.environ["HF_ENDPOINT"])
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_push_uploads_the_folder_and_keeps_no_token(run, hub, tmp_path, capsys):
+    words = [run[1], str(tmp_path / "out"), *LICENSE, "--push", "user/name"]
+    assert main([*words, "--private"]) == 0
+    assert "uploaded    http://127.0.0.1" in capsys.readouterr().out
+    assert hub.files == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert b'model="user/name"' in hub.files["README.md"] and b"\n# name\n" in hub.files["README.md"]
+    assert not any(b"hf_of_a_test" in content for content in hub.files.values())
+    (made,) = hub.created
+    assert (made["organization"], made["name"]) == ("user", "name") and "private" in json.dumps(made)
+    assert "Bearer hf_of_a_test" in hub.tokens
+
+    hub.files.clear()
+    hub.private = False  # it was there, and public
+    assert main([run[1], str(tmp_path / "other"), *words[2:], "--private"]) == 2
+    assert "user/name is there and public" in capsys.readouterr().err and hub.files == {}
+    hub.is_full = True
+    assert main([run[1], str(tmp_path / "third"), *words[2:]]) == 1
+    said = capsys.readouterr().err
+    assert "third is made, but not uploaded: " in said and f"hf upload user/name {tmp_path / 'third'}" in said
+    assert "hf_of_a_test" not in said and AutoTokenizer.from_pretrained(tmp_path / "third")
 
 
 def test_help_teaches_by_an_example_and_comes_without_importing_torch():
