@@ -7,11 +7,15 @@ from typing import Collection, Iterator
 from bert.signals import Stop, leave_quietly
 from data.errors import InputError
 
-__all__ = ["Diverged", "ProcessLost", "ProcessesDiffer", "said_once_a_machine"]
+__all__ = ["Diverged", "OnnxDiffers", "ProcessLost", "ProcessesDiffer", "said_once_a_machine"]
 
 
 class Diverged(RuntimeError):
     """The loss is not a finite number any more."""
+
+
+class OnnxDiffers(RuntimeError):
+    """A file for ONNX Runtime computes something else than the model that it was made of."""
 
 
 class ProcessLost(RuntimeError):

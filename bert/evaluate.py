@@ -1,6 +1,5 @@
 """Evaluates any BERT on shards: `python -m bert.evaluate --help` tells how."""
 
-import dataclasses
 import json
 import math
 import os
@@ -11,7 +10,7 @@ from typing import Any, Dict, List, Optional, Sequence
 from data.commands import check_options, option, parse_options, run_command
 from data.errors import InputError
 
-__all__ = ["EvaluateOptions", "evaluate", "main"]
+__all__ = ["EvaluateOptions", "evaluate", "has_heads", "main"]
 
 VOCABULARIES = ("vocab.txt", "tokenizer.json")
 EXAMPLES = """examples:
@@ -45,11 +44,11 @@ def evaluate(options: EvaluateOptions) -> Dict[str, Any]:
 
     Raises InputError for a folder that is no such model, and shards that it was not made for.
     """
-    from bert.config import Config, DataConfig, ModelConfig, TaskConfig  # torch takes seconds to import
+    from bert.config import Config, DataConfig, TaskConfig  # torch takes seconds to import
     from bert.engines import find_device, make_engine
     from bert.run import evaluation
     from bert.run.checkpoint import load_weights, transformers_config
-    from bert.start_from import FINE_TUNED, read_model
+    from bert.start_from import FINE_TUNED, read_model, sizes_of
     from data.loading.shard_files import open_shards
     from data.rows import WHOLE
     from data.tokenizer import find_vocab
@@ -59,7 +58,7 @@ def evaluate(options: EvaluateOptions) -> Dict[str, Any]:
     there = read_model(path)
     if set(there.get("architectures") or []) & set(FINE_TUNED):
         return evaluate_examples(options)
-    model = ModelConfig(**{field.name: there[field.name] for field in dataclasses.fields(ModelConfig)})
+    model = sizes_of(there)
     shards = open_shards(options.files, vocab_size=model.vocab_size)
     vocabulary = next((name for name in VOCABULARIES if os.path.exists(os.path.join(path, name))), VOCABULARIES[0])
     find_vocab(os.path.join(path, vocabulary), shards, "another checkpoint")

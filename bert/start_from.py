@@ -19,7 +19,7 @@ __all__ = [
     "check_is_folder",
     "defaults_of_start",
 ]
-__all__ += ["check_head", "read_model"]
+__all__ += ["check_head", "read_model", "sizes_of"]
 
 # The defaults of transformers' BertConfig for what must be alike for weights to mean the same here; those of sizes are
 # ModelConfig's.
@@ -84,6 +84,11 @@ def check_head(folder: str, architecture: str, heads: Mapping[str, Any]) -> None
         f"{path}: {differs}: it was fine-tuned for something else. To keep its encoder and begin with a new head add "
         "--task.new_head true; to go on with its labels set task.labels to them"
     )
+
+
+def sizes_of(there: Mapping[str, Any]) -> ModelConfig:
+    """What `read_model` gives, without what is no size."""
+    return ModelConfig(**{field.name: there[field.name] for field in dataclasses.fields(ModelConfig)})
 
 
 def check_is_folder(path: str) -> None:

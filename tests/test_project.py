@@ -48,13 +48,20 @@ MAY_IMPORT = {
 }
 BELOW_RUN = set(MAY_IMPORT)
 MAY_IMPORT.update({"bert/run": BELOW_RUN, "bert/plan": BELOW_RUN})
+MAY_IMPORT["bert/exporting"] = BELOW_RUN | {"bert/run"}
 MAY_IMPORT["the command"] = set(MAY_IMPORT)
 MAY_IMPORT["benchmarks"] = set(MAY_IMPORT)
 FILES_OF_WING = {
     "data's commands": ("data/prepare.py", "data/convert.py", "data/inspect.py"),
     "bert's optimizers": ("bert/optimizers.py", "bert/schedules.py"),
     "bert's command line": ("bert/command_line.py", "bert/validation.py"),
-    "the command": ("run_pretraining.py", "run_finetuning.py", "bert/export.py", "bert/evaluate.py"),
+    "the command": (
+        "run_pretraining.py",
+        "run_finetuning.py",
+        "bert/export.py",
+        "bert/evaluate.py",
+        "bert/fill_mask.py",
+    ),
 }
 
 

@@ -27,6 +27,7 @@ NEW_TENSOR_NAMES = TENSOR_NAMES - NAMES["torch.Tensor"] - {"index"}  # which lis
 # Only CPU and CUDA run what is in them, but the training loop imports them: what is done at import counts.
 IMPORTED_ONLY = {f"bert/engines/{name}.py" for name in ("torch_devices", "torch_engine", "micro_batch")}
 IMPORTED_ONLY |= {"ops/float8.py", "ops/shards.py", "bert/run/shards.py", "bert/run/sharded_checkpoint.py"}
+IMPORTED_ONLY |= {"bert/exporting/onnx_file.py"}
 IMPORTED_ONLY |= set(sources("bert/engines/parallel"))
 # Imported where Triton is found, by CUDA alone.
 TRITON = "attention", "cross_entropy", "dropout", "float8", "gelu", "lamb", "norm"

@@ -53,7 +53,7 @@ class Shards:
         except ImportError:
             raise InputError(
                 f"{path}: torch {torch.__version__} cannot read shards. Where requirements.txt is installed, make a "
-                f"whole model of them: python -m bert.export {os.path.dirname(path)} FOLDER"
+                f"whole model of them: python -m bert.export {os.path.dirname(path)} FOLDER --license NAME"
             )
         for name in sorted(os.listdir(path)):
             if name.endswith(".safetensors"):

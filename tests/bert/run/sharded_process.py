@@ -94,6 +94,7 @@ def run(step, *words):
 def main(whole, folder):
     files = [os.path.join(whole, f"{part}.safetensors") for part in ("model", "optimizer")]
     weights, state = map(read_safetensors, files)
+    begun = read_json(os.path.join(whole, "training_state.json"))
     others = read_json(os.path.join(whole, "config.json")), read_vocab(os.path.join(whole, "vocab.txt")), 9
     bert.signals.LINGER = 0  # nobody ends those that leave quietly
     with joined("cpu", 10):
@@ -102,10 +103,10 @@ def main(whole, folder):
         said = {}
 
         parts, state_parts = (cut(read_safetensors(file), range(3)) for file in files)
-        saves.start(folder, {"step": 1}, parts, state_parts, *others)
+        saves.start(folder, {**begun, "step": 1}, parts, state_parts, *others)
         for tensor in [*parts.values(), *state_parts.values()]:
             tensor.zero_()  # as training goes on
-        saves.start(folder, {"step": 2}, of_stage(weights, rank), of_stage(state, rank), *others)
+        saves.start(folder, {**begun, "step": 2}, of_stage(weights, rank), of_stage(state, rank), *others)
         saves.wait()
         said["saved"] = saves.saved_step
 
@@ -123,7 +124,7 @@ def main(whole, folder):
             said[f"{os.path.basename(path)} stage"] = [equal(stage, {name: loaded[name] for name in stage})]
 
         write = fails_in(1, disk_is_full)
-        saves.start(folder, {"step": 3}, weights, state, *others)
+        saves.start(folder, {**begun, "step": 3}, weights, state, *others)
         try:
             saves.wait()
         except (OSError, SystemExit) as error:
@@ -131,7 +132,7 @@ def main(whole, folder):
 
         HuggingFaceStorageWriter.write_data = write
         fails_in(2, lambda: os.kill(os.getpid(), signal.SIGKILL))
-        saves.start(folder, {"step": 4}, weights, state, *others)
+        saves.start(folder, {**begun, "step": 4}, weights, state, *others)
         try:
             saves.wait()
         except ProcessLost as error:

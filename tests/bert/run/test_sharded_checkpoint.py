@@ -1,5 +1,6 @@
 """Checkpoints of processes that each hold a part: whole or not at all, and the same as those of one process."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
+from bert.config import Config
 from bert.export import main as export
 from bert.run.checkpoint import (
     begin_checkpoint,
@@ -26,7 +28,7 @@ from bert.run.sharded_checkpoint import check_all_there, write_model
 from bert.run.shards import Shards
 from data.errors import InputError
 from run_pretraining import main as train
-from tests import ROOT, assert_help_teaches
+from tests import ROOT
 from tests.bert.model.test_model import make_perturbed_model, small_config
 from tests.bert.run.runs import arguments, checkpoints, make_shards, saved_step
 from tests.bert.run.test_checkpoint import WORDS, describe
@@ -64,7 +66,8 @@ def saved(tmp_path_factory):
         if "pooler" not in name:  # as if it never had a gradient
             numbers = {"step": torch.tensor(float(i)), "count": torch.tensor([i, 2, 3])}
             state.update({f"{name}.{key}": value for key, value in {"exp_avg": weight + 1, **numbers}.items()})
-    whole = save_checkpoint(str(folder / "one"), {"step": 7}, weights, state, describe(model, config), WORDS, 1)
+    saved_state = {"step": 7, "samples_seen": 70, "config": dataclasses.asdict(Config(model=config))}
+    whole = save_checkpoint(str(folder / "one"), saved_state, weights, state, describe(model, config), WORDS, 1)
     (folder / "three").mkdir()
     ended, said = processes(3, whole, folder / "three")
     assert ended == [0, 0, -9], said
@@ -123,7 +126,7 @@ def test_an_export_has_the_same_weights_for_transformers(saved, tmp_path, step, 
     weights, _, whole, folder, _ = saved
     path = ([whole] + list_checkpoints(str(folder)))[step]
     out = str(tmp_path / "out")
-    assert export([path, out]) == 0
+    assert export([path, out, "--license", "mit"]) == 0
     assert sorted(os.listdir(tmp_path)) == ["out"]
     assert_same(read_safetensors(os.path.join(out, "model.safetensors")), weights)
     model, report = AutoModel.from_pretrained(out, output_loading_info=True)
@@ -134,7 +137,7 @@ def test_an_export_has_the_same_weights_for_transformers(saved, tmp_path, step, 
     )
     assert len(AutoTokenizer.from_pretrained(out)) == len(WORDS)
     capsys.readouterr()
-    assert export([path, out]) == 2 and "is there already" in capsys.readouterr().err
+    assert export([path, out, "--license", "mit"]) == 2 and "is there already" in capsys.readouterr().err
     assert export([str(tmp_path), out + "2"]) == 2 and "expected the folder of a checkpoint" in capsys.readouterr().err
 
 
@@ -202,8 +205,3 @@ def test_a_sharded_run_goes_on_with_any_checkpoint_and_saves_where_it_is_stopped
         if not name.endswith("key.bias"):  # its gradient is 0 but for rounding
             assert (others[name] - weight).norm() <= 1e-5 * weight.norm(), name
     torch.set_num_threads(threads)
-
-
-def test_help_teaches_by_an_example_and_comes_without_importing_torch():
-    code = "import sys, bert.export; sys.exit('torch' in sys.modules)"
-    assert_help_teaches("bert.export", "python -m bert.export runs/", code)
