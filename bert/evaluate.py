@@ -90,8 +90,8 @@ def evaluate_examples(options: EvaluateOptions) -> Dict[str, Any]:
     from bert.run.example_set import HeldOut
     from bert.run.state import read_config
     from bert.tasks import ExampleTask, make_task
+    from data.examples.records import existing
     from data.rows import WHOLE
-    from data.shards import expand
     from data.tokenizer import read_vocab
 
     path = options.checkpoint
@@ -101,7 +101,7 @@ def evaluate_examples(options: EvaluateOptions) -> Dict[str, Any]:
     config.device = options.device  # type: ignore[assignment]  # the engines say which there are
     task, device = make_task(config), find_device(config)[0]
     assert isinstance(task, ExampleTask)
-    held_out = HeldOut(config, task, device, read_vocab(path), expand(options.files))
+    held_out = HeldOut(config, task, device, read_vocab(path), existing(options.files))
     engine = make_engine(config, device)
     engine.load_weights(load_weights(path, dict(engine.model.named_parameters())))
     found = held_out.evaluate(engine, WHOLE)

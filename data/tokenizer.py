@@ -374,9 +374,16 @@ def find_vocab(
 
 def make_tokenizer(vocabulary: Vocabulary) -> Tokenizer:
     """The tokenizer as transformers has it: the same ids for the same text, vocabulary and rules."""
-    if vocabulary.tokenizer_json:
-        return Tokenizer.from_str(vocabulary.tokenizer_json)
     ids = {token: number for number, token in enumerate(vocabulary.tokens)}
+    special = processors.TemplateProcessing(
+        single="[CLS]:0 $A:0 [SEP]:0",
+        pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
+        special_tokens=[(token, ids[token]) for token in ("[CLS]", "[SEP]")],
+    )
+    if vocabulary.tokenizer_json:
+        tokenizer = Tokenizer.from_str(vocabulary.tokenizer_json)
+        tokenizer.post_processor = tokenizer.post_processor or special  # models learn texts with [CLS] and [SEP]
+        return tokenizer
     tokenizer = Tokenizer(models.WordPiece(vocab=ids, unk_token="[UNK]", max_input_chars_per_word=100))
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     normalizer = normalizers.BertNormalizer(
@@ -387,11 +394,7 @@ def make_tokenizer(vocabulary: Vocabulary) -> Tokenizer:
     form = NORMALIZATIONS[vocabulary.normalization]
     tokenizer.normalizer = normalizers.Sequence([form(), normalizer]) if form else normalizer
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS]:0 $A:0 [SEP]:0",
-        pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
-        special_tokens=[(token, ids[token]) for token in ("[CLS]", "[SEP]")],
-    )
+    tokenizer.post_processor = special
     tokenizer.decoder = decoders.WordPiece(prefix="##")
     return tokenizer
 
@@ -417,8 +420,7 @@ def write_tokenizer_files(folder: str, vocabulary: Vocabulary, longest: int = 51
     tokenizer = make_tokenizer(replace(vocabulary, tokenizer_json="")).to_str(pretty=True)
     if vocabulary.tokenizer_json:
         as_it_is = json.loads(vocabulary.tokenizer_json)
-        if not as_it_is.get("post_processor"):  # the model has learned texts with [CLS] and [SEP]
-            as_it_is["post_processor"] = json.loads(tokenizer)["post_processor"]
+        as_it_is["post_processor"] = as_it_is.get("post_processor") or json.loads(tokenizer)["post_processor"]
         tokenizer = json.dumps(as_it_is, indent=2, ensure_ascii=False)
     # Tokens come last: a kill on the way must not leave some without their rules.
     contents = {

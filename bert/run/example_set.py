@@ -18,10 +18,10 @@ from bert.tasks import ExampleTask
 from data.errors import InputError
 from data.examples.examples import LABELS, Examples, ranges
 from data.examples.loader import ExampleLoader, batches_to_score
+from data.examples.records import existing
 from data.files import replacing
 from data.loading.sharing import LocalRanks
 from data.rows import Part
-from data.shards import expand
 from data.tokenizer import Vocabulary, read_vocab, vocab_sha256
 
 __all__ = ["ExampleSet", "HeldOut"]
@@ -85,13 +85,14 @@ class ExampleSet:
             )
         self.vocabulary = read_vocab(folder)
         self.skipped: Dict[str, str] = {}
+        self.longest = data.sequence_length
         if len(self.vocabulary) > config.model.vocab_size:
             sizes = f"has {len(self.vocabulary)} tokens, model.vocab_size is {config.model.vocab_size}"
             raise InputError(f"{folder}: {sizes}. Set model.vocab_size to {len(self.vocabulary)}")
         static = has_static_shapes(device)
         self.packing = packing_of(data, static)
         self.shape = task.row_shape(data, samples_per_row(data, static))
-        self.files, self.held_out_files = expand(data.files), expand(data.held_out_files)
+        self.files, self.held_out_files = existing(data.files), existing(data.held_out_files)
         if not self.files:
             raise InputError("data.files is empty, expected the files to train on: --data.files train.tsv")
         both = set(map(os.path.realpath, self.files)) & set(map(os.path.realpath, self.held_out_files))
@@ -119,7 +120,7 @@ class ExampleSet:
         return f"{self.of(self.train)}{held_out}"
 
     def of(self, examples: Examples) -> str:
-        cut = f" ({examples.cut:,} cut to {self.shape.tokens} tokens)" if examples.cut else ""
+        cut = f" ({examples.cut:,} cut to {self.longest} tokens)" if examples.cut else ""
         return f"{len(examples):,} examples{cut}"
 
     def open_loader(self, config: Config, state: RunState, device: str, local: LocalRanks) -> ExampleLoader:

@@ -12,6 +12,7 @@ from bert.tasks.classification import Classification
 from bert.tasks.pretraining import Pretraining
 from bert.tasks.task import ExampleTask, Panel, ShardTask, Task
 from data.errors import InputError
+from data.examples.records import existing
 
 __all__ = ["TASKS", "ExampleTask", "Panel", "ShardTask", "Task", "make_model", "make_task", "with_labels"]
 
@@ -35,9 +36,11 @@ def with_labels(config: Config) -> Config:
     """The config with task.labels, from the training files where it has none. Raises InputError for files that cannot
     be read."""
     find = FIND_LABELS.get(config.task.name)
-    if find is None or config.task.labels:
+    if find is None or config.task.labels or not config.data.files:
         return config
-    return dataclasses.replace(config, task=dataclasses.replace(config.task, labels=find(config)))
+    files = dataclasses.replace(config.data, files=existing(config.data.files))
+    labels = find(dataclasses.replace(config, data=files))
+    return dataclasses.replace(config, task=dataclasses.replace(config.task, labels=labels))
 
 
 def make_model(config: Config, task: Task, embeddings: Type[nn.Module] = Embeddings) -> Model:

@@ -16,7 +16,7 @@ from bert.tasks.task import Panel
 from data.errors import InputError
 from data.examples.examples import LABELS, Examples, ExampleShape
 from data.examples.glue import GLUE
-from data.examples.records import Record, read_records, tokens_of
+from data.examples.records import Record, label_numbers, read_records, tokens_of
 from data.rows import Target
 from data.tokenizer import Vocabulary, make_tokenizer
 
@@ -84,25 +84,15 @@ class Classification:
             positions=np.zeros(len(records), np.int32),
             labels=self.labels_of(records),
             records=texts,
-            cut=tokens.cut,
+            cut=int(tokens.cut.sum()),
         )
 
     def labels_of(self, records: Sequence[Record]) -> np.ndarray:
         if self.regression:
             values = [number(record) for record in records]
             return np.array(values, np.float32)
-        found = {str(record.values["label"]) for record in records}
-        numbers = {label: number for number, label in enumerate(self.labels)}
-        by_number = {str(number): number for number in range(len(self.labels))}
-        if not found <= numbers.keys() and found <= by_number.keys():  # as some of GLUE's files have it
-            numbers = by_number
-        wrong = next((record for record in records if str(record.values["label"]) not in numbers), None)
-        if wrong:
-            raise InputError(
-                f"{wrong.place}: the label is {wrong.values['label']!r}, expected one of {', '.join(self.labels)}, or "
-                f"their numbers 0 to {len(self.labels) - 1} throughout. Labels come from task.labels, or data.files"
-            )
-        return np.array([numbers[str(record.values["label"])] for record in records], np.int32)
+        values = [str(record.values["label"]) for record in records]
+        return label_numbers(values, self.labels, lambda index: records[index].place)
 
     def score(self, examples: Examples, outputs: np.ndarray) -> Dict[str, float]:
         if self.regression:

@@ -12,8 +12,10 @@ from data.errors import InputError
 from data.foreign.hub import import_pyarrow
 from data.preparing.tables import csv_rows, tsv_rows
 from data.preparing.text_file import read_lines
+from data.shards import expand
 
-__all__ = ["JSON_LINES", "Record", "Tokens", "join", "read_json_lines", "read_records", "tokens_of"]
+__all__ = ["JSON_LINES", "Record", "Tokens", "existing", "join", "label_numbers", "names_of", "read_json_lines"]
+__all__ += ["read_records", "stem_and_ending", "tokens_of"]
 
 JSON_LINES = (".jsonl", ".json", ".ndjson")
 CHUNK = 10_000  # texts that are tokenized at a time
@@ -27,6 +29,15 @@ class Record(NamedTuple):
 
     place: str
     values: Dict[str, Any]
+
+
+def existing(patterns: Sequence[str]) -> List[str]:
+    """The files that paths and globs name. Raises InputError for one that is not there."""
+    paths = expand(patterns)
+    for path in paths:
+        if not os.path.isfile(path):
+            raise InputError(f"{path}: no such file; expected the labelled files that data.files names")
+    return paths
 
 
 def read_records(paths: Sequence[str], columns: Columns, header: Optional[Sequence[str]] = None) -> List[Record]:
@@ -49,6 +60,11 @@ def read_records(paths: Sequence[str], columns: Columns, header: Optional[Sequen
     return records
 
 
+def names_of(path: str) -> List[str]:
+    """The names of a file's columns; none of an empty file."""
+    return list(next(rows_of(path, None), ("", []))[1])
+
+
 def column_of(path: str, aliases: Sequence[str], names: Sequence[str]) -> str:
     found = next((name for name in aliases if name in names), None)
     if found is None:
@@ -61,8 +77,7 @@ def column_of(path: str, aliases: Sequence[str], names: Sequence[str]) -> str:
 
 def rows_of(path: str, header: Optional[Sequence[str]]) -> Iterator[Tuple[str, Sequence[Any]]]:
     """The names of the columns, then each row, with its place."""
-    plain = path[:-3] if path.endswith(".gz") else path[:-4] if path.endswith(".zst") else path
-    ending = os.path.splitext(plain)[1]
+    _, ending = stem_and_ending(path)
     if ending in (".tsv", ".csv"):
         rows = (tsv_rows if ending == ".tsv" else csv_rows)(path, lambda count: None, "utf-8-sig")
         first = next(rows, [])
@@ -93,6 +108,12 @@ def rows_of(path: str, header: Optional[Sequence[str]]) -> Iterator[Tuple[str, S
         raise InputError(f"{path}: ends in {ending or 'nothing'!r}, expected .tsv, .csv, .parquet or .jsonl")
 
 
+def stem_and_ending(path: str) -> Tuple[str, str]:
+    """As os.path.splitext, of the name without .gz or .zst."""
+    stem, ending = os.path.splitext(path)
+    return os.path.splitext(stem) if ending in (".gz", ".zst") else (stem, ending)
+
+
 def read_json_lines(path: str) -> Iterator[Tuple[str, Dict[str, Any]]]:
     """(its place, the object) of each line that is not blank. Raises InputError that names the line that is none."""
     for number, text in enumerate(read_lines(path, lambda count: None, cut_long=False), 1):
@@ -116,8 +137,8 @@ class Tokens(NamedTuple):
     """[T] int32"""
     lengths: np.ndarray
     """[texts] int64"""
-    cut: int
-    """how many texts were longer"""
+    cut: np.ndarray
+    """[texts] bool, which were longer"""
 
 
 def tokens_of(encode: Callable[[Sequence[Any]], Sequence[Encoding]], texts: Sequence[Any]) -> Tokens:
@@ -131,11 +152,26 @@ def tokens_of(encode: Callable[[Sequence[Any]], Sequence[Encoding]], texts: Sequ
                 join(lists),
                 join([encoding.type_ids for encoding in found]),
                 np.fromiter(map(len, lists), np.int64, len(lists)),
-                sum(bool(encoding.overflowing) for encoding in found),
+                np.fromiter((bool(encoding.overflowing) for encoding in found), bool, len(lists)),
             )
         )
-    ids, types, lengths = (np.concatenate(arrays) for arrays in list(zip(*parts))[:3])
-    return Tokens(ids, types, lengths, sum(part.cut for part in parts))
+    return Tokens(*(np.concatenate(arrays) for arrays in zip(*parts)))
+
+
+def label_numbers(values: Sequence[str], labels: Sequence[str], place_of: Callable[[int], str]) -> np.ndarray:
+    """[len(values)] int32, the numbers of labels; values may be numbers throughout. Raises InputError that names the
+    place of the first that is neither."""
+    numbers, found = {label: number for number, label in enumerate(labels)}, set(values)
+    by_number = {str(number): number for number in range(len(labels))}
+    if not found <= numbers.keys() and found <= by_number.keys():  # as some of GLUE's files have it
+        numbers = by_number
+    wrong = next((number for number, value in enumerate(values) if value not in numbers), None)
+    if wrong is not None:
+        raise InputError(
+            f"{place_of(wrong)}: the label is {values[wrong]!r}, expected one of {', '.join(labels)}, or their numbers "
+            f"0 to {len(labels) - 1} throughout. Labels come from task.labels, or data.files"
+        )
+    return np.fromiter(map(numbers.__getitem__, values), np.int32, len(values))
 
 
 def join(lists: Sequence[Sequence[Union[int, float]]], dtype: type = np.int32) -> np.ndarray:
