@@ -4,6 +4,8 @@ used."""
 import json
 import os
 import random
+import subprocess
+import sys
 
 import pytest
 from safetensors.torch import save_file
@@ -15,6 +17,8 @@ from bert.run.checkpoint import transformers_config
 from bert.tasks import make_model, make_task
 from data.tokenizer import Vocabulary, write_tokenizer_files
 from run_finetuning import main
+from tests import ROOT
+from tests.bert.engines.parallel.started import environment
 
 GOOD, BAD, OTHERS = (
     ("good", "fine", "great"),
@@ -23,7 +27,7 @@ GOOD, BAD, OTHERS = (
 )
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *GOOD, *BAD, *OTHERS]
 TINY = dict(
-    num_hidden_layers=1, hidden_size=32, num_attention_heads=2, intermediate_size=64, max_position_embeddings=64
+    num_hidden_layers=2, hidden_size=32, num_attention_heads=2, intermediate_size=64, max_position_embeddings=64
 )
 
 
@@ -227,3 +231,28 @@ def test_a_checkpoint_scores_on_labelled_files_what_it_did_in_its_run(bert, revi
     (expected,) = lines_of(run / "held_out.jsonl")
     found = evaluate(EvaluateOptions(str(run / "checkpoints" / "step_00000005"), [reviews[-1]], "cpu", "float32", 7))
     assert found.pop("checkpoint") and {"step": 5, **found} == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "way",
+    [
+        ["--parallel.pipeline", "2"],
+        pytest.param(["--parallel.shard", "full"], marks=pytest.mark.exhaustive),
+        pytest.param([], marks=pytest.mark.exhaustive),
+    ],
+    ids=["pipeline", "shard", "data parallel"],
+)
+def test_two_processes_score_what_one_does(bert, reviews, tmp_path, way):
+    exact = ["--training.epochs", "2", "--training.precision", "float32", "--device", "cpu"]
+    exact += ["--model.hidden_dropout_prob", "0", "--model.attention_probs_dropout_prob", "0"]
+    words = ["--config", "sst2.json", *reviews, *exact]
+    assert main([*words, *fast(bert, tmp_path / "one")]) == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [os.path.join(ROOT, "run_finetuning.py"), *words, *fast(bert, tmp_path / "two"), *way]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    one, two = (lines_of(tmp_path / name / "held_out.jsonl") for name in ("one", "two"))
+    assert len(one) == 2 and all(a == pytest.approx(b, abs=1e-5) for a, b in zip(one, two))
+    one, two = (lines_of(tmp_path / name / "predictions.jsonl") for name in ("one", "two"))
+    assert [line["probability"] for line in one] == pytest.approx([line["probability"] for line in two], abs=1e-5)
