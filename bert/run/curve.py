@@ -35,15 +35,18 @@ def smooth(values: Sequence[float]) -> List[float]:
 
 
 def draw_curve(metrics: List[Dict], held_out: List[Dict], task: Task, path: str, title: str) -> bool:
-    """Draws the parts of the task's loss and the learning rate over the steps into a PNG; not where matplotlib is not
-    installed, and says so."""
+    """Draws the parts of the task's loss, the score that selects a checkpoint, and the learning rate over the steps
+    into a PNG; not where matplotlib is not installed, and says so."""
     if importlib.util.find_spec("matplotlib") is None:
         logger.info("matplotlib is not installed: no picture is drawn. For one: pip install matplotlib")
         return False
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11 / 3 * (len(task.panels) + 1), 3.2), layout="constrained")
-    *row, last = figure.subplots(1, len(task.panels) + 1)
+    scores = [(line["step"], line[task.selected_by]) for line in held_out if task.selected_by in line]
+    has_score = bool(scores) and task.selected_by != "loss"
+    pictures = len(task.panels) + has_score + 1
+    figure = Figure(figsize=(11 / 3 * pictures, 3.2), layout="constrained")
+    *row, last = figure.subplots(1, pictures)
     steps = [line["step"] for line in metrics]
     for number, (axes, panel) in enumerate(zip(row, task.panels)):
         values, colour = [line[panel.loss] for line in metrics], f"C{number}"
@@ -59,6 +62,9 @@ def draw_curve(metrics: List[Dict], held_out: List[Dict], task: Task, path: str,
             axes.axhline(panel.chance, color="grey", linestyle=":", label="chance")
         axes.set(title=panel.title, ylabel="nats")
         axes.legend(fontsize="small")
+    if has_score:
+        row[-1].plot(*zip(*scores), "o-", color="black", markersize=3)
+        row[-1].set(title=f"held-out {task.selected_by}")
     last.plot(steps, [line["learning_rate"] for line in metrics], color=f"C{len(row)}")
     last.set(title="learning rate")
     for axes in (*row, last):
