@@ -239,7 +239,7 @@ def run(options, folder):
     steps = steps_in(options.minutes / options.factor, rate_of(measured, batch), batch)
     steps_there = steps_in(options.minutes, peer_rate, setting.batch)
     curves["transformers"] = train_there(peer, setting, steps_there, EVALUATIONS)
-    curves["this project"] = train_here(options, model, shards, os.path.join(folder, "run"), steps)
+    curves["this project"] = train_here(options, model, shards, options.output or os.path.join(folder, "run"), steps)
     print(f"transformers' best of {len(tried)}: {setting}")
     figures, sooner = report(curves, {"transformers": setting.batch, "this project": batch})
     if options.plot:
@@ -260,6 +260,7 @@ def main():
     parser.add_argument("--factor", type=float, default=2, help="by which this project's is shorter (%(default)s)")
     parser.add_argument("--config", default="cpu_small.json", help="run_pretraining.py's (default: %(default)s)")
     parser.add_argument("--peer", nargs="+", type=setting_of, metavar="BATCH:RATE", help="tried of transformers")
+    parser.add_argument("--output", metavar="FOLDER", help="keep this project's run here, with its checkpoint")
     parser.add_argument("--plot", metavar="FILE", help="draw both curves here")
     parser.set_defaults(peer=[(16, 1e-3), (32, 1e-3), (32, 2e-3)])
     options, others = parser.parse_known_args()
