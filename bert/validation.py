@@ -54,6 +54,9 @@ def validate(config: Config, source: str = "config") -> None:
         divides = f"a number that divides model.vocab_size, {model.vocab_size}: {divisors_of(model.vocab_size)}"
         expect(model.vocab_size % optimizer.trust_ratio_slices == 0, "optimizer.trust_ratio_slices", divides)
     expect(len(set(config.task.labels)) == len(config.task.labels) != 1, "task.labels", "different labels, two or more")
+    expect(config.task.choices > 1, "task.choices", "two or more endings")
+    shortest = 5  # [CLS] and two [SEP] around a token each
+    expect(data.sequence_length >= shortest or not has_examples(config), "data.sequence_length", f"at least {shortest}")
     training = config.training
     if training.evaluate_every:
         expect(bool(data.held_out_files), "data.held_out_files", "shards, as training.evaluate_every is set")

@@ -9,8 +9,11 @@ from bert.config import Config
 from bert.model.blocks import Embeddings
 from bert.model.model import Model
 from bert.tasks.classification import Classification
+from bert.tasks.multiple_choice import MultipleChoice
 from bert.tasks.pretraining import Pretraining
+from bert.tasks.question_answering import QuestionAnswering
 from bert.tasks.task import ExampleTask, Panel, ShardTask, Task
+from bert.tasks.token_classification import TokenClassification
 from data.errors import InputError
 from data.examples.records import existing
 
@@ -20,9 +23,15 @@ TASKS: Dict[str, Callable[[Config], Task]] = {
     "pretraining": lambda config: Pretraining(config.task.nsp),
     "mlm": lambda config: Pretraining(nsp=False),
     "classification": lambda config: Classification(config.task),
+    "token_classification": lambda config: TokenClassification(config.task),
+    "question_answering": lambda config: QuestionAnswering(config.task),
+    "multiple_choice": lambda config: MultipleChoice(config.task),
 }
 # How a task finds the labels that its config does not say.
-FIND_LABELS: Dict[str, Callable[[Config], List[str]]] = {"classification": Classification.find_labels}
+FIND_LABELS: Dict[str, Callable[[Config], List[str]]] = {
+    "classification": Classification.find_labels,
+    "token_classification": TokenClassification.find_labels,
+}
 
 
 def make_task(config: Config) -> Task:

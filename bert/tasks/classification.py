@@ -89,8 +89,7 @@ class Classification:
 
     def labels_of(self, records: Sequence[Record]) -> np.ndarray:
         if self.regression:
-            values = [number(record) for record in records]
-            return np.array(values, np.float32)
+            return np.array([number(record) for record in records], np.float32)
         values = [str(record.values["label"]) for record in records]
         return label_numbers(values, self.labels, lambda index: records[index].place)
 
