@@ -63,27 +63,32 @@ def find_runs(arguments: Sequence[str]) -> Tuple[List[Run], str]:
     """The trainings that a command line asks for, and the folder of all."""
     own, others = parse_own(arguments)
     paths, all_of = configs_of(own.config)
+    names = [os.path.splitext(os.path.basename(path))[0] if path else "finetuning" for path in paths]
+    if len(set(names)) < len(names):
+        raise InputError(f"{own.config}: lists {', '.join(names)}; expected different names, for folders of their own")
     many = own.seeds > 1 or own.baseline or len(paths) > 1
     if many and "RANK" in os.environ:
         raise InputError("--seeds, --baseline and several configs run one after the other in one process: no torchrun")
     output = option_of(others, "--training.output") or os.path.join("runs", all_of or "finetuning")
     runs = []
-    for path in paths:
-        name = os.path.splitext(os.path.basename(path))[0] if path else "finetuning"
+    for name, path in zip(names, paths):
         given = [
             *(["--config", path] if path else []),
             *others,
             *(["--training.start_from", own.model] if own.model else []),
         ]
         first = parse_command_line(given)
-        if not (own.model or first.data.vocab or not has_examples(first)):
+        if first.plan:
+            raise InputError("--plan is an option of run_pretraining.py: pre-training is what it plans")
+        model = first.training.start_from
+        if not (model or first.training.branch_from or first.data.vocab or not has_examples(first)):
             raise InputError("--model is missing: the folder of a checkpoint, or of a BERT of transformers")
         if many and not first.data.held_out_files:
             raise InputError("data.held_out_files is empty, expected files to compare runs on")
         for start in ("pre-trained", *([own.baseline] if own.baseline else [])):
             for seed in range(first.training.seed, first.training.seed + own.seeds):
                 folder = os.path.join(output, name, f"{start}_seed{seed}") if many else first.training.output
-                runs.append(Run(name, start, with_start(first, start, seed, folder, own.model)))
+                runs.append(Run(name, start, with_start(first, start, seed, folder, model)))
     return runs, output
 
 

@@ -148,6 +148,8 @@ def collate(features):
 def make_model(peer):
     import transformers
 
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     kind, labels = getattr(transformers, peer.kind), peer.config.task.labels
     options = dict(num_labels=len(labels), attn_implementation="sdpa")
     return kind.from_pretrained(peer.config.training.start_from, **options)

@@ -84,7 +84,7 @@ def evaluate(options: EvaluateOptions) -> Dict[str, Any]:
 
 def evaluate_examples(options: EvaluateOptions) -> Dict[str, Any]:
     """The same of a checkpoint that was fine-tuned, on labelled files: what its task scores."""
-    from bert.config import Config
+    from bert.config import Config, ParallelConfig
     from bert.engines import find_device, make_engine
     from bert.run.checkpoint import load_weights
     from bert.run.example_set import HeldOut
@@ -99,6 +99,7 @@ def evaluate_examples(options: EvaluateOptions) -> Dict[str, Any]:
     config.training.precision = options.precision  # type: ignore[assignment]  # `choices` has checked it
     config.training.micro_batch_size = options.batch_size
     config.device = options.device  # type: ignore[assignment]  # the engines say which there are
+    config.parallel = ParallelConfig()  # the run's were for its processes
     task, device = make_task(config), find_device(config)[0]
     assert isinstance(task, ExampleTask)
     held_out = HeldOut(config, task, device, read_vocab(path), existing(options.files))

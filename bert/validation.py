@@ -53,6 +53,9 @@ def validate(config: Config, source: str = "config") -> None:
         expect(optimizer.name == "lamb", "optimizer.trust_ratio_slices", lamb)
         divides = f"a number that divides model.vocab_size, {model.vocab_size}: {divisors_of(model.vocab_size)}"
         expect(model.vocab_size % optimizer.trust_ratio_slices == 0, "optimizer.trust_ratio_slices", divides)
+    pre_training = "false where the task learns from labelled files: pre-training is what it plans"
+    expect(not (config.plan and has_examples(config)), "plan", pre_training)
+    expect(len(config.task.text_columns) <= 2, "task.text_columns", "one column, or the two of a pair")
     expect(len(set(config.task.labels)) == len(config.task.labels) != 1, "task.labels", "different labels, two or more")
     expect(config.task.choices > 1, "task.choices", "two or more endings")
     shortest = 5  # [CLS] and two [SEP] around a token each
@@ -65,6 +68,8 @@ def validate(config: Config, source: str = "config") -> None:
         expect(data.packing != "rows", "data.packing", steps)
     if training.patience:
         expect(bool(data.held_out_files), "data.held_out_files", "files, as training.patience is set")
+        when = "null without training.evaluate_every or training.epochs, which say when evaluations are"
+        expect(bool(training.evaluate_every or training.epochs), "training.patience", when)
     if training.branch_from:
         either = "null where training.branch_from is set, which has weights"
         expect(training.start_from is None, "training.start_from", either)
@@ -116,7 +121,9 @@ def validate_for_ipu(config: Config, source: str = "config") -> None:
         "null on IPUs: between two steps they cannot go to another executable and back without drawing the dropout of "
         "the first steps again. At the end of a run they evaluate, and python -m bert.evaluate does any checkpoint",
     )
-    for name in ("max_steps", "stop_at_step", "save_every", "log_every"):
+    expect(training.patience is None, "training.patience", "null on IPUs, which evaluate at the end of a run alone")
+    counted = () if training.epochs else ("max_steps",)
+    for name in (*counted, "stop_at_step", "save_every", "log_every"):
         whole_calls = (getattr(training, name) or 0) % ipu.device_iterations == 0
         expect(whole_calls, f"training.{name}", f"a multiple of ipu.device_iterations, {ipu.device_iterations}")
 

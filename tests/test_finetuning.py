@@ -256,3 +256,63 @@ def test_two_processes_score_what_one_does(bert, reviews, tmp_path, way):
     assert len(one) == 2 and all(a == pytest.approx(b, abs=1e-5) for a, b in zip(one, two))
     one, two = (lines_of(tmp_path / name / "predictions.jsonl") for name in ("one", "two"))
     assert [line["probability"] for line in one] == pytest.approx([line["probability"] for line in two], abs=1e-5)
+
+
+def test_settings_that_would_be_ignored_are_refused_and_another_name_for_the_model_is_taken(
+    bert, reviews, tmp_path, capsys
+):
+    run = tmp_path / "run"
+    command = ["--config", "sst2.json", *reviews, *fast(bert, run), "--training.epochs", "0.2"]
+    for options, expected in (
+        (["--plan", "--device", "cpu"], "plan is true"),
+        (["--task.text_columns", '["sentence", "sentence", "label"]'], "one column, or the two of a pair"),
+        (["--training.epochs", "null", "--training.patience", "2"], "training.patience is 2, expected null"),
+    ):
+        assert main([*command, *options]) == 2 and not run.exists()
+        assert expected in capsys.readouterr().err
+    command[command.index("--model")] = "--training.start_from"
+    assert main(command) == 0
+
+
+def test_rows_of_glue_that_are_broken_are_left_out_and_counted(bert, tmp_path, capsys):
+    rows = [(text, text, good) for text, good in sentences(9, 4)]
+    header = ["question1", "question2", "is_duplicate"]
+    train = write_table(tmp_path / "train.tsv", header, [*rows[:3], ("half a question",), *rows[3:]])
+    run = tmp_path / "run"
+    command = ["--config", "qqp.json", *fast(bert, run), "--training.epochs", "1", "--data.files", train]
+    assert main(command) == 0
+    output = capsys.readouterr().out
+    assert "1 such rows are left out" in output and "9 examples" in output
+
+
+def test_no_value_is_no_text_and_no_label(bert, tmp_path, capsys):
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"text": "good film", "label": "x"}\n{"text": null, "label": "y"}\n')
+    command = ["--config", "classification.json", "--data.files", str(path), *fast(bert, tmp_path / "run")]
+    assert main(command) == 2
+    assert "line 2: 'text' is null" in capsys.readouterr().err
+
+
+def test_labels_that_are_numbers_are_not_counted_instead(bert, tmp_path, capsys):
+    files = []
+    for name, labels in (("train.tsv", (1, 2)), ("dev.tsv", (0, 1))):
+        files.append(write_table(tmp_path / name, ["text", "label"], [("good film", label) for label in labels]))
+    command = ["--config", "classification.json", *fast(bert, tmp_path / "run")]
+    assert main([*command, "--data.files", files[0], "--data.held_out_files", files[1]]) == 2
+    assert "the label is '0', expected one of 1, 2" in capsys.readouterr().err
+
+
+def test_a_run_killed_before_best_json_says_so_scores_its_weights_again(bert, reviews, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    command = ["--config", "sst2.json", *reviews, *fast(bert, run), "--training.epochs", "1"]
+
+    def killed(*_):
+        raise SystemExit
+
+    with monkeypatch.context() as patched:
+        patched.setattr("bert.run.loop.mark_best", killed)
+        with pytest.raises(SystemExit):
+            main(command)
+    assert main([*command, "--resume", "auto"]) == 0
+    assert json.loads((run / "checkpoints" / "best.json").read_text())["step"] == 5
+    assert len(lines_of(run / "held_out.jsonl")) == 1

@@ -18,7 +18,12 @@ from data.files import read_json
 __all__ = ["check_max_steps", "find_branch", "read_branch"]
 
 logger = logging.getLogger(__name__)
-KEPT_BY_BRANCHES = tuple(f"model.{key}" for key in DECISIVE_KEYS) + ("task.name", "task.nsp", "optimizer.name")
+KEPT_BY_BRANCHES = tuple(f"model.{key}" for key in DECISIVE_KEYS) + (
+    "task.name",
+    "task.nsp",
+    "task.labels",
+    "optimizer.name",
+)
 
 
 def check_max_steps(config: Config, step: int) -> None:

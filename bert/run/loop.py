@@ -114,16 +114,18 @@ class Run:
         """Evaluates on the held-out samples, and keeps the checkpoint of the best evaluation so far."""
         held_out = self.data_set.evaluate(self.config, self.engine, self.part)
         is_best = note_evaluation(self.state, held_out, self.engine.task.selected_by)
-        log.write_held_out(held_out, is_best)
         if is_best and self.engine.rank == 0:
             self.data_set.report(self.config.training.output)
-        if is_best and self.saved_step < self.engine.steps_done:
-            self.save()
-        elif is_best:
+        is_saved = self.saved_step == self.engine.steps_done
+        if is_best and is_saved:
             if self.saves:
                 self.saves.wait()
             if self.engine.rank == 0:
                 mark_best(checkpoints_of(self.config), self.state.best, self.config.training.keep_checkpoints)
+        # After what belongs to it: a resumed run takes an evaluation whose line is there for done.
+        log.write_held_out(held_out, is_best)
+        if is_best and not is_saved:
+            self.save()
 
     def is_over(self) -> bool:
         """Whether no step is left to do."""
@@ -169,7 +171,7 @@ def train(config: Config, make_model: Callable[[Config, Task], Model] = make_mod
         if process_of(device)[0]:
             show_errors_only()
         if config.compile_only:
-            make_engine(config, device, make_model).compile()
+            make_engine(with_labels(config), device, make_model).compile()
             logger.info("compiled into %s", config.ipu.executable_cache_dir)
             return 0
         closing.enter_context(joined(device, config.parallel.timeout))
@@ -266,7 +268,9 @@ def with_epochs(config: Config, samples: int, device: str) -> Config:
     each, steps = samples / training.global_batch_size, training.evaluate_every
     if steps is None and config.data.held_out_files and not has_static_shapes(device):
         steps = math.ceil(each)
-    training = dataclasses.replace(training, max_steps=math.ceil(training.epochs * each), evaluate_every=steps)
+    a_call = config.ipu.device_iterations if has_static_shapes(device) else 1
+    last = math.ceil(training.epochs * each / a_call) * a_call
+    training = dataclasses.replace(training, max_steps=last, evaluate_every=steps)
     return dataclasses.replace(config, training=training)
 
 

@@ -3,6 +3,7 @@
 Parameter names are those of transformers' BertForSequenceClassification.
 """
 
+import logging
 import math
 from typing import Any, Dict, Iterator, List, Mapping, Sequence
 
@@ -22,6 +23,8 @@ from data.tokenizer import Vocabulary, make_tokenizer
 
 __all__ = ["Classification"]
 
+logger = logging.getLogger(__name__)
+
 
 class Classification:
     """One label of `task.labels` for each text or pair; without labels, a number (regression)."""
@@ -35,6 +38,7 @@ class Classification:
         self.texts = [(name,) for name in config.text_columns] or (glue.texts if glue else [("text",)])
         self.label = (config.label_column,) if config.label_column else glue.label if glue else ("label",)
         self.header = glue.header if glue else ()
+        self.skips = glue is not None  # a few rows of QQP are broken
         self.regression = config.regression or (glue is not None and not glue.labels)
         self.labels: List[str] = [] if self.regression else list(config.labels)
         self.output_size = max(1, len(self.labels))
@@ -73,7 +77,13 @@ class Classification:
 
     def read(self, paths: Sequence[str], vocabulary: Vocabulary, data: DataConfig) -> Examples:
         columns = {f"text{number}": names for number, names in enumerate(self.texts)}
-        records = read_records(paths, {**columns, "label": self.label}, self.header)
+        broken: List[str] = []
+        asked = {**columns, "label": self.label}
+        records = read_records(paths, asked, self.header, broken if self.skips else None)
+        if broken:
+            logger.warning(
+                f"{broken[0]}: has not the columns of the first line; {len(broken):,} such rows are left out"
+            )
         tokenizer = make_tokenizer(vocabulary)
         tokenizer.enable_truncation(data.sequence_length)
         texts: List[Any] = [tuple(str(record.values[key]) for key in columns) for record in records]

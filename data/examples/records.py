@@ -40,21 +40,31 @@ def existing(patterns: Sequence[str]) -> List[str]:
     return paths
 
 
-def read_records(paths: Sequence[str], columns: Columns, header: Optional[Sequence[str]] = None) -> List[Record]:
+def read_records(
+    paths: Sequence[str],
+    columns: Columns,
+    header: Optional[Sequence[str]] = None,
+    broken: Optional[List[str]] = None,
+) -> List[Record]:
     """The records of all files, a row or a line each, with the values of these columns.
 
     TSV, CSV, parquet, and JSON lines, by the file's ending; any but parquet may end in .gz or .zst. `header`: the
-    columns of a TSV whose first line is a row already. Raises InputError that names the file: for a format that is not
-    known, a column that is missing, a file without rows.
+    columns of a TSV whose first line is a row already. Places of a TSV's rows of another size than its first go to
+    `broken`. Raises InputError that names the file: for such a row without that, a format that is not known, a column
+    that is missing or null, a file without rows.
     """
     records: List[Record] = []
     for path in paths:
-        rows, before = rows_of(path, header), len(records)
+        rows, before = rows_of(path, header, broken), len(records)
         names = next(rows, ("", []))[1]
         chosen = {key: column_of(path, aliases, names) for key, aliases in columns.items()}
         places = {key: list(names).index(name) for key, name in chosen.items()}
         for place, row in rows:
-            records.append(Record(place, {key: row[number] for key, number in places.items()}))
+            values = {key: row[number] for key, number in places.items()}
+            empty = next((chosen[key] for key, value in values.items() if value is None), None)
+            if empty is not None:
+                raise InputError(f"{place}: {empty!r} is null, expected a value in each row")
+            records.append(Record(place, values))
         if len(records) == before:
             raise InputError(f"{path}: has no rows; expected one for each example")
     return records
@@ -75,11 +85,14 @@ def column_of(path: str, aliases: Sequence[str], names: Sequence[str]) -> str:
     return found
 
 
-def rows_of(path: str, header: Optional[Sequence[str]]) -> Iterator[Tuple[str, Sequence[Any]]]:
+def rows_of(
+    path: str, header: Optional[Sequence[str]], broken: Optional[List[str]] = None
+) -> Iterator[Tuple[str, Sequence[Any]]]:
     """The names of the columns, then each row, with its place."""
     _, ending = stem_and_ending(path)
     if ending in (".tsv", ".csv"):
-        rows = (tsv_rows if ending == ".tsv" else csv_rows)(path, lambda count: None, "utf-8-sig")
+        source = path, lambda count: None, "utf-8-sig"
+        rows = tsv_rows(*source, broken) if ending == ".tsv" else csv_rows(*source)
         first = next(rows, [])
         if header and len(first) == len(header) and not set(header) <= set(first):
             rows, first = itertools.chain([first], rows), list(header)
@@ -163,7 +176,8 @@ def label_numbers(values: Sequence[str], labels: Sequence[str], place_of: Callab
     place of the first that is neither."""
     numbers, found = {label: number for number, label in enumerate(labels)}, set(values)
     by_number = {str(number): number for number in range(len(labels))}
-    if not found <= numbers.keys() and found <= by_number.keys():  # as some of GLUE's files have it
+    named_by_numbers = any(map(str.isdecimal, labels))
+    if not (named_by_numbers or found <= numbers.keys()) and found <= by_number.keys():  # as some of GLUE's files
         numbers = by_number
     wrong = next((number for number, value in enumerate(values) if value not in numbers), None)
     if wrong is not None:

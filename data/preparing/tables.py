@@ -3,7 +3,7 @@
 import csv
 import io
 import os
-from typing import Any, Callable, Iterator, List, Sequence
+from typing import Any, Callable, Iterator, List, Optional, Sequence
 
 from data.errors import InputError
 from data.foreign.hub import import_pyarrow
@@ -46,13 +46,14 @@ def csv_rows(path: str, on_bytes: OnBytes, encoding: str) -> Iterator[List[str]]
     pieces = read_text(path, on_bytes, False, encoding)
     first = next(pieces, "")
     separator = max(SEPARATORS, key=next(filter(str.strip, first.splitlines()), "").count)
-    return table_rows(path, with_first(first, pieces), delimiter=separator, strict=True)
+    return table_rows(path, with_first(first, pieces), None, delimiter=separator, strict=True)
 
 
-def tsv_rows(path: str, on_bytes: OnBytes, encoding: str) -> Iterator[List[str]]:
-    """As `csv_rows`, of columns that tabs separate and that no quotes enclose: a quote is text, as in GLUE's files."""
+def tsv_rows(path: str, on_bytes: OnBytes, encoding: str, broken: Optional[List[str]] = None) -> Iterator[List[str]]:
+    """As `csv_rows`, of columns that tabs separate and that no quotes enclose: a quote is text, as in GLUE's files.
+    Rows of another size than the first are left out where their places go to `broken`."""
     pieces = read_text(path, on_bytes, False, encoding)
-    return table_rows(path, pieces, delimiter="\t", quoting=csv.QUOTE_NONE)
+    return table_rows(path, pieces, broken, delimiter="\t", quoting=csv.QUOTE_NONE)
 
 
 def with_first(first: str, pieces: Iterator[str]) -> Iterator[str]:
@@ -60,12 +61,15 @@ def with_first(first: str, pieces: Iterator[str]) -> Iterator[str]:
     yield from pieces
 
 
-def table_rows(path: str, pieces: Iterator[str], **dialect: Any) -> Iterator[List[str]]:
+def table_rows(path: str, pieces: Iterator[str], broken: Optional[List[str]], **dialect: Any) -> Iterator[List[str]]:
     csv.field_size_limit(FIELD_CHARACTERS)
     rows = csv.reader((line for piece in pieces for line in io.StringIO(piece, newline="")), **dialect)
     size = 0
     try:
         for row in filter(None, rows):
+            if len(row) != (size or len(row)) and broken is not None:
+                broken.append(f"{path}: line {rows.line_num}")
+                continue
             if len(row) != (size or len(row)):
                 sizes = f"has {len(row)} columns, expected {size} as in the first line"
                 raise InputError(f"{path}: the row that ends in line {rows.line_num} {sizes}")
