@@ -46,9 +46,12 @@ def main(arguments: Optional[Sequence[str]] = None, **parts: Any) -> int:
             runs, output = find_runs(sys.argv[1:] if arguments is None else arguments)
         wait_asleep()
         from bert.run.console import show_progress  # torch takes seconds to import
-        from bert.run.loop import train
+        from bert.run.loop import check, train
 
         show_progress()
+        firsts = {run.name: run for run in reversed(runs)}
+        for run in firsts.values() if len(firsts) > 1 else ():  # or a later config may fail after hours
+            check(run.config)
         for run in runs:
             if len(runs) > 1:
                 print(f"{run.name}, {run.start}, seed {run.config.training.seed}", flush=True)
@@ -78,6 +81,11 @@ def find_runs(arguments: Sequence[str]) -> Tuple[List[Run], str]:
             *(["--training.start_from", own.model] if own.model else []),
         ]
         first = parse_command_line(given)
+        if first.task.name == "pretraining":
+            raise InputError(
+                'task.name is "pretraining", expected another, as --config classification.json has; or '
+                "run_pretraining.py, which is for that"
+            )
         if first.plan:
             raise InputError("--plan is an option of run_pretraining.py: pre-training is what it plans")
         model = first.training.start_from

@@ -316,3 +316,20 @@ def test_a_run_killed_before_best_json_says_so_scores_its_weights_again(bert, re
     assert main([*command, "--resume", "auto"]) == 0
     assert json.loads((run / "checkpoints" / "best.json").read_text())["step"] == 5
     assert len(lines_of(run / "held_out.jsonl")) == 1
+
+
+def test_a_suite_is_checked_before_its_first_run_and_goes_on_where_its_files_have_moved(bert, tmp_path, capsys):
+    run, glue = tmp_path / "run", write_glue(tmp_path / "GLUE")
+    suite = tmp_path / "suite.json"
+    suite.write_text(json.dumps({"configs": ["cola.json", "rte.json"]}))
+    train = os.path.join(glue, "RTE", "train.tsv")
+    os.rename(train, train + ".good")
+    write_table(train, ["sentence1", "sentence2", "other"], [("a", "the", "entailment")])
+    command = ["--config", str(suite), *fast(bert, run), "--training.epochs", "0.5", "--task.folder"]
+    assert main([*command, glue]) == 2
+    assert "has no column 'label'" in capsys.readouterr().err and not run.exists()
+    os.rename(train + ".good", train)
+    assert main([*command, glue]) == 0
+    os.rename(glue, glue + "2")
+    assert main([*command, glue + "2", "--resume", "auto"]) == 0
+    assert capsys.readouterr().out.count("nothing to do") == 2

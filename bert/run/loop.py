@@ -66,7 +66,7 @@ from data.rows import Part
 from data.tokenizer import claims_of_rules, read_vocab, vocab_sha256
 from ops.shards import local_part
 
-__all__ = ["Run", "train"]
+__all__ = ["Run", "check", "train"]
 
 logger = logging.getLogger(__name__)
 
@@ -200,6 +200,12 @@ def train(config: Config, make_model: Callable[[Config, Task], Model] = make_mod
                     raise Diverged(f"{error}. {advice_for_divergence(config)}")
                 raise
     return run.engine.steps_done
+
+
+def check(config: Config) -> None:
+    """Raises the InputError that `train` would for config and files, and trains nothing."""
+    with contextlib.ExitStack() as closing:
+        find_source(config, find_device(config)[0], make_model, closing)
 
 
 class Source(NamedTuple):

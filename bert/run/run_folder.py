@@ -14,7 +14,7 @@ import json
 import os
 from typing import Any, Collection, Dict, Iterator, Mapping, Optional
 
-from bert.config import Config
+from bert.config import Config, TaskConfig
 from bert.run.checkpoint import list_checkpoints
 from bert.run.curve import read_metrics
 from data.errors import InputError
@@ -28,7 +28,7 @@ OWN_FILES = ("metrics.jsonl", "held_out.jsonl", "curve.png", "held_out.json", "t
 # resumed.
 DECISIVE = {
     "model": None,
-    "task": None,
+    "task": tuple(key.name for key in dataclasses.fields(TaskConfig) if key.name != "folder"),  # files may move
     "optimizer": None,
     "training": ("global_batch_size", "max_steps", "seed", "start_from", "branch_from"),
     "data": ("sequence_length", "mask_tokens", "packing", "samples_per_row"),
