@@ -131,7 +131,9 @@ def report(options: EvaluateOptions) -> str:
     if options.json:
         return json.dumps(found, indent=2)
     figures = {name.replace("_", " "): f"{value:.4f}" for name, value in found.items() if isinstance(value, float)}
-    return "\n".join(f"{name:<16}{value}" for name, value in {"samples": f"{found['samples']:,}", **figures}.items())
+    lines = {"samples": f"{found['samples']:,}", **figures}
+    width = 2 + max(14, *map(len, lines))
+    return "\n".join(f"{name:<{width}}{value}" for name, value in lines.items())
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
