@@ -13,6 +13,7 @@ from bert.engines import Engine, has_static_shapes, local_parts
 from bert.engines.parallel.processes import current
 from bert.geometry import packing_of, samples_per_row
 from bert.run.console import bar_width
+from bert.run.extending import find_branch
 from bert.run.state import RunState
 from bert.tasks import ExampleTask
 from data.errors import InputError
@@ -78,7 +79,7 @@ class ExampleSet:
     where no vocabulary is named."""
 
     def __init__(self, config: Config, task: ExampleTask, device: str):
-        data, folder = config.data, config.data.vocab or config.training.start_from
+        data, folder = config.data, config.data.vocab or config.training.start_from or find_branch(config)
         if not folder:
             raise InputError(
                 "training.start_from is null, expected the folder of a BERT (--model FOLDER), or data.vocab"
