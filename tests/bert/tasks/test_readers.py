@@ -122,7 +122,7 @@ def test_windows_have_the_answers_tokens_or_point_at_cls(tmp_path):
         whole = tokenizer.encode(question.context, add_special_tokens=False)
         begin = whole.offsets.index(covered[0])
         assert whole.offsets[begin : begin + len(covered)] == covered
-        assert whole.ids[begin : begin + len(covered)] == window.input_ids[window.first : -1]
+        assert whole.ids[begin : begin + len(covered)] == window.input_ids[window.first : -1].tolist()
         if first:
             start, end = covered[first - window.first][0], covered[last - window.first][1]
             assert question.context[start:end] == question.answers[0] and start == question.start
