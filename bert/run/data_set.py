@@ -203,7 +203,12 @@ def check_made_of(data: DataConfig) -> None:
 
 def with_settings(message: str) -> str:
     """What `data.prepare` says, with the settings of a config in place of its options."""
-    names = {"--format": "text_format", "--text-field": "text_field", "--encoding": "encoding"}
+    names = {
+        "--format": "text_format",
+        "--text-field": "text_field",
+        "--encoding": "encoding",
+        "--held-out": "held_out",
+    }
     names.update({flag_of(name, value): f"{name} {str(value).lower()}" for name in FLAGS for value in (False, True)})
     for flag, setting in names.items():
         message = re.sub(rf"{flag}(?![\w-])", f"--data.{setting}", message)

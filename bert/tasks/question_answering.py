@@ -24,7 +24,6 @@ from bert.tasks.squad import Answer, exact_and_f1, score_answers
 from bert.tasks.task import Panel
 from data.examples.examples import LABELS, Examples, ExampleShape
 from data.examples.questions import Question, Window, read_questions, windows_of
-from data.examples.records import join
 from data.rows import Target
 from data.tokenizer import Vocabulary, make_tokenizer
 from ops.attention import CuSeqlens, SampleIds
@@ -74,8 +73,8 @@ class QuestionAnswering:
         limits = data.sequence_length, self.stride, self.question_tokens
         windows, cut = windows_of(read_questions(paths), make_tokenizer(vocabulary), *limits)
         return Examples(
-            join([window.input_ids for window in windows]),
-            join([window.token_type_ids for window in windows]),
+            np.concatenate([window.input_ids for window in windows]),
+            np.concatenate([window.token_type_ids for window in windows]),
             sequence_lengths=np.array([[len(window.input_ids)] for window in windows], np.int64),
             counts=np.ones(len(windows), np.int64),
             positions=np.zeros(len(windows), np.int32),

@@ -85,7 +85,11 @@ class TokenClassification:
 
     def read(self, paths: Sequence[str], vocabulary: Vocabulary, data: DataConfig) -> Examples:
         sentences = read_sentences(paths, self.words, self.tags)
-        tags = [(sentence.place, tag) for sentence in sentences for tag in sentence.tags]
+        tags = [
+            (f"{sentence.place}: word {word}", tag)
+            for sentence in sentences
+            for word, tag in enumerate(sentence.tags, 1)
+        ]
         numbers = label_numbers([tag for _, tag in tags], self.labels, lambda index: tags[index][0])
         tokenizer = make_tokenizer(vocabulary)
         pieces = [

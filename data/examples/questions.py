@@ -36,8 +36,9 @@ class Window(NamedTuple):
     number: int
     """of its question among all"""
     question: Question
-    input_ids: List[int]
-    token_type_ids: List[int]
+    input_ids: np.ndarray
+    """[tokens] int32, as the next"""
+    token_type_ids: np.ndarray
     first: int
     """the place of the first token of the context"""
     offsets: np.ndarray
@@ -144,7 +145,8 @@ def window_of(number: int, question: Question, encoding: Encoding) -> Window:
     first, end = (int(in_context[0]), int(in_context[-1]) + 1) if len(in_context) else (0, 0)
     offsets = np.array(encoding.offsets[first:end], np.int32).reshape(-1, 2)
     label = label_of(question, first, offsets)
-    return Window(number, question, encoding.ids, encoding.type_ids, first, offsets, label)
+    ids, types = np.array(encoding.ids, np.int32), np.array(encoding.type_ids, np.int32)
+    return Window(number, question, ids, types, first, offsets, label)
 
 
 def label_of(question: Question, first: int, offsets: np.ndarray) -> Tuple[int, int]:

@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 from bert.command_line import parse_command_line
 from bert.engines.ipu import IpuModel
-from bert.geometry import row_shape
+from bert.geometry import samples_per_row
 from bert.model.stages import make_stages, placement
 from bert.tasks import make_model, make_task
 from ops.ipu import MATMULS
@@ -30,7 +30,8 @@ def trace(poptorch, name, training=True, options=()):
     with torch.device("meta"):
         graph = make_model(config, task).half()
     model = IpuModel(config, task, graph, stages, poptorch).train(training)
-    layout = row_shape(config, static=True).layout(ipu.micro_batch_size)
+    shape = task.row_shape(config.data, samples_per_row(config.data, static=True))
+    layout = shape.layout(ipu.micro_batch_size)
     inputs = [torch.from_numpy(np.zeros(*layout[name])).to("meta") for name in model.inputs]
     assert {tensor.dtype for tensor in inputs} == {torch.int32, torch.float32}
     strategy = poptorch.PipelinedExecution(*(poptorch.Stage(*stage.blocks).ipu(stage.ipu) for stage in stages))
@@ -70,6 +71,18 @@ def test_poptorch_lowers_every_operator_of_the_recipes_graphs(monkeypatch, name)
     )
     scores = [event for event in traced.events if event.name == "_softmax"]
     assert [event.shape for event in scores] == [(rows, config.model.num_attention_heads, length, length)] * layers
+
+
+@pytest.mark.parametrize("name", ["classification.json", "ner.json", "squad.json", "swag.json"])
+def test_poptorch_lowers_the_heads_of_fine_tuning(monkeypatch, name):
+    options = ["--optimizer.max_grad_norm", "0", "--task.labels", '["O", "B-PER", "I-PER"]']
+    for training in (True, False):
+        _, _, traced, types = trace(sdk(monkeypatch), name, training, options)
+        assert types == [torch.float32] * (3 if training else 4)  # to evaluate, the outputs too
+        heads = collections.Counter(event.name for event in traced.events if event.block == "heads")
+        assert heads["addmm"] and heads["poptorch.identity_loss"] == training
+        dtypes = {event.dtype for event in traced.events if event.name in ("mm", "bmm", "addmm", "tanh", "dropout")}
+        assert dtypes <= {torch.float16, torch.float32} and torch.float16 in dtypes
 
 
 def test_evaluation_drops_nothing_and_marks_no_loss(monkeypatch):

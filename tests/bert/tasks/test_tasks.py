@@ -137,7 +137,7 @@ def test_packed_loss_gradient_and_outputs_are_those_of_one_example_a_row(bert, f
 
     def predict_rows(arrays):
         with torch.no_grad():
-            found = engine.model.eval().predict(Batch.of_rows(engine.to_device(arrays))).numpy()
+            found = engine.model.eval().whole(Batch.of_rows(engine.to_device(arrays))).outputs.numpy()
         return found[arrays[task.output_slots].ravel() != 0]
 
     def predict_lowered(arrays):
