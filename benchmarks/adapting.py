@@ -56,7 +56,7 @@ def train_here(options, shards, output, seed):
 def read_all(shards, split):
     """The samples of a split as transformers' arguments, one sample a row."""
     inputs = []
-    for shard in open_shards([os.path.join(shards, f"{split}-*.h5")], LENGTH, MASKS):
+    for shard in open_shards([os.path.join(shards, f"{split}-*.h5")]):
         batch = unpacked_batch(read_checked(shard, 0, shard.num_samples, 0))
         labels = np.full(batch["input_ids"].shape, -100)
         at, slots = np.nonzero(batch["mlm_weights"])

@@ -1,14 +1,18 @@
 """The benchmarks run and print what they measured; how fast that is, is not a test's business."""
 
 import json
+import math
 import os
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
-from benchmarks import data_wait, scaling
+from benchmarks import data_wait, scaling, time_to_loss
 from benchmarks.processes import Worker
 from benchmarks.synthetic import random_samples, write_data_set
 from bert.engines.torch_devices import Cpu
@@ -225,6 +229,50 @@ def test_seeds_of_one_setting_are_one_curve_with_their_mean_and_deviation_and_te
     results, _ = run(tmp_path, "benchmarks/curves.py", *words)
     assert [len(runs) for runs in results.values()] == [2, 1, 1] and "all" in results
     assert b"/FontFile2" in picture.read_bytes()  # a TrueType font, whose letters can be searched
+
+
+def test_the_peer_of_time_to_loss_learns_and_its_evaluations_are_not_timed(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    write_data_set(str(tmp_path), "full", 1, 64, 10, 300)
+    tokenizer = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path)
+    blocks = torch.randint(5, 10, (64, 16))  # five tokens of 300
+    held_out = {"input_ids": blocks, "attention_mask": torch.ones_like(blocks), "labels": blocks}
+    evaluate, evaluated = time_to_loss.held_out_loss, []
+    monkeypatch.setattr(time_to_loss, "held_out_loss", lambda *inputs: evaluated.append(1) or evaluate(*inputs))
+    hours_long = SimpleNamespace(perf_counter=lambda: time.perf_counter() + 3600 * len(evaluated))
+    monkeypatch.setattr(time_to_loss, "time", hours_long)
+    peer = time_to_loss.Peer(TINY["model"], tokenizer, blocks, held_out, str(tmp_path))
+    curve = time_to_loss.train_there(peer, time_to_loss.Setting(16, 1e-2, bfloat16=False), 11, evaluations=2)
+    seconds, steps, losses = zip(*curve)
+    assert steps == (6, 11) and math.log(300) > losses[0] > losses[1] > 1
+    assert 0 < seconds[0] < seconds[1] < 3600
+
+
+def test_the_time_to_a_loss_is_that_of_the_first_evaluation_below_it(capsys):
+    curves = {
+        "transformers": [[50, 5, 6.0], [100, 10, 5.0]],
+        "this project": [[10, 4, 5.5], [20, 8, 4.9], [30, 12, 4.5]],
+    }
+    figures, sooner = time_to_loss.report(curves, {"transformers": 20, "this project": 30})
+    assert sooner == 5 and figures["this project"]["seconds_to_loss"] == 20
+    assert [figures[name]["samples_per_second"] for name in curves] == [2, 12]
+    assert "sooner by a factor of 5.00" in capsys.readouterr().out
+    curves["this project"] = [[10, 4, 5.5]]
+    assert time_to_loss.report(curves, {"transformers": 20, "this project": 30})[1] is None
+    assert "not reached" in capsys.readouterr().out
+
+
+@pytest.mark.exhaustive
+@pytest.mark.slow
+def test_the_time_to_loss_benchmark_trains_both_on_the_same_text(tmp_path, tiny):
+    picture = tmp_path / "curves.png"
+    options = ["--minutes", 0.02, "--peer", "8:1e-3", "16:1e-3", "--config", tiny, "--plot", picture]
+    results, printed = run(tmp_path, "benchmarks/time_to_loss.py", *options, "--optimizer.name", "muon")
+    assert len(results["tried"]) == 2 and results["setting"] in results["tried"] and "seconds to" in printed
+    for name in ("transformers", "this project"):
+        seconds, steps, losses = zip(*results[name]["curve"])
+        assert sorted(seconds) == list(seconds) and sorted(steps) == list(steps) and 0 < losses[-1] < math.log(300)
+    assert results["config"]["optimizer"]["name"] == "muon" and picture.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow
