@@ -9,7 +9,7 @@ import os
 import sys
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
-from bert.command_line import SUITE, find_config, help_lines, parse_command_line
+from bert.command_line import SUITE, find_config, help_lines_of, parse_command_line
 from bert.config import Config
 from bert.errors import Diverged, ProcessesDiffer, ProcessLost, said_once_a_machine
 from bert.validation import has_examples
@@ -24,8 +24,14 @@ EXAMPLES = """examples:
       --data.files train.csv --data.held_out_files dev.csv --seeds 5 --baseline random
   python run_finetuning.py --config glue.json --model bert-base-uncased --task.folder GLUE
 
-All settings of run_pretraining.py --help are options here, too. The most useful:
+All settings of run_pretraining.py --help are options here, too. --help-task and the like say more. The most useful:
 """
+USEFUL = (
+    *("task.text_columns", "task.label_column", "task.labels", "task.regression", "task.metric", "task.new_head"),
+    *("task.folder", "data.files", "data.held_out_files", "data.sequence_length"),
+    *("training.epochs", "training.global_batch_size", "training.seed", "training.evaluate_every", "training.patience"),
+    *("training.output", "training.precision", "optimizer.learning_rate", "optimizer.warmup_ratio", "resume", "device"),
+)
 
 
 class Run(NamedTuple):
@@ -36,6 +42,9 @@ class Run(NamedTuple):
     start: str
     """pre-trained or random"""
     config: Config
+
+    def title(self) -> str:
+        return f"{self.name}, {self.start}, seed {self.config.training.seed}"
 
 
 def main(arguments: Optional[Sequence[str]] = None, **parts: Any) -> int:
@@ -52,12 +61,20 @@ def main(arguments: Optional[Sequence[str]] = None, **parts: Any) -> int:
         firsts = {run.name: run for run in reversed(runs)}
         for run in firsts.values() if len(firsts) > 1 else ():  # or a later config may fail after hours
             check(run.config)
+        failed: Dict[str, str] = {}
         for run in runs:
             if len(runs) > 1:
-                print(f"{run.name}, {run.start}, seed {run.config.training.seed}", flush=True)
-            train(run.config, **parts)
+                print(run.title(), flush=True)
+            try:
+                train(run.config, **parts)
+            except Diverged as error:  # one seed of many: the others go on
+                if len(runs) == 1:
+                    raise
+                failed[run.title()] = str(error)
         if len(runs) > 1:
-            print(report(runs, output))
+            print(report([run for run in runs if run.title() not in failed], output))
+        if failed:
+            raise Diverged("; ".join(f"{title}: {why}" for title, why in failed.items()))
 
     return run_command(command, failures=(Diverged, ProcessLost, ProcessesDiffer))
 
@@ -72,7 +89,7 @@ def find_runs(arguments: Sequence[str]) -> Tuple[List[Run], str]:
     many = own.seeds > 1 or own.baseline or len(paths) > 1
     if many and "RANK" in os.environ:
         raise InputError("--seeds, --baseline and several configs run one after the other in one process: no torchrun")
-    output = option_of(others, "--training.output") or os.path.join("runs", all_of or "finetuning")
+    output = option_of(others, "--training.output") or os.path.join("runs", all_of)
     runs = []
     for name, path in zip(names, paths):
         given = [
@@ -93,9 +110,15 @@ def find_runs(arguments: Sequence[str]) -> Tuple[List[Run], str]:
             raise InputError("--model is missing: the folder of a checkpoint, or of a BERT of transformers")
         if many and not first.data.held_out_files:
             raise InputError("data.held_out_files is empty, expected files to compare runs on")
+        if own.baseline and first.training.branch_from:
+            raise InputError("--baseline random begins anew, and training.branch_from is set: leave one of them out")
+        if len(paths) == 1:
+            output = place = first.training.output
+        else:
+            place = os.path.join(output, name)
         for start in ("pre-trained", *([own.baseline] if own.baseline else [])):
             for seed in range(first.training.seed, first.training.seed + own.seeds):
-                folder = os.path.join(output, name, f"{start}_seed{seed}") if many else first.training.output
+                folder = os.path.join(place, f"{start}_seed{seed}") if many else place
                 runs.append(Run(name, start, with_start(first, start, seed, folder, model)))
     return runs, output
 
@@ -103,23 +126,15 @@ def find_runs(arguments: Sequence[str]) -> Tuple[List[Run], str]:
 def parse_own(arguments: Sequence[str]) -> Tuple[argparse.Namespace, List[str]]:
     parser = argparse.ArgumentParser(
         prog="python run_finetuning.py",
-        description="Fine-tunes a BERT for a task on labelled files, and scores it.",
+        description="Fine-tunes a BERT for a task on labelled files, and scores it (docs/fine-tuning.md).",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        epilog="\n".join(
-            [EXAMPLES, *(line for section in ("task", "data", "training") for line in help_lines(section))]
-        ),
+        epilog="\n".join([EXAMPLES, *help_lines_of(USEFUL)]),
     )
-    parser.add_argument(
-        "--model", metavar="FOLDER", help="a checkpoint, or a BERT folder of transformers, to start from"
-    )
+    parser.add_argument("--model", metavar="FOLDER", help="a checkpoint, or a BERT folder of transformers")
     parser.add_argument("--config", metavar="NAME", help="a JSON file of settings, or the name of one in configs/")
-    parser.add_argument("--seeds", metavar="N", type=int, default=1, help="train N times, and print mean and deviation")
-    parser.add_argument(
-        "--baseline",
-        choices=["random"],
-        help="train from random weights, too: the difference is what\npre-training gave",
-    )
+    parser.add_argument("--seeds", metavar="N", type=int, default=1, help="train N times: mean and deviation")
+    parser.add_argument("--baseline", choices=["random"], help="train from random weights, too, to compare")
     own, others = parser.parse_known_args(arguments)
     if own.seeds < 1:
         raise InputError(f"--seeds is {own.seeds}, expected 1 or more")

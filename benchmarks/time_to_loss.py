@@ -9,7 +9,7 @@ of steps and waiting for data; preparing, starting and evaluating are not counte
 
 transformers is at its best: its tokenizer's tokens in whole blocks without padding, its collator, SDPA, fused AdamW, a
 linear schedule, the faster of float32 and bfloat16 autocast, the best of `--peer`, each tried for 0.3 of the time,
-memory of freed tensors kept, which doubles its speed, nothing logged or saved.
+memory of freed tensors kept, which doubles its speed, threads that sleep as this project's do, nothing logged or saved.
 
 Options that this program does not have are run_pretraining.py's.
 """
@@ -28,6 +28,7 @@ from tqdm import tqdm
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from benchmarks.adapting import held_out_loss, read_all
 from benchmarks.curves import read_run
+from benchmarks.processes import Worker
 from benchmarks.report import make_parser, print_table, write_json
 from benchmarks.timing import device_name
 from bert.command_line import parse_command_line
@@ -36,6 +37,7 @@ from data.errors import InputError
 from data.prepare import PrepareOptions, prepare
 from data.preparing.corpus import TextFile, documents
 from data.preparing.splits import TRAIN, split_of
+from run_pretraining import wait_asleep
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 EVALUATIONS = 20  # of each run
@@ -65,6 +67,17 @@ class Peer(NamedTuple):
     """[N, L] token ids: the training documents, one after the other, each block with [CLS] and [SEP]"""
     held_out: dict
     folder: str
+
+
+def make_peer(model, text, options, folder):
+    """What transformers trains with, in a process that keeps the memory of freed tensors."""
+    from transformers import AutoTokenizer
+
+    Cpu().start(keeps_memory=True)
+    tokenizer = AutoTokenizer.from_pretrained(options.output)
+    blocks = read_blocks(text, options, tokenizer, options.sequence_length)
+    model = {**model, "vocab_size": len(tokenizer)}
+    return Peer(model, tokenizer, blocks, read_all(options.output, "held_out"), folder)
 
 
 def read_blocks(text, options, tokenizer, length):
@@ -146,12 +159,12 @@ def choose_setting(peer, options):
     seconds = {}
     for bfloat16 in (True, False):
         setting = Setting(batch, learning_rate, bfloat16)
-        seconds[bfloat16] = train_there(peer, setting, MEASURED_STEPS // 2)[-1][0]
+        seconds[bfloat16] = peer.ask(train_there, setting, MEASURED_STEPS // 2)[-1][0]
     bfloat16 = min(seconds, key=seconds.get)
     rate, tried = MEASURED_STEPS // 2 * batch / seconds[bfloat16], {}
     for batch, learning_rate in options.peer:
         setting = Setting(batch, learning_rate, bfloat16)
-        tried[setting] = train_there(peer, setting, steps_in(TRIED * options.minutes, rate, batch))
+        tried[setting] = peer.ask(train_there, setting, steps_in(TRIED * options.minutes, rate, batch))
         print(f"transformers, {setting}: {tried[setting][-1][-1]:.3f} after {tried[setting][-1][0]:.0f} s", flush=True)
     best = min(tried, key=lambda setting: tried[setting][-1][-1])
     return best, rate_of(tried[best], best.batch), {str(setting): curve for setting, curve in tried.items()}
@@ -161,20 +174,22 @@ def steps_in(minutes, rate, batch):
     return max(2, round(60 * minutes * rate / batch))
 
 
-def train_here(options, model, shards, output, steps):
-    """This project's curve, as `train_there` gives it."""
+def train_here(data, config, output, steps, evaluations=1):
+    """This project's curve, as `train_there` gives it, on what `prepare` made."""
+    every = -(-steps // evaluations)
     settings = {
-        "model.vocab_size": model["vocab_size"],
+        "device": "cpu",
+        "model.vocab_size": data.vocab_size,
         "task.nsp": "false",
-        "data.files": os.path.join(shards, "train-*.h5"),
-        "data.held_out_files": os.path.join(shards, "held_out-*.h5"),
+        "data.files": os.path.join(data.output, "train-*.h5"),
+        "data.held_out_files": os.path.join(data.output, "held_out-*.h5"),
         "training.max_steps": steps,
-        "training.evaluate_every": -(-steps // EVALUATIONS),
-        "training.log_every": -(-steps // EVALUATIONS),
+        "training.evaluate_every": every,
+        "training.log_every": every,
         "training.output": output,
     }
     words = [f"--{key}={value}" for key, value in settings.items()]
-    command = [sys.executable, os.path.join(ROOT, "run_pretraining.py"), *options.config, *words]
+    command = [sys.executable, os.path.join(ROOT, "run_pretraining.py"), *config, *words]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     run = read_run(output, "hours")
     seconds = {step: 3600 * hours for step, hours in zip(run["steps"], run["places"])}
@@ -220,28 +235,27 @@ def draw(path, curves):
 
 
 def run(options, folder):
-    from transformers import AutoTokenizer
-
-    config = parse_command_line(options.config)
-    length, shards = config.data.sequence_length, os.path.join(folder, "shards")
+    config, shards = parse_command_line(options.config), os.path.join(folder, "shards")
+    batch, length = config.training.global_batch_size, config.data.sequence_length
     sizes = dict(sequence_length=length, mask_tokens=config.data.mask_tokens, vocab_size=config.model.vocab_size)
     how = dict(format="lines", nsp=False, held_out=0.05, masking="dynamic")
     preparing = PrepareOptions(input=[options.text], output=shards, **sizes, **how)
-    print(prepare(preparing), flush=True)
-    tokenizer = AutoTokenizer.from_pretrained(shards)
-    model = {**asdict(config.model), "vocab_size": len(tokenizer)}
-    blocks = read_blocks(options.text, preparing, tokenizer, length)
-    peer = Peer(model, tokenizer, blocks, read_all(shards, "held_out"), os.path.join(folder, "transformers"))
-    batch, curves = config.training.global_batch_size, {}
-    Cpu().start(keeps_memory=True)
-    setting, peer_rate, tried = choose_setting(peer, options)
-    measured = train_here(options, model, shards, os.path.join(folder, "measured"), MEASURED_STEPS)
+    summary = prepare(preparing)
+    print(summary, flush=True)
+    measured = train_here(summary, options.config, os.path.join(folder, "measured"), MEASURED_STEPS)
     steps = steps_in(options.minutes / options.factor, rate_of(measured, batch), batch)
-    steps_there = steps_in(options.minutes, peer_rate, setting.batch)
-    curves["transformers"] = train_there(peer, setting, steps_there, EVALUATIONS)
-    curves["this project"] = train_here(options, model, shards, options.output or os.path.join(folder, "run"), steps)
+    peer_folder, curves = os.path.join(folder, "transformers"), {}
+    with Worker(make_peer, asdict(config.model), options.text, preparing, peer_folder) as peer:
+        setting, peer_rate, tried = choose_setting(peer, options)
+        peer_steps = steps_in(options.minutes, peer_rate, setting.batch)
+        curves["transformers"] = peer.ask(train_there, setting, peer_steps, EVALUATIONS)
+    output = options.keep or os.path.join(folder, "run")
+    curves["this project"] = train_here(summary, options.config, output, steps, EVALUATIONS)
     print(f"transformers' best of {len(tried)}: {setting}")
     figures, sooner = report(curves, {"transformers": setting.batch, "this project": batch})
+    for name, minutes in (("transformers", options.minutes), ("this project", options.minutes / options.factor)):
+        if not 0.9 < curves[name][-1][0] / (60 * minutes) < 1.1:
+            print(f"{name} was to train for {60 * minutes:.0f} s: repeat this on a machine that does nothing else")
     if options.plot:
         draw(options.plot, curves)
     results = {**figures, "sooner": sooner, "tried": tried, "setting": str(setting), "config": asdict(config)}
@@ -260,11 +274,12 @@ def main():
     parser.add_argument("--factor", type=float, default=2, help="by which this project's is shorter (%(default)s)")
     parser.add_argument("--config", default="cpu_small.json", help="run_pretraining.py's (default: %(default)s)")
     parser.add_argument("--peer", nargs="+", type=setting_of, metavar="BATCH:RATE", help="tried of transformers")
-    parser.add_argument("--output", metavar="FOLDER", help="keep this project's run here, with its checkpoint")
+    parser.add_argument("--keep", metavar="FOLDER", help="keep this project's run here, with its checkpoint")
     parser.add_argument("--plot", metavar="FILE", help="draw both curves here")
-    parser.set_defaults(peer=[(16, 1e-3), (32, 1e-3), (32, 2e-3)])
+    parser.set_defaults(peer=[(16, 5e-4), (16, 1e-3), (32, 1e-3)])
     options, others = parser.parse_known_args()
     options.config = ["--config", options.config, *others]
+    wait_asleep()
     if options.plot:
         import benchmarks.plot  # noqa: F401  # says at once where matplotlib is not installed
     try:

@@ -24,7 +24,7 @@ from bert.validation import validate
 from data.errors import InputError
 from data.examples.glue import glue_files
 
-__all__ = ["CONFIG_FOLDER", "SUITE", "help_lines", "find_config", "make_schema", "parse_command_line"]
+__all__ = ["CONFIG_FOLDER", "SUITE", "help_lines_of", "find_config", "make_schema", "parse_command_line"]
 
 CONFIG_FOLDER = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs")
 FOLDERS = (CONFIG_FOLDER, *(os.path.join(CONFIG_FOLDER, name) for name in ("glue", "ipu")))
@@ -174,6 +174,12 @@ def help_lines(section: str) -> List[str]:
     if section:
         return ["", *textwrap.wrap(f"{section}: {one_line(kind.__doc__)}", WIDTH), *lines]
     return [*lines, *(line for name in SECTIONS if name != "ipu" for line in help_lines(name))]
+
+
+def help_lines_of(keys: Sequence[str]) -> List[str]:
+    """The first sentence about each of some settings, by dotted key."""
+    texts = {key: documentation_of(SECTIONS.get(key.rpartition(".")[0], Config))[key.split(".")[-1]] for key in keys}
+    return [f"  --{key:{max(map(len, keys))}}  {text.partition('. ')[0].rstrip('.')}" for key, text in texts.items()]
 
 
 def full_help_lines(section: str) -> List[str]:

@@ -64,11 +64,11 @@ class DataConfig:
     """The data set: shards, or text to make them from."""
 
     files: Union[str, List[str]] = field(default_factory=list)
-    """Training shards: a path or glob, or a list of them. `python -m data.prepare` makes them from text, or the run
-    itself from `data.text`: then by default in the folder data of the run's. In fine-tuning the labelled files."""
+    """Training shards, or labelled files to fine-tune on: a path or glob, or a list. `python -m data.prepare` makes
+    shards from text, or the run itself from `data.text`: then by default in the folder data of the run's."""
     held_out_files: Union[str, List[str]] = field(default_factory=list)
-    """Shards that the model is evaluated on at the end; none: no evaluation. And as `training.evaluate_every` says. In
-    fine-tuning labelled files, after each epoch."""
+    """Shards, or labelled files, that the model is evaluated on at the end; none: no evaluation. And as
+    `training.evaluate_every` says."""
     vocab: Optional[str] = None
     """The shards' vocabulary: vocab.txt, tokenizer.json, or their folder; by default beside them.
     For shards to be made from `data.text`: of training.start_from; without either, one is trained."""

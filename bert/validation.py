@@ -73,6 +73,7 @@ def validate(config: Config, source: str = "config") -> None:
     if training.branch_from:
         either = "null where training.branch_from is set, which has weights"
         expect(training.start_from is None, "training.start_from", either)
+        expect(training.epochs is None, "training.epochs", "null where training.branch_from is set: give max_steps")
     if training.precision == "float8":
         for key in ("model.hidden_size", "model.intermediate_size", "data.sequence_length"):
             expect(attrgetter(key)(config) % 16 == 0, key, "a multiple of 16, as training.precision is float8")

@@ -83,15 +83,15 @@ def lines_of(path):
 
 def test_it_learns_and_leaves_predictions_a_picture_and_the_best_checkpoint(bert, reviews, tmp_path):
     run = tmp_path / "run"
-    assert main(["--config", "sst2.json", *reviews, *fast(bert, run), "--training.epochs", "6"]) == 0
+    assert main(["--config", "sst2.json", *reviews, *fast(bert, run), "--training.epochs", "4"]) == 0
     held_out, predictions = lines_of(run / "held_out.jsonl"), lines_of(run / "predictions.jsonl")
-    assert [line["step"] for line in held_out] == [5, 10, 15, 20, 25, 30]
+    assert [line["step"] for line in held_out] == [5, 10, 15, 20]
     best = max(held_out, key=lambda line: line["accuracy"])
     assert best["accuracy"] > 0.95 and len(predictions) == 50
     assert sum(line["predicted"] == line["label"] for line in predictions) == round(50 * best["accuracy"])
     assert json.loads((run / "checkpoints" / "best.json").read_text())["accuracy"] == best["accuracy"]
     assert (run / "predictions.png").stat().st_size > 1000
-    config = json.loads((run / "checkpoints" / "step_00000030" / "config.json").read_text())
+    config = json.loads((run / "checkpoints" / "step_00000020" / "config.json").read_text())
     assert config["id2label"] == {"0": "negative", "1": "positive"}
 
 
@@ -117,7 +117,7 @@ def test_seeds_and_random_weights_make_a_table(bert, reviews, tmp_path, capsys):
     *_, header, line = capsys.readouterr().out.splitlines()
     assert header.split() == ["metric", "pre-trained", "random", "difference"] and line.startswith("sst2  accuracy")
     seeds = {
-        json.loads((run / "sst2" / name / "run.json").read_text())["training.seed"] for name in os.listdir(run / "sst2")
+        json.loads((run / name / "run.json").read_text())["training.seed"] for name in os.listdir(run) if "seed" in name
     }
     assert seeds == {1984, 1985}
 

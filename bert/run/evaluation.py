@@ -54,7 +54,7 @@ def note_evaluation(state: RunState, held_out: Dict[str, Any], selected_by: str)
 def worth(held_out: Dict[str, Any], selected_by: str) -> float:
     """More is better."""
     value = held_out.get(selected_by, math.nan)
-    return -math.inf if math.isnan(value) else -value if selected_by == "loss" else value
+    return -math.inf if math.isnan(value) else -value if selected_by.endswith("loss") else value
 
 
 def recall_evaluations(state: RunState, path: str, selected_by: str) -> None:

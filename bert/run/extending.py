@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shlex
 from dataclasses import replace
 from typing import Dict, Optional
 
@@ -89,7 +90,9 @@ def read_branch(path: str, config: Config, data_set: Dict, may_lack_shards: bool
         section, name = key.split(".")
         before = there.get(section, {}).get(name, value)
         if before != value and key in KEPT_BY_BRANCHES:
-            kept[f"{key} is {json.dumps(before)} there, expected {json.dumps(value)}"] = f"--{key} {before}"
+            kept[f"{key} is {json.dumps(before)} there, expected {json.dumps(value)}"] = (
+                f"--{key} {shlex.quote(before if isinstance(before, str) else json.dumps(before))}"
+            )
         elif before != value and name not in ("start_from", "branch_from"):
             differences.append(f"{key} {json.dumps(value)} (was {json.dumps(before)})")
     if kept:

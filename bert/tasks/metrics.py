@@ -47,8 +47,8 @@ def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> Dict[str, float]:
 
 
 def of_labels(logits: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> Dict[str, float]:
-    """The loss, the share of right labels, F1 (of the second label where there are two, else the mean of all labels')
-    and Matthews' correlation: logits [K, n], labels [K]."""
+    """The loss, the share of right labels, F1 (of the second label where there are two, else the mean over the labels
+    that occur), and Matthews' correlation: logits [K, n], labels [K]."""
     score, predicted = library("sklearn.metrics", "scikit-learn"), logits.argmax(axis=1)
     average = "binary" if len(names) == 2 else "macro"
     return {

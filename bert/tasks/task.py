@@ -43,7 +43,7 @@ class Task(Protocol):
     architecture: str
     """transformers' class of the model with its heads."""
     selected_by: str
-    """By what of an evaluation a checkpoint is the best: "loss", the lowest; anything else, the highest."""
+    """By what of an evaluation a checkpoint is the best: a loss, the lowest; anything else, the highest."""
 
     def add_heads(self, model: Model, config: Config) -> None:
         """Appends the heads to `model.blocks`: they make the state's loss, and metrics detached from it."""
