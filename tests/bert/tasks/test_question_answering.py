@@ -1,12 +1,14 @@
 """Answers of several windows, and their scores, beside plain twins: of transformers' run_qa, of SQuAD's script."""
 
 import collections
+import dataclasses
 import random
 import re
 import string
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from bert.tasks.squad import Answer, best_threshold, exact_and_f1, score_answers
 from tests.bert.tasks.tiny import make_bert, make_files, open_task
@@ -64,6 +66,20 @@ def test_outputs_that_say_the_labels_score_1_and_predict_none_where_there_is_non
     assert all(scores[name] == 1 for name in names)
     for line in task.predictions(examples, outputs):
         assert line["predicted"] == (line["answers"][0] if line["answers"] else "")
+
+
+def test_squad_1_is_drawn_by_the_answers_words(opened):
+    task, examples = opened
+    windows = [window for window in examples.records if window.question.answers]
+    lengths = np.array([[len(window.input_ids)] for window in windows])
+    answered = dataclasses.replace(examples, records=windows, sequence_lengths=lengths)
+    axes = Figure().subplots()
+    outputs = np.random.default_rng().normal(size=(lengths.sum(), 2))
+    task.draw(answered, outputs, axes)
+    exact, f1 = axes.containers
+    answers = [(answer.text, question.answers) for question, answer in task.answers(answered, outputs)]
+    assert f1[0].get_height() == pytest.approx(np.mean([exact_and_f1(*pair)[1] for pair in answers]))
+    assert [bar.get_height() for bar in exact[1:]] == [0] * 5  # all answers are of one word
 
 
 def official(predicted, answers):
