@@ -7,6 +7,8 @@ weights and train as many steps on as many examples, with AdamW, clipping and on
 the last step. transformers is at its best: examples padded to the longest of each step, the fastest of float32 and
 bfloat16 autocast and of batches of mixed and of like lengths (all tried), SDPA, fused AdamW, memory of freed tensors
 kept, nothing logged or saved. Seconds are those of the steps, without tokenizing, starting and scoring.
+
+Options that this program does not have are run_finetuning.py's.
 """
 
 import json
@@ -281,7 +283,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=3, help="(default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=1e-4, help="the peak (default: %(default)s)")
     parser.add_argument("--entities", type=int, default=2000, help="sentences with names (default: %(default)s)")
-    options = parser.parse_args()
+    options, options.others = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
         counts = {"train": options.entities, "dev": options.entities // 4}
         split = [
@@ -325,7 +327,7 @@ def words_of(config, files, steps, options):
         "optimizer.warmup_ratio": 0.1,
         "optimizer.max_grad_norm": 1,
     }
-    return ["--config", config, *(f"--{key}={value}" for key, value in settings.items())]
+    return ["--config", config, *(f"--{key}={value}" for key, value in settings.items()), *options.others]
 
 
 if __name__ == "__main__":

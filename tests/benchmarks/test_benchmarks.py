@@ -19,6 +19,7 @@ from bert.engines.torch_devices import Cpu
 from data.errors import InputError
 from data.samples import check_samples
 from tests import ROOT
+from tests.bert.tasks.tiny import make_bert
 
 TINY = {
     "device": "cpu",
@@ -301,3 +302,21 @@ def test_the_predicted_efficiency_is_what_the_page_says():
 def read_page(path):
     with open(os.path.join(ROOT, path), encoding="utf-8") as file:
         return file.read()
+
+
+@pytest.mark.exhaustive
+@pytest.mark.slow
+def test_the_finetuning_benchmark_scores_both_alike(tmp_path):
+    model, rng = make_bert(tmp_path / "bert"), np.random.default_rng(0)
+    files = []
+    for name, count in (("train", 200), ("dev", 60)):
+        words = [" ".join(rng.choice(["the", "film", "was", "old"], rng.integers(1, 9))) for _ in range(count)]
+        lines = [f"{text} {('rome', 'oslo')[number % 2]}\t{number % 2}\n" for number, text in enumerate(words)]
+        (tmp_path / f"{name}.tsv").write_text("sentence\tlabel\n" + "".join(lines))
+        files += [f"--{name}", tmp_path / f"{name}.tsv"]
+    options = ["--steps", 60, "--seeds", 1, "--learning-rate", 0.005, "--entities", 80, "--data.sequence_length=64"]
+    results, printed = run(tmp_path, "benchmarks/finetuning.py", "--model", model, *files, *options)
+    assert set(results) == {"sentences", "names"} and "faster by" in printed
+    for who in ("this project", "transformers"):
+        ((score, seconds),) = results["sentences"][who]
+        assert score["accuracy"] > 0.9 and seconds > 0
