@@ -24,7 +24,7 @@ from data.tokenizer import Vocabulary, make_tokenizer
 __all__ = ["TokenClassification"]
 
 OUTSIDE = "O"
-IOB = re.compile(r"[BIES]-.+|O")  # IOB1, IOB2 and IOBES, as seqeval reads them
+IOB = re.compile(r"[BIES](-.+)?|O")  # IOB1, IOB2 and IOBES, with kinds or without, as seqeval reads them
 CHUNK = 1000  # sentences that are tokenized at a time
 
 

@@ -62,6 +62,9 @@ def choice_of(record: Record, columns: int, count: int) -> Choice:
         )
     if len(endings) != count:
         raise InputError(f"{record.place}: has {len(endings)} endings, expected {count}: task.choices says how many")
+    wrong = next((text for text in (*before, *endings) if not isinstance(text, (str, int, float))), "")
+    if wrong != "":
+        raise InputError(f"{record.place}: has {str(wrong)[:40]} among its texts, expected a text")
     *beginning, endings = *before[1:], [str(ending) for ending in endings]
     begun = [" ".join((*map(str, beginning), ending)) for ending in endings]
     return Choice(str(before[0]), begun, label_of(record, count))

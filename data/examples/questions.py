@@ -5,6 +5,7 @@ Characters are those of Python's strings, which is how SQuAD counts.
 """
 
 import json
+import unicodedata
 from typing import Any, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
@@ -42,7 +43,8 @@ class Window(NamedTuple):
     first: int
     """the place of the first token of the context"""
     offsets: np.ndarray
-    """[n, 2] int32, the characters of the context from and up to which each of its tokens goes"""
+    """[n, 2] int32, the characters of the context from and up to which each of its tokens goes, with the marks after it
+    that the tokenizer leaves out"""
     label: Tuple[int, int]
     """the places of the answer's first token and of its last; those of [CLS] where it is not all in here"""
 
@@ -94,8 +96,10 @@ def question_of(place: str, values: Mapping[str, Any]) -> Question:
         if isinstance(answers, list):
             answers = {key: [answer[key] for answer in answers] for key in ("text", "answer_start")}
         pairs = list(zip(answers["text"], answers["answer_start"]))
+        if len(answers["text"]) != len(answers["answer_start"]):
+            raise ValueError
         wrong = [pair for pair in pairs if not pair[0].strip() or pair[1] < 0 or not context.startswith(*pair)]
-    except (AttributeError, KeyError, TypeError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         expected = "answers, each a text and an answer_start, a character's number; none where there is no answer"
         raise InputError(f"{place}: question {name}: its answers are {str(answers)[:60]}, expected {expected}")
     for text, start in wrong:
@@ -143,10 +147,20 @@ def windows_of(
 def window_of(number: int, question: Question, encoding: Encoding) -> Window:
     in_context = np.flatnonzero([sequence == 1 for sequence in encoding.sequence_ids])
     first, end = (int(in_context[0]), int(in_context[-1]) + 1) if len(in_context) else (0, 0)
-    offsets = np.array(encoding.offsets[first:end], np.int32).reshape(-1, 2)
+    offsets = with_marks(np.array(encoding.offsets[first:end], np.int32).reshape(-1, 2), question.context)
     label = label_of(question, first, offsets)
     ids, types = np.array(encoding.ids, np.int32), np.array(encoding.type_ids, np.int32)
     return Window(number, question, ids, types, first, offsets, label)
+
+
+def with_marks(offsets: np.ndarray, context: str) -> np.ndarray:
+    """The offsets, each up to the end of the marks that no token has, as the accents of decomposed text where accents
+    are stripped: answers must neither lose them, nor count as outside for one at a window's end."""
+    ends, following = offsets[:, 1], np.append(offsets[1:, 0], len(context))[: len(offsets)]
+    for number in np.flatnonzero(ends < following):
+        while ends[number] < following[number] and unicodedata.category(context[ends[number]]) == "Mn":
+            ends[number] += 1
+    return offsets
 
 
 def label_of(question: Question, first: int, offsets: np.ndarray) -> Tuple[int, int]:

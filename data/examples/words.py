@@ -67,7 +67,7 @@ def number_of(path: str, key: str, column: Optional[str], default: int) -> int:
 def column_sentences(path: str, word: int, tag: int) -> Iterator[Sentence]:
     sentence, size = Sentence("", [], []), 0
     for number, line in enumerate(lines_of(path), 1):
-        columns = line.split("\t") if "\t" in line else re.split(" +", line)
+        columns = [column.strip(" ") for column in line.split("\t")] if "\t" in line else re.split(" +", line)
         if not line or columns[0] == DOCUMENT:
             if sentence.words:
                 yield sentence

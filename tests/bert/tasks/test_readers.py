@@ -61,6 +61,14 @@ def test_words_without_a_token_are_predicted_outside_and_long_sentences_end_at_a
     assert scores["accuracy"] == pytest.approx((8 - missed) / 8) and scores["label_accuracy"] == 1
 
 
+def test_entities_of_one_kind_without_a_name_are_scored(bert, tmp_path):
+    path = written(tmp_path / "train.txt", "anna\tB\nrome \t I\nruns\tO\n")
+    _, task, examples = open_task(bert, ["--config", "ner.json", "--data.files", path, "--data.sequence_length", "9"])
+    assert task.labels == ["B", "I", "O"] and task.selected_by == "f1"
+    assert task.score(examples, np.eye(3, dtype=np.float32)[examples.labels])["f1"] == 1
+    assert task.score(examples, np.eye(3, dtype=np.float32)[[0, 2, 2]])["f1"] == 0
+
+
 def test_labels_that_are_no_iob_tags_are_scored_by_words(bert, tmp_path):
     path = written(tmp_path / "train.tsv", "anna\tNOUN\nruns\tVERB\n")
     _, task, examples = open_task(bert, ["--config", "ner.json", "--data.files", path, "--data.sequence_length", "9"])
@@ -146,6 +154,14 @@ def test_an_answer_of_an_accented_word_without_spaces_is_found_in_the_original_t
             assert context[window.offsets[first, 0] : window.offsets[last, 1]] == answer
 
 
+def test_answers_keep_the_accents_of_decomposed_text():
+    context, answer = "the cafe\u0301", "cafe\u0301"
+    tokenizer = make_tokenizer(Vocabulary([*WORDS, "cafe"]))
+    (window,), _ = windows_of([Question("1", "anna ?", context, [answer], 4)], tokenizer, 40, 2, 6)
+    first, last = (place - window.first for place in window.label)
+    assert first == last == 1 and context[slice(*window.offsets[1])] == answer
+
+
 GOOD = {"id": "q7", "question": "anna ?", "context": "the house", "answers": [{"text": "house", "answer_start": 4}]}
 
 
@@ -176,10 +192,12 @@ GOOD = {"id": "q7", "question": "anna ?", "context": "the house", "answers": [{"
                 ("house", "4", "expected answers, each a text and an answer_start"),
             )
         ),
+        ("squad", "a.jsonl", json_lines({**GOOD, "answers": {"text": ["house"], "answer_start": []}}), [], "its answers are"),
         ("squad", "a.jsonl", json_lines(GOOD), ["--task.stride", "60"], "task.stride is 60, expected less than 55"),
         ("swag", "a.csv", "sent1,ending0,label\na,b,0\n", [], "expected sent1 or context or article or sent2"),
         ("swag", "a.csv", "sent1,ending0,ending1,label\na,b,c,2\n", [], "row 1: the label is '2'"),
         ("swag", "a.jsonl", json_lines({"context": "a", "choices": ["b"], "label": 0}), [], "1 endings, expected 2"),
+        ("swag", "a.jsonl", json_lines({"context": "a", "choices": ["b", None], "label": 0}), [], "has None among"),
         ("swag", "a.csv", "x,y,label\na,b,0\n", ["--task.text_columns", '["x", "y"]'], "names 2 columns, expected"),
         ("swag", "a.csv", "x,y,label\na,b,0\n", ["--task.choices", "1"], "task.choices is 1, expected two or more"),
     ],
