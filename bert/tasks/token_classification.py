@@ -99,6 +99,8 @@ class TokenClassification:
                 [sentence.words for sentence in sentences[first : first + CHUNK]], is_pretokenized=True
             )
         ]
+        if not any(len(piece.words) for piece in pieces):
+            raise InputError(f"{paths[0]}: no word has a token; expected words that the tokenizer leaves something of")
         ends = np.cumsum([len(sentence.words) for sentence in sentences])
         labels = np.split(numbers, ends[:-1])  # of each sentence
         ids = join([piece.ids for piece in pieces])

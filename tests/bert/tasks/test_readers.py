@@ -174,6 +174,7 @@ GOOD = {"id": "q7", "question": "anna ?", "context": "the house", "answers": [{"
         ("ner", "a.conll", "anna O\nbert X\n", ["--task.label_column", "tag"], "expected a number from 1 on"),
         ("ner", "a.conll", "anna O\nbert X\n", ["--task.labels", '["O", "Y"]'], "line 1: word 2: the label is 'X'"),
         ("ner", "a.conll", "anna O\nbert O\n", [], "its tags are O, expected two different names"),
+        ("ner", "a.conll", "\u200b O\n\u200b X\n", [], "a.conll: no word has a token"),
         ("ner", "a.conll", "-DOCSTART-\n\n", [], "a.conll: has no sentences"),
         ("ner", "a.jsonl", json_lines({"words": ["a"], "tags": ["O", "X"]}), [], "1 words and 2 tags, expected a tag"),
         ("ner", "a.jsonl", json_lines({"words": "a", "tags": ["O"]}), [], "its words are 'a', expected a list"),
@@ -192,7 +193,7 @@ GOOD = {"id": "q7", "question": "anna ?", "context": "the house", "answers": [{"
                 ("house", "4", "expected answers, each a text and an answer_start"),
             )
         ),
-        ("squad", "a.jsonl", json_lines({**GOOD, "answers": {"text": ["house"], "answer_start": []}}), [], "its answers are"),
+        ("squad", "a.jsonl", json_lines({**GOOD, "answers": {"text": ["a"], "answer_start": []}}), [], "its answers"),
         ("squad", "a.jsonl", json_lines(GOOD), ["--task.stride", "60"], "task.stride is 60, expected less than 55"),
         ("swag", "a.csv", "sent1,ending0,label\na,b,0\n", [], "expected sent1 or context or article or sent2"),
         ("swag", "a.csv", "sent1,ending0,ending1,label\na,b,c,2\n", [], "row 1: the label is '2'"),
