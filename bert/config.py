@@ -126,7 +126,8 @@ class TaskConfig:
     folder: str = "glue"
     """The folder that GLUE's archive unpacks to, with SST-2/train.tsv and so on in it."""
     text_columns: List[str] = field(default_factory=list)
-    """The columns of one text, or of a pair. By default `text`, or those of the task's own files."""
+    """The columns of one text, or of a pair. By default `text`, or those of the task's own files. Of multiple_choice: a
+    context, maybe what all endings begin with, and the endings, one by one or a list."""
     label_column: Optional[str] = None
     """The column of the label. By default `label`, or that of the task's own files."""
     labels: List[str] = field(default_factory=list)

@@ -55,7 +55,12 @@ def validate(config: Config, source: str = "config") -> None:
         expect(model.vocab_size % optimizer.trust_ratio_slices == 0, "optimizer.trust_ratio_slices", divides)
     pre_training = "false where the task learns from labelled files: pre-training is what it plans"
     expect(not (config.plan and has_examples(config)), "plan", pre_training)
-    expect(len(config.task.text_columns) <= 2, "task.text_columns", "one column, or the two of a pair")
+    most, columns = {
+        "token_classification": (1, "one column, that of the words"),
+        "question_answering": (0, "none, as files of question_answering have SQuAD's"),
+        "multiple_choice": (config.task.choices + 2, "a context, maybe what all endings begin with, and the endings"),
+    }.get(config.task.name, (2, "one column, or the two of a pair"))
+    expect(len(config.task.text_columns) <= most, "task.text_columns", columns)
     expect(len(set(config.task.labels)) == len(config.task.labels) != 1, "task.labels", "different labels, two or more")
     expect(config.task.choices > 1, "task.choices", "two or more endings")
     shortest = 5  # [CLS] and two [SEP] around a token each

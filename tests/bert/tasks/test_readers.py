@@ -200,6 +200,10 @@ GOOD = {"id": "q7", "question": "anna ?", "context": "the house", "answers": [{"
         ("swag", "a.jsonl", json_lines({"context": "a", "choices": ["b"], "label": 0}), [], "1 endings, expected 2"),
         ("swag", "a.jsonl", json_lines({"context": "a", "choices": ["b", None], "label": 0}), [], "has None among"),
         ("swag", "a.csv", "x,y,label\na,b,0\n", ["--task.text_columns", '["x", "y"]'], "names 2 columns, expected"),
+        ("swag", "a.csv", "c,x,y,label\na,b,d,2\n", ["--task.text_columns", '["c", "x", "y"]'], "label is '2'"),
+        ("swag", "a.csv", "x\na\n", ["--task.text_columns", '["1", "2", "3", "4", "5"]'], "expected a context"),
+        ("squad", "a.jsonl", json_lines(GOOD), ["--task.text_columns", '["q"]'], "expected none, as files of"),
+        ("ner", "a.conll", "a O\nb X\n", ["--task.text_columns", '["1", "2"]'], "expected one column"),
         ("swag", "a.csv", "x,y,label\na,b,0\n", ["--task.choices", "1"], "task.choices is 1, expected two or more"),
     ],
 )  # fmt: skip
