@@ -42,8 +42,9 @@ class HeldOut:
         self.counts = self.examples.counts if task.output_slots == LABELS.weights else self.examples.lengths
         self.outputs = np.zeros((int(self.counts.sum()), task.output_size), np.float32)
         scores = task.score(self.examples, self.outputs)
-        if task.selected_by not in scores:
-            raise InputError(f'task.metric is "{task.selected_by}", expected one of {", ".join(scores)}')
+        known = [name for name in scores if not name.endswith("_thresh")]
+        if task.selected_by not in known:
+            raise InputError(f'task.metric is "{task.selected_by}", expected one of {", ".join(known)}')
 
     def evaluate(self, engine: Engine, part: Part) -> Dict[str, Any]:
         """What the task scores of the engine's weights; the same in all processes."""

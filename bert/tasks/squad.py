@@ -30,18 +30,24 @@ def normalize(text: str) -> str:
     return " ".join(ARTICLES.sub(" ", text.lower().translate(PUNCTUATION)).split())
 
 
-def exact_and_f1(predicted: str, answers: Sequence[str]) -> Tuple[float, float]:
-    """Of the answer that counts as right and is closest; without one nothing, "", is right."""
-    known = [normalize(answer) for answer in answers]
-    known, found = [answer for answer in known if answer] or [""], normalize(predicted)
-    return float(found in known), max(f1(found, answer) for answer in known)
+def exact_and_f1(predicted: str, answers: Sequence[str], all_have_one: bool = False) -> Tuple[float, float]:
+    """Of the answer that counts as right and is closest; without one nothing, "", is right.
+
+    With `all_have_one` by SQuAD 1.1's script, else by 2.0's. They differ for answers that are normalised to nothing,
+    such as "a": 2.0's leaves them out.
+    """
+    known, found = [normalize(answer) for answer in answers], normalize(predicted)
+    if not all_have_one:
+        known = [answer for answer in known if answer] or [""]
+    nothing = float(not all_have_one)
+    return float(found in known), max(f1(found, answer, nothing) for answer in known)
 
 
-def f1(predicted: str, answer: str) -> float:
-    """Of the words that both have."""
+def f1(predicted: str, answer: str, nothing: float) -> float:
+    """Of the words that both have; `nothing`, where both are nothing."""
     found, known = predicted.split(), answer.split()
-    if not found or not known:
-        return float(found == known)
+    if not found and not known:
+        return nothing
     common = sum((Counter(found) & Counter(known)).values())
     return 2 * common / (len(found) + len(known))
 
@@ -49,13 +55,17 @@ def f1(predicted: str, answer: str) -> float:
 def score_answers(predicted: Sequence[Answer], answers: Sequence[Sequence[str]]) -> Dict[str, float]:
     """exact and f1; where some questions have no answer, one is predicted unless there is more for none, and both are
     given for those questions and for the others, and at the best threshold of `no_answer`."""
-    scores = np.array([exact_and_f1(best.text, known) for best, known in zip(predicted, answers)])
     has_answer = np.array([bool(known) for known in answers])
-    if has_answer.all():
+    all_have_one = bool(has_answer.all())
+    scores = np.array([exact_and_f1(best.text, known, all_have_one) for best, known in zip(predicted, answers)])
+    if all_have_one:
         return dict(zip(("exact", "f1"), scores.mean(axis=0).tolist()))
     differences = np.array([best.no_answer for best in predicted])
-    empty = np.where(has_answer, 0.0, 1.0)  # what an empty prediction scores
-    decided = np.where(differences[:, None] > 0, empty[:, None], scores)
+    empty = np.array([exact_and_f1("", known) for known in answers])
+    decided = np.where(differences[:, None] > 0, empty, scores)
+    # At the best threshold the script looks at the text as it is, and none is right only where there is no answer.
+    is_empty = np.array([not best.text for best in predicted])
+    scores = np.where(has_answer[:, None], scores, is_empty[:, None])
     found: Dict[str, float] = {}
     for place, name in enumerate(("exact", "f1")):
         found[name] = float(decided[:, place].mean())
@@ -63,7 +73,8 @@ def score_answers(predicted: Sequence[Answer], answers: Sequence[Sequence[str]])
         for kind, chosen in (("HasAns", has_answer), ("NoAns", ~has_answer)):
             if chosen.any():
                 found[f"{kind}_{name}"] = float(decided[chosen, place].mean())
-        found[f"best_{name}"], found[f"best_{name}_thresh"] = best_threshold(scores[:, place], empty, differences)
+        best, threshold = best_threshold(scores[:, place], (~has_answer).astype(float), differences)
+        found.update({f"best_{name}": best, f"best_{name}_thresh": threshold})
     return found
 
 

@@ -57,6 +57,8 @@ def read_records(
     for path in paths:
         rows, before = rows_of(path, header, broken), len(records)
         names = next(rows, ("", []))[1]
+        if not names:
+            raise InputError(f"{path}: is empty; expected the names of columns and a row for each example")
         chosen = {key: column_of(path, aliases, names) for key, aliases in columns.items()}
         places = {key: list(names).index(name) for key, name in chosen.items()}
         for place, row in rows:

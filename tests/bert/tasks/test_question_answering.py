@@ -82,36 +82,68 @@ def test_squad_1_is_drawn_by_the_answers_words(opened):
     assert [bar.get_height() for bar in exact[1:]] == [0] * 5  # all answers are of one word
 
 
+def normalized(text):
+    text = "".join(letter for letter in text.lower() if letter not in set(string.punctuation))
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def official_f1(answer, found, version):
+    answer, found = normalized(answer).split(), normalized(found).split()
+    same = sum((collections.Counter(answer) & collections.Counter(found)).values())
+    if version == 2 and (not answer or not found):
+        return int(answer == found)
+    if not same:
+        return 0
+    precision, recall = same / len(found), same / len(answer)
+    return 2 * precision * recall / (precision + recall)
+
+
 def official(predicted, answers):
-    """compute_exact and compute_f1 of SQuAD's evaluate-v2.0.py."""
+    """SQuAD's evaluate-v1.1.py, or where a question has no answer its evaluate-v2.0.py with --na-prob-file."""
 
-    def normalize(text):
-        text = "".join(letter for letter in text.lower() if letter not in set(string.punctuation))
-        return " ".join(re.compile(r"\b(a|an|the)\b", re.UNICODE).sub(" ", text).split())
+    def exact(one, text):
+        return float(normalized(one) == normalized(text))
 
-    def f1(gold, found):
-        gold, found = normalize(gold).split(), normalize(found).split()
-        same = sum((collections.Counter(gold) & collections.Counter(found)).values())
-        if not gold or not found:
-            return int(gold == found)
-        if not same:
-            return 0
-        precision, recall = same / len(found), same / len(gold)
-        return 2 * precision * recall / (precision + recall)
-
-    gold = [answer for answer in answers if normalize(answer)] or [""]
-    return max(int(normalize(one) == normalize(predicted)) for one in gold), max(f1(one, predicted) for one in gold)
+    if all(answers):
+        pairs = list(zip(predicted, answers))
+        f1s = [max(official_f1(one, best.text, 1) for one in known) for best, known in pairs]
+        return {
+            "exact": np.mean([max(exact(o, best.text) for o in known) for best, known in pairs]),
+            "f1": np.mean(f1s),
+        }
+    known = [[one for one in own if normalized(one)] or [""] for own in answers]
+    found = {}
+    for name, score in (("exact", exact), ("f1", lambda one, text: official_f1(one, text, 2))):
+        texts = ["" if best.no_answer > 0 else best.text for best in predicted]
+        scores = np.array([max(score(one, text) for one in own) for own, text in zip(known, texts)])
+        found[name] = scores.mean()
+        for kind, chosen in (("HasAns", [bool(own) for own in answers]), ("NoAns", [not own for own in answers])):
+            if any(chosen):
+                found[f"{kind}_{name}"] = scores[chosen].mean()
+        scores = [max(score(one, best.text) for one in own) for own, best in zip(known, predicted)]
+        best_sum = current = sum(not own for own in answers)
+        for place in np.argsort([best.no_answer for best in predicted]):
+            current += scores[place] if answers[place] else -1 if predicted[place].text else 0
+            best_sum = max(best_sum, current)
+        found[f"best_{name}"] = best_sum / len(answers)
+    return found
 
 
 def test_scores_are_the_official_scripts():
-    rng, words = (
-        random.Random(),
-        ["The", "a", "an", "cat", "cat.", "Cat-dog", "Höhle", "¿qué?", "half-life", "", "U.S."],
-    )
+    rng = random.Random()
+    words = ["The", "a", "an", "cat", "cat.", "Cat-dog", "Höhle", "¿qué?", "half-life", "'", "U.S."]
+
+    def text(least):
+        return " ".join(rng.choices(words, k=rng.randint(least, 3)))
+
     for _ in range(300):
-        predicted = " ".join(rng.choices(words, k=rng.randint(0, 4)))
-        answers = [" ".join(rng.choices(words, k=rng.randint(1, 4))) for _ in range(rng.randint(0, 3))]
-        assert exact_and_f1(predicted, answers) == pytest.approx(official(predicted, answers))
+        least = rng.randint(0, 1)
+        answers = [[text(1) for _ in range(rng.randint(least, 3))] for _ in range(rng.randint(1, 8))]
+        predicted = [Answer(text(0), 0.0, rng.gauss(0, 1)) for _ in answers]
+        found = score_answers(predicted, answers)
+        assert {name: value for name, value in found.items() if "thresh" not in name} == pytest.approx(
+            official(predicted, answers)
+        )
 
 
 def test_the_best_threshold_is_the_best_of_all():
