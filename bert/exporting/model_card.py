@@ -180,15 +180,20 @@ def what_it_is(checkpoint: str, state: Mapping, model: Mapping) -> str:
     parameters = sum(shape.numel() for shape in open_weights(checkpoint).shapes.values())
     layers, heads = (model[f"num_{name}"] for name in ("hidden_layers", "attention_heads"))
     text, training = state.get("data_set", {}).get("tokenizer"), state["config"]["training"]
-    start = training["start_from"]
     return (
         f"A BERT, `{model['architectures'][0]}` in transformers: {count_of(layers, 'layer')} of "
         f"{model['hidden_size']:,}, {count_of(heads, 'attention head')}, {parameters:,} parameters, a vocabulary of "
         f"{model['vocab_size']:,} tokens{f' ({rules_in_words(text)})' if text else ''}, sequences of up to "
         f"{model['max_position_embeddings']:,} tokens. These are its weights after step {state['step']:,} of "
         f"{training['max_steps']:,}, trained on {state['samples_seen']:,} samples by bert-pretraining, from "
-        f"{f'the weights of `{without_folders(start)}`' if start else 'random weights'}."
+        f"{what_it_began_with(training)}."
     )
+
+
+def what_it_began_with(training: Mapping) -> str:
+    if training["branch_from"]:  # start_from is null then: how the other run began is not known here
+        return f"the state of another run, `{without_folders(training['branch_from'])}`"
+    return f"the weights of `{without_folders(training['start_from'])}`" if training["start_from"] else "random weights"
 
 
 def how_to_use_it(model: Mapping, card: Card) -> str:
@@ -257,8 +262,10 @@ def throughput(lines: Sequence[Mapping]) -> str:
     rates = [line["sequences_per_second"] for line in lines]
     if not rates:
         return ""
-    seen = [0, *(line["samples_seen"] for line in lines)]
-    seconds = sum((after - before) / rate for before, after, rate in zip(seen, seen[1:], rates))
+    seen = [line["samples_seen"] for line in lines]
+    counts = [after - before for before, after in zip(seen, seen[1:])]
+    counts.insert(0, min([seen[0], *counts[:1]]))  # a branch begins with those of another run
+    seconds = sum(count / rate for count, rate in zip(counts, rates))
     return f"{statistics.median(rates):,.1f} sequences/s (median), {duration(seconds)} in all."
 
 

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import threading
 
 import numpy as np
@@ -19,6 +20,7 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertForMaskedLM, 
 from bert.config import Config, TaskConfig
 from bert.export import main
 from bert.exporting import onnx_file
+from bert.exporting.model_card import throughput
 from bert.model.batch import Batch
 from bert.model.model import Model
 from bert.run.inference import load_model
@@ -168,6 +170,18 @@ def test_the_model_card_is_the_hubs_form_filled_in_from_the_run(run, exported):
     ):
         assert words in card.text, words
     assert ("curve.png" in os.listdir(exported)) == ("(curve.png)" in card.text)
+
+
+def test_the_card_of_a_branch_names_the_run_that_it_began_with(run, tmp_path):
+    shutil.copytree(run[1], tmp_path / "step_00000003")
+    state = json.loads((tmp_path / "step_00000003" / "training_state.json").read_text())
+    state["config"]["training"]["branch_from"] = "/home/me/runs/wiki@2"
+    write_json(str(tmp_path / "step_00000003" / "training_state.json"), state)
+    assert main([str(tmp_path / "step_00000003"), str(tmp_path / "out"), *LICENSE]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "from the state of another run, `wiki@2`." in card and "random weights" not in card
+    lines = [{"samples_seen": seen, "sequences_per_second": 10} for seen in (1000, 1010, 1020)]
+    assert throughput(lines) == "10.0 sequences/s (median), 3 s in all."
 
 
 def test_nothing_of_the_machine_gets_out(run, exported):
