@@ -95,6 +95,8 @@ HYPER_PARAMETERS: Dict[str, Sequence[str]] = {
     "model": ("hidden_dropout_prob", "attention_probs_dropout_prob"),
 }
 """Section of the config -> the keys that the card has."""
+HUB_METRICS = {"exact": "exact_match", "pearson": "pearsonr", "spearman": "spearmanr"}
+"""Score of held_out.jsonl -> the hub's name of the metric, where it has another (huggingface.co/metrics)."""
 NOT_OF_TASK = ("folder", "labels", "new_head")  # config.json has the labels
 
 
@@ -168,7 +170,10 @@ def metadata(model: Mapping, card: Card, result: Mapping, config: Mapping) -> Di
     if use.has_pipeline_tag:
         values["pipeline_tag"] = use.task
     if result:
-        metrics = [{"type": name, "value": value, "name": words} for name, words, value in figures(result)]
+        metrics = [
+            {"type": HUB_METRICS.get(name, name), "value": value, "name": words}
+            for name, words, value in figures(result)
+        ]
         data = {"type": "held-out", "name": held_out_files(config) or "held-out samples"}
         values["model-index"] = [
             {"name": card.name, "results": [{"task": {"type": use.task}, "dataset": data, "metrics": metrics}]}

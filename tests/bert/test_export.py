@@ -204,7 +204,7 @@ def save_fine_tuned(folder, kind, **settings):
     model = getattr(transformers, kind)(config).eval()
     model.save_pretrained(folder)
     write_tokenizer_files(str(folder), WORDS, LENGTH)
-    best = {"step": 5, "samples": 40, "loss": 0.5, "accuracy": 0.87654321}
+    best = {"step": 5, "samples": 40, "loss": 0.5, "pearson": 0.87654321}
     training = Config(training=dataclasses.replace(Config().training, start_from="/home/me/runs/wiki/model/"))
     training.data.held_out_files = ["https://me:secret@host/dev.tsv?token=secret", "s3://bucket/secret/other.tsv"]
     state = {"step": 5, "samples_seen": 40, "best": best, "config": dataclasses.asdict(training)}
@@ -232,7 +232,9 @@ def test_the_snippet_of_each_class_runs_with_the_same_logits_and_labels(
     assert main([str(tmp_path / "checkpoint"), str(tmp_path / "tuned"), *LICENSE]) == 0
     card = ModelCard.load(tmp_path / "tuned" / "README.md")
     assert card.data.pipeline_tag == task
-    assert card.data.eval_results[-1].metric_value == 0.8765 and "from the weights of `model`" in card.text
+    result = card.data.eval_results[-1]
+    assert (result.metric_type, result.metric_name, result.metric_value) == ("pearsonr", "pearson", 0.8765)
+    assert "from the weights of `model`" in card.text
     assert "`dev.tsv, other.tsv`" in card.text and "secret" not in card.content
     loaded = getattr(transformers, kind).from_pretrained(tmp_path / "tuned")
     assert loaded.config.id2label == settings.get("id2label", loaded.config.id2label)
