@@ -41,6 +41,7 @@ from run_pretraining import wait_asleep
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 EVALUATIONS = 20  # of each run
+WARM_UP_STEPS = 2  # else the first precision that is tried pays for what the other finds there
 MEASURED_STEPS = 40  # to learn how many fit into the time
 TRIED = 0.3  # of the peer's time, for each of its settings
 
@@ -159,6 +160,7 @@ def choose_setting(peer, options):
     seconds = {}
     for bfloat16 in (True, False):
         setting = Setting(batch, learning_rate, bfloat16)
+        peer.ask(train_there, setting, WARM_UP_STEPS)
         seconds[bfloat16] = peer.ask(train_there, setting, MEASURED_STEPS // 2)[-1][0]
     bfloat16 = min(seconds, key=seconds.get)
     rate, tried = MEASURED_STEPS // 2 * batch / seconds[bfloat16], {}

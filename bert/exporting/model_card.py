@@ -95,6 +95,8 @@ HYPER_PARAMETERS: Dict[str, Sequence[str]] = {
     "model": ("hidden_dropout_prob", "attention_probs_dropout_prob"),
 }
 """Section of the config -> the keys that the card has."""
+HUB_METRICS = {"exact": "exact_match", "pearson": "pearsonr", "spearman": "spearmanr"}
+"""Score of held_out.jsonl -> the hub's name of the metric, where it has another (huggingface.co/metrics)."""
 NOT_OF_TASK = ("folder", "labels", "new_head")  # config.json has the labels
 
 
@@ -168,7 +170,10 @@ def metadata(model: Mapping, card: Card, result: Mapping, config: Mapping) -> Di
     if use.has_pipeline_tag:
         values["pipeline_tag"] = use.task
     if result:
-        metrics = [{"type": name, "value": value, "name": words} for name, words, value in figures(result)]
+        metrics = [
+            {"type": HUB_METRICS.get(name, name), "value": value, "name": words}
+            for name, words, value in figures(result)
+        ]
         data = {"type": "held-out", "name": held_out_files(config) or "held-out samples"}
         values["model-index"] = [
             {"name": card.name, "results": [{"task": {"type": use.task}, "dataset": data, "metrics": metrics}]}
@@ -180,15 +185,20 @@ def what_it_is(checkpoint: str, state: Mapping, model: Mapping) -> str:
     parameters = sum(shape.numel() for shape in open_weights(checkpoint).shapes.values())
     layers, heads = (model[f"num_{name}"] for name in ("hidden_layers", "attention_heads"))
     text, training = state.get("data_set", {}).get("tokenizer"), state["config"]["training"]
-    start = training["start_from"]
     return (
         f"A BERT, `{model['architectures'][0]}` in transformers: {count_of(layers, 'layer')} of "
         f"{model['hidden_size']:,}, {count_of(heads, 'attention head')}, {parameters:,} parameters, a vocabulary of "
         f"{model['vocab_size']:,} tokens{f' ({rules_in_words(text)})' if text else ''}, sequences of up to "
         f"{model['max_position_embeddings']:,} tokens. These are its weights after step {state['step']:,} of "
         f"{training['max_steps']:,}, trained on {state['samples_seen']:,} samples by bert-pretraining, from "
-        f"{f'the weights of `{without_folders(start)}`' if start else 'random weights'}."
+        f"{what_it_began_with(training)}."
     )
+
+
+def what_it_began_with(training: Mapping) -> str:
+    if training["branch_from"]:  # start_from is null then: how the other run began is not known here
+        return f"the state of another run, `{without_folders(training['branch_from'])}`"
+    return f"the weights of `{without_folders(training['start_from'])}`" if training["start_from"] else "random weights"
 
 
 def how_to_use_it(model: Mapping, card: Card) -> str:
@@ -257,8 +267,10 @@ def throughput(lines: Sequence[Mapping]) -> str:
     rates = [line["sequences_per_second"] for line in lines]
     if not rates:
         return ""
-    seen = [0, *(line["samples_seen"] for line in lines)]
-    seconds = sum((after - before) / rate for before, after, rate in zip(seen, seen[1:], rates))
+    seen = [line["samples_seen"] for line in lines]
+    counts = [after - before for before, after in zip(seen, seen[1:])]
+    counts.insert(0, min([seen[0], *counts[:1]]))  # a branch begins with those of another run
+    seconds = sum(count / rate for count, rate in zip(counts, rates))
     return f"{statistics.median(rates):,.1f} sequences/s (median), {duration(seconds)} in all."
 
 

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import threading
 
 import numpy as np
@@ -19,6 +20,7 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertForMaskedLM, 
 from bert.config import Config, TaskConfig
 from bert.export import main
 from bert.exporting import onnx_file
+from bert.exporting.model_card import throughput
 from bert.model.batch import Batch
 from bert.model.model import Model
 from bert.run.inference import load_model
@@ -170,6 +172,18 @@ def test_the_model_card_is_the_hubs_form_filled_in_from_the_run(run, exported):
     assert ("curve.png" in os.listdir(exported)) == ("(curve.png)" in card.text)
 
 
+def test_the_card_of_a_branch_names_the_run_that_it_began_with(run, tmp_path):
+    shutil.copytree(run[1], tmp_path / "step_00000003")
+    state = json.loads((tmp_path / "step_00000003" / "training_state.json").read_text())
+    state["config"]["training"]["branch_from"] = "/home/me/runs/wiki@2"
+    write_json(str(tmp_path / "step_00000003" / "training_state.json"), state)
+    assert main([str(tmp_path / "step_00000003"), str(tmp_path / "out"), *LICENSE]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "from the state of another run, `wiki@2`." in card and "random weights" not in card
+    lines = [{"samples_seen": seen, "sequences_per_second": 10} for seen in (1000, 1010, 1020)]
+    assert throughput(lines) == "10.0 sequences/s (median), 3 s in all."
+
+
 def test_nothing_of_the_machine_gets_out(run, exported):
     there = {
         os.path.relpath(os.path.join(place, name), exported) for place, _, names in os.walk(exported) for name in names
@@ -190,7 +204,7 @@ def save_fine_tuned(folder, kind, **settings):
     model = getattr(transformers, kind)(config).eval()
     model.save_pretrained(folder)
     write_tokenizer_files(str(folder), WORDS, LENGTH)
-    best = {"step": 5, "samples": 40, "loss": 0.5, "accuracy": 0.87654321}
+    best = {"step": 5, "samples": 40, "loss": 0.5, "pearson": 0.87654321}
     training = Config(training=dataclasses.replace(Config().training, start_from="/home/me/runs/wiki/model/"))
     training.data.held_out_files = ["https://me:secret@host/dev.tsv?token=secret", "s3://bucket/secret/other.tsv"]
     state = {"step": 5, "samples_seen": 40, "best": best, "config": dataclasses.asdict(training)}
@@ -218,7 +232,9 @@ def test_the_snippet_of_each_class_runs_with_the_same_logits_and_labels(
     assert main([str(tmp_path / "checkpoint"), str(tmp_path / "tuned"), *LICENSE]) == 0
     card = ModelCard.load(tmp_path / "tuned" / "README.md")
     assert card.data.pipeline_tag == task
-    assert card.data.eval_results[-1].metric_value == 0.8765 and "from the weights of `model`" in card.text
+    result = card.data.eval_results[-1]
+    assert (result.metric_type, result.metric_name, result.metric_value) == ("pearsonr", "pearson", 0.8765)
+    assert "from the weights of `model`" in card.text
     assert "`dev.tsv, other.tsv`" in card.text and "secret" not in card.content
     loaded = getattr(transformers, kind).from_pretrained(tmp_path / "tuned")
     assert loaded.config.id2label == settings.get("id2label", loaded.config.id2label)
