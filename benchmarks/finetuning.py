@@ -6,7 +6,8 @@ First for the labels of sentences, then for named entities, in CoNLL files that 
 weights and train as many steps on as many examples, with AdamW, clipping and one schedule. Both are scored alike after
 the last step. transformers is at its best: examples padded to the longest of each step, the fastest of float32 and
 bfloat16 autocast and of batches of mixed and of like lengths (all tried), SDPA, fused AdamW, memory of freed tensors
-kept, nothing logged or saved. Seconds are those of the steps, without tokenizing, starting and scoring.
+kept, threads that sleep as this project's do, nothing logged or saved. Seconds are those of the steps, without
+tokenizing, starting and scoring.
 
 Options that this program does not have are run_finetuning.py's.
 """
@@ -21,11 +22,15 @@ import tempfile
 import time
 from typing import Any, List, NamedTuple
 
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from run_pretraining import wait_asleep
+
+wait_asleep()  # both, and so before torch
+
 import numpy as np
 import torch
 from tqdm import tqdm
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from benchmarks.report import make_parser, print_table, write_json
 from benchmarks.timing import device_name
 from bert.command_line import parse_command_line
