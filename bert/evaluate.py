@@ -119,7 +119,8 @@ def has_heads(path: str, config: Dict) -> bool:
     if "cls.predictions.transform.dense.weight" not in names:
         raise InputError(
             f"{path}: has no MLM head (cls.predictions), so it predicts no tokens; expected a BertForMaskedLM, a "
-            "BertForPreTraining or a checkpoint of a run. To train a head: run_pretraining.py --training.start_from"
+            "BertForPreTraining or a checkpoint of a pre-training run. To train a head: run_pretraining.py "
+            "--training.start_from"
         )
     if not config.get("tie_word_embeddings", True):
         raise InputError(f"{path}/config.json: tie_word_embeddings is false, expected true: the decoder is them")

@@ -1,6 +1,7 @@
 """Makes a folder for transformers of any checkpoint: `python -m bert.export --help` tells how."""
 
 import os
+import re
 import shutil
 import sys
 from dataclasses import dataclass
@@ -41,10 +42,17 @@ class ExportOptions:
     )
     """what others may do with the weights, by the hub's name of a licence: apache-2.0, mit, cc-by-sa-4.0, other ...
     Must be given"""
-    language: str = option("", lambda code: not code or code.isalpha(), "a code such as tr", metavar="CODE")
+    language: str = option(
+        "",
+        lambda code: bool(re.fullmatch(r"([A-Za-z]{2,3}(-\w+)*)?", code)),
+        "a code such as tr or pt-BR",
+        metavar="CODE",
+    )
     """of the text, by its code, such as en or tr"""
     name: str = option("", metavar="NAME")
     """the model's, in its README.md (default: that of the folder, or of the repository)"""
+    base_model: str = option("", metavar="USER/NAME")
+    """the model on the hub that the run started from, for the model card"""
     onnx: bool = option(False)
     """write onnx/model.onnx, too, for ONNX Runtime, and check it; needs onnx, onnxscript and onnxruntime"""
     push: str = option("", metavar="USER/NAME")
@@ -127,7 +135,12 @@ def write_files(options: ExportOptions, folder_name: str, folder: str) -> Dict[s
         report["onnx"] = f"{os.path.join(folder, ONNX)}, differs from the model by {difference:.1g} at most"
     name = options.name or options.push.rpartition("/")[2] or folder_name
     card = Card(
-        name, options.push or folder_name, options.license or "", options.language, ONNX if options.onnx else ""
+        name,
+        options.push or folder_name,
+        options.license or "",
+        options.language,
+        options.base_model,
+        ONNX if options.onnx else "",
     )
     with open(os.path.join(folder, CARD), "w", encoding="utf-8") as file:
         file.write(make_card(checkpoint, card))

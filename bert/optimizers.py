@@ -41,10 +41,16 @@ def make_adamw(named_parameters: NamedParameters, config: OptimizerConfig) -> Li
     """torch's AdamW in LAMB's groups, which say what decays; its fused form where the parameters' device has one."""
     groups = lamb_groups(named_parameters, config.weight_decay)
     options: Dict[str, Any] = dict(lr=config.learning_rate, betas=tuple(config.betas), eps=config.eps)
-    try:
-        return [torch.optim.AdamW(groups, fused=True, **options)]
+    devices = {parameter.device.type for group in groups for parameter in group["params"]}
+    try:  # before 2.4 torch finds out in the first step that it has none for CPUs
+        has_kernels = all(map(has_fused_adamw, devices))
+        return [torch.optim.AdamW(groups, fused=has_kernels, **options)]
     except RuntimeError:
         return [torch.optim.AdamW(groups, **options)]
+
+
+def has_fused_adamw(device: str) -> bool:
+    return device != "cpu" or torch._C._dispatch_has_kernel_for_dispatch_key("aten::_fused_adamw_", "CPU")
 
 
 def make_muon(named_parameters: NamedParameters, config: OptimizerConfig) -> List[Optimizer]:

@@ -112,6 +112,8 @@ class Card:
     """as the hub names it, such as apache-2.0"""
     language: str = ""
     """its code, such as tr"""
+    base_model: str = ""
+    """what it was made of, by its name on the hub"""
     onnx: str = ""
     """the ONNX file in the folder, if it is there"""
 
@@ -166,6 +168,8 @@ def metadata(model: Mapping, card: Card, result: Mapping, config: Mapping) -> Di
     values: Dict[str, Any] = {"license": card.license}
     if card.language:
         values["language"] = card.language
+    if card.base_model:
+        values["base_model"] = card.base_model
     values.update(library_name="transformers", tags=["bert", use.task, *(["onnx"] if card.onnx else [])])
     if use.has_pipeline_tag:
         values["pipeline_tag"] = use.task
@@ -198,7 +202,14 @@ def what_it_is(checkpoint: str, state: Mapping, model: Mapping) -> str:
 def what_it_began_with(training: Mapping) -> str:
     if training["branch_from"]:  # start_from is null then: how the other run began is not known here
         return f"the state of another run, `{without_folders(training['branch_from'])}`"
-    return f"the weights of `{without_folders(training['start_from'])}`" if training["start_from"] else "random weights"
+    return f"the weights of `{model_of(training['start_from'])}`" if training["start_from"] else "random weights"
+
+
+def model_of(path: str) -> str:
+    """The last part of a model's path; of a checkpoint the run and the step, as training.branch_from has it."""
+    run, checkpoints, name = ["", "", *path.rstrip("/").split("/")][-3:]
+    step = re.fullmatch(r"step_0*(\d+)", name)
+    return f"{run}@{step[1]}" if step and run and checkpoints == "checkpoints" else without_folders(path)
 
 
 def how_to_use_it(model: Mapping, card: Card) -> str:
@@ -234,7 +245,7 @@ def hyper_parameters(config: Mapping, use: Use) -> Dict[str, Any]:
     if use is not FILL_MASK:
         del shown["data.mask_tokens"]
     start = shown["training.start_from"]
-    return {f"`{key}`": value for key, value in {**shown, "training.start_from": without_folders(start)}.items()}
+    return {f"`{key}`": value for key, value in {**shown, "training.start_from": start and model_of(start)}.items()}
 
 
 def results(result: Mapping, config: Mapping) -> str:
@@ -246,9 +257,12 @@ def results(result: Mapping, config: Mapping) -> str:
 
 
 def figures(result: Mapping) -> List[Tuple[str, str, float]]:
-    """The metrics of a line of held_out.jsonl: name, name in words, value."""
+    """The metrics of a line of held_out.jsonl: name, name in words, value; not the only part of the loss, which is the
+    loss, nor thresholds."""
     values = {name: value for name, value in result.items() if isinstance(value, float) and math.isfinite(value)}
-    return [(name, name.replace("_", " "), round(value, 4)) for name, value in values.items()]
+    repeated = [name for name in values if name.endswith("_loss") and values[name] == values.get("loss")]
+    shown = [name for name in values if name not in repeated and not name.endswith("_thresh")]
+    return [(name, name.replace("_", " "), round(values[name], 4)) for name in shown]
 
 
 def hardware(sessions: Sequence[Mapping]) -> Dict[str, Any]:
