@@ -5,9 +5,10 @@
 First for the labels of sentences, then for named entities, in CoNLL files that it makes. Both start from the folder's
 weights and train as many steps on as many examples, with AdamW, clipping and one schedule. Both are scored alike after
 the last step. transformers is at its best: examples padded to the longest of each step, the faster of float32 and
-bfloat16 autocast, SDPA, fused AdamW, memory of freed tensors kept, threads that sleep as this project's do, nothing logged or saved. Seconds are those of the steps, without
-tokenizing, starting and scoring. It is measured twice: with batches drawn at random, as this project's are and as is
-its default, and with batches of like lengths, which have little padding but are another training.
+bfloat16 autocast, SDPA, fused AdamW, memory of freed tensors kept, threads that sleep as this project's do, nothing
+logged or saved. It is measured twice: with batches drawn at random, as this project's are and as is its default, and
+with batches of like lengths, which have little padding but are another training. Seconds are those of the steps,
+without tokenizing, starting and scoring.
 
 Options that this program does not have are run_finetuning.py's.
 """
