@@ -41,16 +41,19 @@ def make_adamw(named_parameters: NamedParameters, config: OptimizerConfig) -> Li
     """torch's AdamW in LAMB's groups, which say what decays; its fused form where the parameters' device has one."""
     groups = lamb_groups(named_parameters, config.weight_decay)
     options: Dict[str, Any] = dict(lr=config.learning_rate, betas=tuple(config.betas), eps=config.eps)
-    devices = {parameter.device.type for group in groups for parameter in group["params"]}
-    try:  # before 2.4 torch finds out in the first step that it has none for CPUs
-        has_kernels = all(map(has_fused_adamw, devices))
-        return [torch.optim.AdamW(groups, fused=has_kernels, **options)]
+    device = next(parameter.device for group in groups for parameter in group["params"])
+    return [torch.optim.AdamW(groups, fused=has_fused_adamw(device), **options)]
+
+
+def has_fused_adamw(device: torch.device) -> bool:
+    """Whether torch has one there; some versions find out in the first step that they have none."""
+    probe = torch.zeros(1, device=device, requires_grad=True)
+    probe.grad = torch.zeros_like(probe)
+    try:
+        torch.optim.AdamW([probe], fused=True).step()
     except RuntimeError:
-        return [torch.optim.AdamW(groups, **options)]
-
-
-def has_fused_adamw(device: str) -> bool:
-    return device != "cpu" or torch._C._dispatch_has_kernel_for_dispatch_key("aten::_fused_adamw_", "CPU")
+        return False
+    return True
 
 
 def make_muon(named_parameters: NamedParameters, config: OptimizerConfig) -> List[Optimizer]:
