@@ -25,7 +25,7 @@ else:
     import tomli as tomllib  # comes with pytest
 
 PACKAGES = ("bert", "data", "ops")
-LINES_OF_PACKAGES = 19_000  # that are not blank: the formatter decides how many are
+LINES_OF_PACKAGES = 18_400  # that are not blank: the formatter decides how many are
 LINES_OF_CORE_PATH = 1_500  # of all kinds
 LINES_OF_FUNCTION = 60
 
