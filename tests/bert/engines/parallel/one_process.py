@@ -20,12 +20,12 @@ import bert.run.checkpoint
 import bert.run.handshake
 import bert.run.loop
 from bert.engines.torch_engine import TorchEngine
-from bert.run.data_set import DataSet
+from bert.run.data_set import ShardSet
 from data.errors import InputError
 from run_pretraining import main
 
 PLACES = {
-    "data": (DataSet, "identity"),
+    "data": (ShardSet, "identity"),
     "settings": (bert.run.handshake, "hash_of_source"),
     "batch": (bert.run.loop, "next_batch"),  # that comes after the step
     "passes": (TorchEngine, "passes"),
