@@ -20,7 +20,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from typing import Any, List, NamedTuple
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -30,10 +29,10 @@ wait_asleep()  # both, and so before torch
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from benchmarks.report import make_parser, print_table, write_json
 from benchmarks.timing import device_name
+from benchmarks.trainer import train
 from bert.command_line import parse_command_line
 from bert.engines.torch_devices import Cpu
 from bert.run.example_set import ExampleSet
@@ -167,46 +166,21 @@ def make_model(peer):
 
 def train_there(peer, way, steps, seed=0):
     """The same in transformers: (the model, seconds of the steps)."""
-    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-
     training, optimizer = peer.config.training, peer.config.optimizer
-    bar = tqdm(total=steps, desc=f"transformers, {way}", unit="step", leave=False)
-
-    class Timing(TrainerCallback):
-        def on_train_begin(self, *arguments, **state):
-            self.began = time.perf_counter()
-
-        def on_step_end(self, *arguments, **state):
-            self.seconds = time.perf_counter() - self.began
-            bar.update()
-
     torch.manual_seed(seed)
-    arguments = TrainingArguments(
-        output_dir=peer.folder,
-        max_steps=steps,
+    model = make_model(peer)
+    seconds = train(
+        *(model, peer.features, collate, peer.folder, steps, way),
         per_device_train_batch_size=training.global_batch_size,
         learning_rate=optimizer.learning_rate,
         warmup_steps=round(optimizer.warmup_ratio * steps),
-        lr_scheduler_type="linear",
-        optim="adamw_torch_fused",
         weight_decay=optimizer.weight_decay,
         max_grad_norm=optimizer.max_grad_norm,
         bf16=way.bfloat16,
         train_sampling_strategy="group_by_length" if way.like_lengths else "random",
-        use_cpu=True,
         seed=seed,
-        dataloader_pin_memory=False,
-        disable_tqdm=True,
-        logging_strategy="no",
-        save_strategy="no",
-        report_to="none",
     )
-    timing = Timing()
-    trainer = Trainer(make_model(peer), arguments, collate, peer.features, callbacks=[timing])
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    bar.close()
-    return trainer.model, timing.seconds
+    return model, seconds
 
 
 @torch.no_grad()

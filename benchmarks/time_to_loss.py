@@ -18,12 +18,10 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import asdict
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from benchmarks.adapting import held_out_loss, read_all
@@ -31,6 +29,7 @@ from benchmarks.curves import read_run
 from benchmarks.processes import Worker
 from benchmarks.report import make_parser, print_table, write_json
 from benchmarks.timing import device_name
+from benchmarks.trainer import train
 from bert.command_line import parse_command_line
 from bert.engines.torch_devices import Cpu
 from data.errors import InputError
@@ -97,54 +96,25 @@ def read_blocks(text, options, tokenizer, length):
 
 def train_there(peer, setting, steps, evaluations=1, seed=0):
     """transformers' curve: [seconds, step, held-out loss] of each evaluation, the last one after the last step."""
-    from transformers import (
-        BertConfig,
-        BertForMaskedLM,
-        DataCollatorForLanguageModeling,
-        PrinterCallback,
-        Trainer,
-        TrainerCallback,
-        TrainingArguments,
-    )
+    from transformers import BertConfig, BertForMaskedLM, DataCollatorForLanguageModeling
 
-    curve, bar = [], tqdm(total=steps, desc=f"transformers, {setting}", unit="step", leave=False)
+    curve = []
 
-    class Evaluating(TrainerCallback):
-        def on_train_begin(self, *arguments, **state):
-            self.began = time.perf_counter()
-
-        def on_step_end(self, arguments, state, control, model, **others):
-            step, stopped = state.global_step, time.perf_counter()
-            bar.update()
-            if step % -(-steps // evaluations) == 0 or step == steps:
-                curve.append([stopped - self.began, step, held_out_loss(model, peer.held_out)])
-                self.began += time.perf_counter() - stopped
+    def evaluate(step, seconds, model):
+        if step % -(-steps // evaluations) == 0 or step == steps:
+            curve.append([seconds, step, held_out_loss(model, peer.held_out)])
 
     torch.manual_seed(seed)
-    model = BertForMaskedLM(BertConfig(**peer.model, attn_implementation="sdpa"))
-    arguments = TrainingArguments(
-        output_dir=peer.folder,
-        max_steps=steps,
+    train(
+        BertForMaskedLM(BertConfig(**peer.model, attn_implementation="sdpa")),
+        *(peer.blocks, DataCollatorForLanguageModeling(peer.tokenizer), peer.folder, steps, setting, evaluate),
         per_device_train_batch_size=setting.batch,
         learning_rate=setting.learning_rate,
         warmup_steps=steps // 10,
-        lr_scheduler_type="linear",
-        optim="adamw_torch_fused",
         weight_decay=0.01,
         bf16=setting.bfloat16,
-        use_cpu=True,
         seed=seed,
-        dataloader_pin_memory=False,
-        disable_tqdm=True,
-        logging_strategy="no",
-        save_strategy="no",
-        report_to="none",
     )
-    collator = DataCollatorForLanguageModeling(peer.tokenizer)
-    trainer = Trainer(model, arguments, collator, peer.blocks, callbacks=[Evaluating()])
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    bar.close()
     return curve
 
 

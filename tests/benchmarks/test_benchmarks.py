@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import data_wait, scaling, time_to_loss
+from benchmarks import data_wait, scaling, time_to_loss, trainer
 from benchmarks.processes import Worker
 from benchmarks.synthetic import random_samples, write_data_set
 from bert.engines.torch_devices import Cpu
@@ -241,7 +241,7 @@ def test_the_peer_of_time_to_loss_learns_and_its_evaluations_are_not_timed(tmp_p
     evaluate, evaluated = time_to_loss.held_out_loss, []
     monkeypatch.setattr(time_to_loss, "held_out_loss", lambda *inputs: evaluated.append(1) or evaluate(*inputs))
     hours_long = SimpleNamespace(perf_counter=lambda: time.perf_counter() + 3600 * len(evaluated))
-    monkeypatch.setattr(time_to_loss, "time", hours_long)
+    monkeypatch.setattr(trainer, "time", hours_long)
     peer = time_to_loss.Peer(TINY["model"], tokenizer, blocks, held_out, str(tmp_path))
     curve = time_to_loss.train_there(peer, time_to_loss.Setting(16, 1e-2, bfloat16=False), 11, evaluations=2)
     seconds, steps, losses = zip(*curve)
